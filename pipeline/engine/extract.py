@@ -1,0 +1,327 @@
+"""From one batch to rows: capture, factors, lens and projection, group by group as the backward pass arrives.
+
+Rows leave as columns of NumPy arrays, one block per table, layer and module; nothing here knows Arrow or files.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pipeline.capture import Batch, Gradient, Outcome, capture, make_batch
+from pipeline.factors import (
+    Factors,
+    Spectrum,
+    factors_of,
+    frobenius,
+    gram,
+    main_positions,
+    masked,
+    neuron_norms,
+    spectrum,
+)
+from pipeline.lens import Lens
+from pipeline.models.load import LoadedModel
+from pipeline.projection import Selection, Vectors, extremes, project
+from pipeline.prompts.tokenize import Example, TargetMode
+
+Positions = Literal["all", "last", "subject+last"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is computed of every prompt."""
+
+    layers: tuple[int, ...]
+    modules: tuple[str, ...]
+    positions: Positions = "all"
+    top_k: int = 10
+    target_mode: TargetMode = "first"
+    neurons: int = 16
+    """Neurons kept per prompt, layer and module, by gradient norm; −1 keeps all."""
+    save_factors: bool = False
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Projection columns of a block's rows: a selection for the valid rows, nulls for the others."""
+
+    valid: np.ndarray
+    top_ids: np.ndarray
+    top_scores: np.ndarray
+    bottom_ids: np.ndarray
+    bottom_scores: np.ndarray
+    target_score: np.ndarray
+    target_rank: np.ndarray
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A list per row: every row's values end to end, and how many each row has."""
+
+    values: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of one table for one layer and module: plain columns, then lists, then projection columns."""
+
+    layer: int
+    module: str
+    columns: dict[str, np.ndarray]
+    lists: dict[str, Ragged] = field(default_factory=dict)
+    projections: Projections | None = None
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """One batch's rows; `finite` is False for prompts whose numbers overflowed, whose rows mean nothing."""
+
+    outcome: Outcome
+    finite: Bool[Tensor, " prompt"]
+    blocks: dict[str, list[Block]]
+    seconds: dict[str, float]
+
+
+def extract(
+    loaded: LoadedModel, lens: Lens, examples: Sequence[Example], wanted: Wanted
+) -> Extracted:
+    """Compute every row of a batch of prompts."""
+    batch = make_batch([sequence(example, wanted.target_mode) for example in examples], loaded.model.device)
+    return extract_batch(loaded, lens, examples, batch, wanted)
+
+
+def sequence(example: Example, target_mode: TargetMode) -> tuple[Sequence[int], Sequence[int]]:
+    """The prompt's ids and the target ids that the loss is taken over."""
+    return example.token_ids, example.target_ids[:1] if target_mode == "first" else example.target_ids
+
+
+@torch.no_grad()
+def extract_batch(
+    loaded: LoadedModel, lens: Lens, examples: Sequence[Example], batch: Batch, wanted: Wanted
+) -> Extracted:
+    """As `extract`, for a batch padded by the caller (either side)."""
+    started = time.perf_counter()
+    extraction = _Extraction(lens, batch, wanted, _chosen_positions(examples, batch, wanted.positions), examples)
+    outcome = capture(loaded, batch, wanted.layers, wanted.modules, extraction.add)
+    seconds = extraction.seconds
+    seconds["model"] = time.perf_counter() - started - sum(seconds.values())
+    finite = extraction.finite & outcome.loss.isfinite()
+    return Extracted(outcome, finite, dict(extraction.blocks), dict(seconds))
+
+
+def _chosen_positions(
+    examples: Sequence[Example], batch: Batch, positions: Positions
+) -> Bool[Tensor, "prompt position"]:
+    if positions == "all":
+        return batch.mask
+    index = batch.mask.cumsum(-1) - 1
+    chosen = torch.zeros_like(batch.mask)
+    for row, example in enumerate(examples):
+        chosen[row] |= index[row] == len(example.token_ids) - 1
+        if positions == "subject+last" and example.subject_start is not None and example.subject_end is not None:
+            chosen[row] |= (index[row] >= example.subject_start) & (index[row] < example.subject_end)
+    return chosen & batch.mask
+
+
+class _Extraction:
+    """Collects a batch's rows as groups of gradients arrive."""
+
+    def __init__(
+        self,
+        lens: Lens,
+        batch: Batch,
+        wanted: Wanted,
+        chosen: Bool[Tensor, "prompt position"],
+        examples: Sequence[Example],
+    ) -> None:
+        self.blocks: defaultdict[str, list[Block]] = defaultdict(list)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.finite = torch.ones(len(examples), dtype=torch.bool, device=batch.mask.device)
+        self._lens = lens
+        self._batch = batch
+        self._wanted = wanted
+        self._chosen = chosen
+        self._prompt_ids = torch.tensor([example.prompt.prompt_id for example in examples])
+        self._lengths = batch.mask.sum(-1).cpu().numpy()
+        self._rows, columns = chosen.cpu().nonzero(as_tuple=True)
+        self._positions = (batch.mask.cumsum(-1) - 1).cpu()[self._rows, columns]
+        self._token_ids = batch.input_ids.cpu()[self._rows, columns]
+
+    @torch.no_grad()
+    def add(self, gradients: Sequence[Gradient]) -> None:
+        """Consume the gradients of modules that share their residual side."""
+        started = time.perf_counter()
+        group = self._factor(gradients)
+        factored = time.perf_counter()
+        own, mixed = project(
+            group.vectors, self._lens, self._batch.targets[:, 0], min(self._wanted.top_k, self._lens.vocabulary)
+        )
+        projected = time.perf_counter()
+        self._emit(group, own, mixed)
+        self.seconds["factors"] += factored - started
+        self.seconds["lens"] += projected - factored
+        self.seconds["rows"] += time.perf_counter() - projected
+
+    def _factor(self, gradients: Sequence[Gradient]) -> "_Group":
+        for gradient in gradients:
+            self.finite &= _finite(gradient.x, self._batch) & _finite(gradient.vjp, self._batch)
+        x = masked(gradients[0].x, self._batch)
+        parts = [factors_of(gradient, self._batch, x) for gradient in gradients]
+        residual = parts[0].residual
+        residual_gram = gram(residual)
+        norm = self._lens.norm
+        centred_gram = gram(norm.centre(residual)) if norm.centred else residual_gram
+        modules = [_Module.of(part, residual_gram, self._wanted.neurons) for part in parts]
+
+        mixes_BKT = torch.cat([module.mixes for module in modules], dim=1)
+        wide = mixes_BKT.double()
+        mix_scale = self._lens.scale(_quadratic(wide, residual_gram), _quadratic(wide, centred_gram)).float()
+        squared = residual_gram.diagonal(dim1=-2, dim2=-1)
+        scale = self._lens.scale(squared, centred_gram.diagonal(dim1=-2, dim2=-1)).float()
+        vectors = Vectors(
+            residual=residual,
+            scale=scale,
+            wanted=self._chosen & (squared > 0),
+            mixes=mixes_BKT,
+            mix_scale=mix_scale,
+            mix_wanted=torch.cat([module.mix_wanted for module in modules], dim=1),
+        )
+        return _Group(vectors, modules, residual_gram)
+
+    def _emit(self, group: "_Group", own: Selection, mixed: Selection) -> None:
+        token_projections = _projections(own, group.vectors.wanted[self._chosen])
+        per_mix = _projections(mixed, group.vectors.mix_wanted.flatten())
+        shape = group.vectors.mix_wanted.shape
+        first = 0
+        for module in group.modules:
+            self._emit_tokens(module, token_projections)
+            self._emit_layer(module, _rows_of(per_mix, shape, slice(first, first + 1)))
+            neurons = module.neurons.shape[1]
+            if neurons:
+                projections = _rows_of(per_mix, shape, slice(first + 1, first + 1 + neurons))
+                self._emit_neurons(module, group.residual_gram, projections)
+            first += 1 + neurons
+
+    def _emit_tokens(self, module: "_Module", projections: Projections) -> None:
+        factors = module.factors
+        x, vjp = factors.x[self._chosen], factors.vjp[self._chosen]
+        columns = {
+            "prompt_id": self._prompt_ids[self._rows],
+            "position": self._positions,
+            "token_id": self._token_ids,
+        }
+        block = self._block(
+            module, columns | {"input_norm": x.norm(dim=-1), "vjp_norm": vjp.norm(dim=-1)}, projections
+        )
+        self.blocks["tokens"].append(block)
+        if self._wanted.save_factors:
+            block = self._block(module, {name: columns[name] for name in ("prompt_id", "position")})
+            block.lists.update(x=_ragged(x), delta=_ragged(vjp))
+            self.blocks["factors"].append(block)
+
+    def _emit_layer(self, module: "_Module", projections: Projections) -> None:
+        spectrum = module.spectrum
+        columns = {"prompt_id": self._prompt_ids, "rank": spectrum.rank, "grad_norm": module.grad_norm}
+        block = self._block(module, columns, projections)
+        narrowest = min(module.factors.residual.shape[-1], module.factors.other.shape[-1])
+        block.lists["singular_values"] = _ragged(spectrum.values, np.minimum(self._lengths, narrowest))
+        self.blocks["layers"].append(block)
+
+    def _emit_neurons(
+        self, module: "_Module", residual_gram: Tensor, projections: Projections
+    ) -> None:
+        count = module.neurons.shape[1]
+        main = main_positions(module.mixes[:, 1:], residual_gram)
+        index = self._batch.mask.cumsum(-1) - 1  # a column of a left-padded batch is not a position
+        columns = {
+            "prompt_id": self._prompt_ids.repeat_interleave(count),
+            "neuron": module.neurons.flatten(),
+            "grad_norm": module.neuron_norms.flatten(),
+            "main_position": index.gather(1, main).clamp_min(0).flatten(),
+        }
+        self.blocks["neurons"].append(self._block(module, columns, projections))
+
+    @staticmethod
+    def _block(module: "_Module", columns: dict[str, Tensor], projections: Projections | None = None) -> Block:
+        factors = module.factors
+        arrays = {name: column.cpu().numpy() for name, column in columns.items()}
+        return Block(factors.layer, factors.module, arrays, projections=projections)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One module's share of a group: its statistics, and the mixes to project (leading direction, then neurons)."""
+
+    factors: Factors
+    spectrum: Spectrum
+    grad_norm: Float[Tensor, " prompt"]
+    neurons: Int[Tensor, "prompt neuron"]
+    neuron_norms: Float[Tensor, "prompt neuron"]
+    mixes: Float[Tensor, "prompt mix position"]
+    mix_wanted: Bool[Tensor, "prompt mix"]
+
+    @classmethod
+    def of(cls, factors: Factors, residual_gram: Tensor, kept: int) -> "_Module":
+        other_gram = gram(factors.other)
+        found = spectrum(factors, residual_gram, other_gram)
+        width = factors.other.shape[-1]
+        kept = width if kept < 0 else min(kept, width)
+        neurons = torch.zeros(len(factors.other), 0, dtype=torch.long, device=factors.other.device)
+        norms = neurons.float()
+        mixes_BKT = found.leading[:, None]
+        if kept:
+            norms, neurons = extremes(neuron_norms(factors, residual_gram), kept, largest=True)
+            index = neurons[:, None].expand(-1, factors.other.shape[1], -1)
+            mixes_BKT = torch.cat([mixes_BKT, factors.other.gather(-1, index).mT], dim=1)
+        mix_wanted = torch.cat([(found.values[:, :1] > 0), norms > 0], dim=1)
+        grad_norm = frobenius(residual_gram, other_gram)
+        return cls(factors, found, grad_norm, neurons, norms, mixes_BKT, mix_wanted)
+
+
+@dataclass(frozen=True)
+class _Group:
+    vectors: Vectors
+    modules: list[_Module]
+    residual_gram: Float[Tensor, "prompt position position"]
+
+
+def _finite(values: Float[Tensor, "prompt position width"], batch: Batch) -> Bool[Tensor, " prompt"]:
+    return values.masked_fill(~batch.mask[..., None], 0).isfinite().flatten(1).all(-1)
+
+
+def _ragged(values: Float[Tensor, "row value"], lengths: np.ndarray | None = None) -> Ragged:
+    """The first `lengths[i]` values of row i; the whole rows when no lengths are given."""
+    array = values.cpu().numpy()
+    if lengths is None:
+        lengths = np.full(len(array), array.shape[1])
+    return Ragged(array[np.arange(array.shape[1]) < lengths[:, None]], lengths)
+
+
+def _quadratic(mixes_BKT: Tensor, gram_BTT: Tensor) -> Float[Tensor, "prompt mix"]:
+    """a K aᵀ of every mix: the squared length of the mixed vector."""
+    return ((mixes_BKT @ gram_BTT) * mixes_BKT).sum(-1).clamp_min(0)
+
+
+def _projections(selection: Selection, valid: Bool[Tensor, " row"]) -> Projections:
+    columns = {name: getattr(selection, name).cpu().numpy() for name in Selection.__dataclass_fields__}
+    return Projections(valid=valid.cpu().numpy(), **columns)
+
+
+def _rows_of(projections: Projections, shape: torch.Size, mixes: slice) -> Projections:
+    """The rows of some of every prompt's mixes, out of rows laid out (prompt, mix)."""
+    keep = np.zeros(shape, dtype=bool)
+    keep[:, mixes] = True
+    flat = keep.ravel()
+    kept = flat[projections.valid]
+    columns = {
+        name: getattr(projections, name)[kept] for name in Projections.__dataclass_fields__ if name != "valid"
+    }
+    return Projections(valid=projections.valid[flat], **columns)

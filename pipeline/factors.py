@@ -1,0 +1,123 @@
+"""What the factors of a gradient say without the gradient: norms, spectrum, neurons.
+
+A gradient G = Xᵀ Δ is held as its residual side S (positions, d_model) and its other side O (positions, m):
+(X, Δ) for modules that read the residual stream, (Δ, X) for those that write to it. With the Gram matrices
+K_S = S Sᵀ and K_O = O Oᵀ, both n × n for n positions, everything here is an n × n problem. Gram matrices are
+float64: their eigenvalues are squares, and float32 would lose half the digits of small singular values.
+
+Shapes: B prompts, T positions, D d_model, M neurons. Padding rows of both sides are zero.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pipeline.capture import Batch, Gradient
+from pipeline.models.layout import READS
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One matrix's gradient for a batch: neuron j's gradient is Σ over positions of other[i, j] · residual[i]."""
+
+    layer: int
+    module: str
+    residual: Float[Tensor, "prompt position d_model"]
+    other: Float[Tensor, "prompt position neuron"]
+
+    @property
+    def x(self) -> Float[Tensor, "prompt position d_in"]:
+        return self.residual if self.module in READS else self.other
+
+    @property
+    def vjp(self) -> Float[Tensor, "prompt position d_out"]:
+        return self.other if self.module in READS else self.residual
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of G and its leading left direction on the residual side."""
+
+    values: Float[Tensor, "prompt value"]
+    """Descending; as many as the padded positions allow, zeros behind a prompt's own."""
+    rank: Int[Tensor, " prompt"]
+    """Singular values above σ₁ · max(d_model, m) · ε of float32, as `torch.linalg.matrix_rank` counts them."""
+    leading: Float[Tensor, "prompt position"]
+    """Coefficients over positions of the leading direction: unit length in d_model, largest entry positive."""
+
+
+def factors_of(gradient: Gradient, batch: Batch, x: Float[Tensor, "prompt position d_in"]) -> Factors:
+    """Float32 factors with padding zeroed; `x` is the gradient's input already so treated (`masked`)."""
+    vjp = masked(gradient.vjp, batch)
+    residual, other = (x, vjp) if gradient.module in READS else (vjp, x)
+    return Factors(gradient.layer, gradient.module, residual, other)
+
+
+def masked(values: Float[Tensor, "prompt position width"], batch: Batch) -> Float[Tensor, "prompt position width"]:
+    """Float32, zero at padding and throughout a prompt that has a non-finite entry at a real position."""
+    values = values.float().masked_fill(~batch.mask[..., None].to(values.device), 0.0)
+    finite = values.isfinite().flatten(1).all(-1)
+    return values.masked_fill(~finite[:, None, None], 0.0)
+
+
+def gram(vectors: Float[Tensor, "prompt position width"]) -> Float[Tensor, "prompt position position"]:
+    """All inner products, in float64."""
+    vectors = vectors.double()
+    return vectors @ vectors.mT
+
+
+def spectrum(
+    factors: Factors,
+    residual_gram: Float[Tensor, "prompt position position"],
+    other_gram: Float[Tensor, "prompt position position"],
+) -> Spectrum:
+    """Singular values of G = Sᵀ O from the n × n problem.
+
+    With K_S = Q Λ Qᵀ, the non-zero eigenvalues of G Gᵀ = Sᵀ K_O S are those of M = Λ^½ Qᵀ K_O Q Λ^½, and an
+    eigenvector w of M with value σ² gives the left direction u = Sᵀ a with a = K_O Q Λ^½ w / σ², no division by
+    small eigenvalues.
+    """
+    eigenvalues, q = torch.linalg.eigh(residual_gram)
+    root = eigenvalues.clamp_min(0).sqrt()
+    half = q * root[:, None, :]
+    squares, vectors = torch.linalg.eigh(half.mT @ other_gram @ half)
+    values = squares.flip(-1).clamp_min(0).sqrt()
+    largest = values[:, :1]
+    widest = max(factors.residual.shape[-1], factors.other.shape[-1])
+    rank = ((values > largest * widest * torch.finfo(torch.float32).eps) & (largest > 0)).sum(-1)
+    leading = (other_gram @ half @ vectors[..., -1:]).squeeze(-1) / largest.square().clamp_min(1e-300)
+    return Spectrum(values.float(), rank, _sign_fixed(leading.float(), factors.residual))
+
+
+def _sign_fixed(
+    coefficients: Float[Tensor, "prompt position"], residual: Float[Tensor, "prompt position d_model"]
+) -> Float[Tensor, "prompt position"]:
+    direction = (coefficients[:, None] @ residual).squeeze(1)
+    largest = direction.gather(-1, direction.abs().argmax(-1, keepdim=True))
+    return torch.where(largest < 0, -coefficients, coefficients)
+
+
+def frobenius(
+    residual_gram: Float[Tensor, "prompt position position"],
+    other_gram: Float[Tensor, "prompt position position"],
+) -> Float[Tensor, " prompt"]:
+    """‖G‖² = Σ over position pairs of K_S ∘ K_O, so the norm needs no spectrum."""
+    return (residual_gram * other_gram).sum((-1, -2)).clamp_min(0).sqrt().float()
+
+
+def neuron_norms(
+    factors: Factors, residual_gram: Float[Tensor, "prompt position position"]
+) -> Float[Tensor, "prompt neuron"]:
+    """‖g_j‖ = sqrt(o_jᵀ K_S o_j) for every neuron j, with o_j its coefficients over positions."""
+    other = factors.other.double()
+    return (other * (residual_gram @ other)).sum(-2).clamp_min(0).sqrt().float()
+
+
+def main_positions(
+    coefficients: Float[Tensor, "prompt neuron position"], residual_gram: Float[Tensor, "prompt position position"]
+) -> Int[Tensor, "prompt neuron"]:
+    """The position whose term other[i, j] · residual[i] is longest; the first one when several are."""
+    lengths = residual_gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    return (coefficients.double().abs() * lengths[:, None]).argmax(-1)

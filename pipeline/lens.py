@@ -1,0 +1,174 @@
+"""The lens: final norm, then unembedding, in the form lens(v) = s(v) · A v + c.
+
+A norm is affine up to one scalar per vector, so scores of a *sum* of vectors follow from scores of its terms:
+A v is linear, and only s(v) has to be known for the sum. That is what lets a neuron's projection come from the
+projections of its prompt's positions (DESIGN §3).
+
+With w, b, ε the norm's weight, bias and epsilon, C the centring of a LayerNorm (the identity for an RMSNorm),
+U the unembedding and h its bias:
+
+    A v = U (w ∘ C v)        c = U b + h        s(v) = (‖C v‖² / d + ε)^(-1/2)
+
+Which norm it is, and its w, b and ε, are read off the module's own outputs: class names say nothing certain
+(Gemma's RMSNorm multiplies by 1 + w).
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from pipeline.errors import BacklensError
+from pipeline.models.anatomy import Anatomy
+
+Scaling = Literal["raw", "unit"]
+
+TOLERANCE = 1e-5
+"""Largest relative difference allowed between the affine form and the norm itself."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A final norm as an affine map up to one scalar per vector; float32."""
+
+    weight: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"]
+    eps: float
+    centred: bool
+
+    def centre(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        return vectors - vectors.mean(-1, keepdim=True) if self.centred else vectors
+
+    def __call__(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        centred = self.centre(vectors)
+        scale = (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return scale * centred * self.weight + self.bias
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Scores over the vocabulary for vectors of width d_model, before any logit soft-cap."""
+
+    norm: Norm
+    unembedding: Float[Tensor, "vocabulary d_model"]
+    """U, the model's own parameter in its own dtype; tiles of it are read as float32."""
+    constant: Float[Tensor, " vocabulary"]
+    """c, the scores of the zero vector."""
+    scaling: Scaling
+
+    @property
+    def vocabulary(self) -> int:
+        return self.unembedding.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        return self.unembedding.shape[1]
+
+    def linear(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """w ∘ C v: what the unembedding multiplies, before s(v)."""
+        return self.norm.centre(vectors) * self.norm.weight
+
+    def scale(
+        self, squared_norm: Float[Tensor, "*batch"], squared_centred: Float[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch"]:
+        """s(v) from ‖v‖² and ‖C v‖²; for `unit` scaling, the s that gives lens(v / ‖v‖).
+
+        A zero vector gets a finite value of no meaning: its scores are not reported.
+        """
+        if self.scaling == "raw":
+            return (squared_centred / self.d_model + self.norm.eps).rsqrt()
+        # (‖Cv‖² / (d ‖v‖²) + ε)^(-1/2) / ‖v‖, with one root so that tiny vectors keep their precision
+        smallest = torch.finfo(squared_norm.dtype).tiny
+        return (squared_centred / self.d_model + self.norm.eps * squared_norm).clamp_min(smallest).rsqrt()
+
+    def tile(self, start: int, stop: int) -> Float[Tensor, "tile d_model"]:
+        return self.unembedding[start:stop].float()
+
+    def rows(self, token_ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
+        return self.unembedding[token_ids].float()
+
+
+def make_lens(parts: Anatomy, scaling: Scaling) -> Lens:
+    """Probe the final norm and fold its bias with the head's into the constant.
+
+    Raises BacklensError when the norm is not affine up to one scalar per vector.
+    """
+    norm = probe_norm(parts.final_norm, parts.d_model, parts.unembedding.device)
+    constant = fold_bias(parts.unembedding, norm.bias)
+    head_bias = getattr(parts.head, "bias", None)
+    if isinstance(head_bias, Tensor):
+        constant = constant + head_bias.float()
+    return Lens(norm, parts.unembedding.detach(), constant, scaling)
+
+
+def fold_bias(
+    unembedding: Float[Tensor, "vocabulary d_model"], bias: Float[Tensor, " d_model"], tile: int = 16384
+) -> Float[Tensor, " vocabulary"]:
+    """U b in float32, tile by tile so that a half-precision U is never copied whole."""
+    return torch.cat([part.float() @ bias for part in unembedding.split(tile)])
+
+
+@torch.no_grad()
+def probe_norm(module: nn.Module, d_model: int, device: torch.device) -> Norm:
+    """Read w, b, ε and the kind off the module's outputs on chosen inputs, then verify on random ones.
+
+    Raises BacklensError if the found form differs from the module by more than TOLERANCE anywhere.
+    """
+    module = copy.deepcopy(module).float().eval()
+    balanced = _balanced(d_model).to(device)
+    size = float(balanced.square().mean().sqrt())
+    bias = module(torch.zeros(d_model, device=device))
+    # At this length ε vanishes; the difference of the two signs cancels b instead of rounding it into w.
+    large = 2.0**20
+    weight = (module(balanced * large) - module(-balanced * large)) / 2 * size / balanced
+    uniform = module(torch.full_like(balanced, large)) - bias
+    centred = bool(uniform.abs().max() < 1e-3 * weight.abs().max())
+    norm = Norm(weight, bias, _probe_eps(module, weight, bias, balanced), centred)
+    _verify_norm(norm, module, d_model, device)
+    return norm
+
+
+def _balanced(d_model: int) -> Float[Tensor, " d_model"]:
+    """No entry zero and mean zero, so that centring changes nothing: 1, −1, 1, … (an odd width ends 2, −1, −1)."""
+    balanced = torch.ones(d_model)
+    balanced[1::2] = -1
+    if d_model % 2:
+        balanced[-3:] = torch.tensor([2.0, -1.0, -1.0])
+    return balanced
+
+
+def _probe_eps(module: nn.Module, weight: Tensor, bias: Tensor, balanced: Tensor) -> float:
+    """ε from the size t at which the output is nearest to 1/√2 of its limit, where it is best determined.
+
+    There the module answers t / sqrt(t² m + ε) per unit of w ∘ balanced, with m the mean square of `balanced`.
+    """
+    strongest = int((weight * balanced).abs().argmax())
+    unit = float((weight * balanced)[strongest])
+    mean_square = float(balanced.square().mean())
+    nearest, eps = math.inf, 0.0
+    for exponent in range(-40, 8):
+        t = 2.0**exponent
+        response = float((module(balanced * t) - module(-balanced * t))[strongest]) / (2 * unit)
+        distance = abs(response * mean_square**0.5 - 0.5**0.5)
+        if response > 0 and distance < nearest:
+            nearest, eps = distance, t * t * (1 / response**2 - mean_square)
+    # ε is a short decimal in every configuration, and the estimate is good to about six digits
+    return float(f"{max(eps, 0.0):.4g}")
+
+
+def _verify_norm(norm: Norm, module: nn.Module, d_model: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for exponent in range(-24, 25, 4):
+        vectors = (torch.randn(8, d_model, generator=generator) * 2.0**exponent).to(device)
+        vectors[4:] += vectors[4:].std()
+        expected = module(vectors)
+        error = float((norm(vectors) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        if not error <= TOLERANCE:
+            raise BacklensError(
+                f"model: the final norm ({type(module).__name__}) is not affine up to a scalar per vector "
+                f"(relative error {error:.1e} at vectors of size 2^{exponent}); the lens cannot be exact for it"
+            )
