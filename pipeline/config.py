@@ -1,7 +1,13 @@
 """Everything a run is told. One frozen dataclass is the command line, the YAML file and the replay file."""
 
-from dataclasses import dataclass
-from typing import Literal
+import difflib
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+import yaml
+from cyclopts import Group, Parameter
+
+from pipeline.errors import BacklensError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PromptFormat = Literal["auto", "jsonl", "csv", "parquet", "counterfact", "zsre", "dataset"]
@@ -15,3 +21,145 @@ class PromptFields:
     target: str | None = None
     subject: str | None = None
     id: str | None = None
+
+
+MODEL = Parameter(group=Group("Model", sort_key=1))
+PROMPTS = Parameter(group=Group("Prompts", sort_key=2))
+WHAT = Parameter(group=Group("What is computed", sort_key=3))
+LENS = Parameter(group=Group("Lens", sort_key=4))
+BATCH = Parameter(group=Group("Batches and shards", sort_key=5))
+ENGINE = Parameter(group=Group("Engine", sort_key=6))
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A run's options; the same words are flags and YAML keys."""
+
+    model: Annotated[str | None, MODEL] = None
+    """A model directory or hub id. Default: the bundled demo model."""
+    revision: Annotated[str | None, MODEL] = None
+    """A branch, tag or commit of a hub model."""
+    dtype: Annotated[Dtype, MODEL] = "auto"
+    """The weights' type; auto is the checkpoint's own. Norms, lens and ranks are float32 in any case."""
+    attention: Annotated[Literal["exact", "fast"], MODEL] = "exact"
+    """exact: rows do not depend on batch or padding. fast: the model's own fused kernels."""
+    trust_remote_code: Annotated[bool, MODEL] = False
+    """Run the Python code that a hub model brings with it."""
+
+    prompts: Annotated[str | None, PROMPTS] = None
+    """A file or URL, a saved dataset's folder, or a hub dataset id. Default: the demo's facts."""
+    format: Annotated[PromptFormat, PROMPTS] = "auto"
+    """How to read it; auto goes by the file's name and content."""
+    limit: Annotated[int | None, PROMPTS] = None
+    """Only the first N prompts."""
+    prompt_field: Annotated[str | None, PROMPTS] = None
+    """The column of the prompt."""
+    target_field: Annotated[str | None, PROMPTS] = None
+    """The column of the target (CounterFact: target_new or target_true)."""
+    subject_field: Annotated[str | None, PROMPTS] = None
+    """The column of the subject."""
+    id_field: Annotated[str | None, PROMPTS] = None
+    """The column of the prompt's own id."""
+    prepend_bos: Annotated[Literal["auto", "true", "false"], PROMPTS] = "auto"
+    """Begin with the tokenizer's beginning-of-sequence token; auto does as the tokenizer does."""
+    target_mode: Annotated[Literal["first", "all"], PROMPTS] = "first"
+    """The loss is over the target's first token, or teacher-forced over all of them."""
+    on_error: Annotated[Literal["record", "fail"], PROMPTS] = "record"
+    """What a bad prompt does: go to the `failures` table, or stop the run."""
+
+    out: Annotated[str | None, WHAT] = None
+    """The run directory, a path or URL. Default for the demo: ./demo-run."""
+    layers: Annotated[str, WHAT] = "all"
+    """all, or block indices such as "0-5,11"."""
+    modules: Annotated[str, WHAT] = "mlp"
+    """mlp, attn, all, or names such as "mlp.down,attn.o"."""
+    positions: Annotated[Literal["all", "last", "subject+last"], WHAT] = "all"
+    """Which positions get a row in `tokens`."""
+    top_k: Annotated[int, WHAT] = 10
+    """Tokens in each top and bottom list."""
+    neurons: Annotated[int, WHAT] = 16
+    """Neurons kept per prompt, layer and module, strongest first; 0 none, -1 all."""
+    save_factors: Annotated[bool, WHAT] = False
+    """Also write x and δ of every position (large)."""
+
+    scaling: Annotated[Literal["raw", "unit"], LENS] = "raw"
+    """raw: the final norm as it is. unit: vectors are divided by their length first."""
+
+    batch_tokens: Annotated[int, BATCH] = 2048
+    """Tokens in a batch, padding included."""
+    shard_prompts: Annotated[int | None, BATCH] = None
+    """Prompts in a shard, the unit of commit. Default: by the rows they make, at most 256."""
+
+    executor: Annotated[Literal["local", "ray"], ENGINE] = "ray"
+    """local: this process. ray: one actor per replica."""
+    replicas: Annotated[int, ENGINE] = 1
+    """Copies of the model that work side by side (ray)."""
+    sharding: Annotated[Literal["none"], ENGINE] = "none"
+    """How one copy is spread over devices."""
+    gpus_per_replica: Annotated[int | None, ENGINE] = None
+    """GPUs that one copy asks for (ray). Default: 1 if the cluster has any."""
+    address: Annotated[str | None, ENGINE] = None
+    """A running Ray cluster. Default: $RAY_ADDRESS, else one on this machine for the length of the run."""
+
+    def __post_init__(self) -> None:
+        """Raises BacklensError naming the flag and the values it takes."""
+        _require(self.top_k >= 1, f"--top-k {self.top_k}: keep at least one token")
+        _require(self.neurons >= -1, f"--neurons {self.neurons}: give a number of neurons, 0 for none, -1 for all")
+        _require(self.limit is None or self.limit >= 1, f"--limit {self.limit}: give 1 or more")
+        _require(self.batch_tokens >= 1, f"--batch-tokens {self.batch_tokens}: give 1 or more")
+        shard = self.shard_prompts
+        _require(shard is None or shard >= 1, f"--shard-prompts {shard}: give 1 or more")
+        _require(self.replicas >= 1, f"--replicas {self.replicas}: give 1 or more")
+        gpus = self.gpus_per_replica
+        _require(gpus is None or gpus >= 0, f"--gpus-per-replica {gpus}: give 0 or more")
+        _require(
+            self.executor == "ray" or (self.replicas == 1 and self.address is None),
+            "--executor local runs one copy in this process; use --executor ray with --replicas or --address",
+        )
+
+    @property
+    def prompt_fields(self) -> PromptFields:
+        return PromptFields(self.prompt_field, self.target_field, self.subject_field, self.id_field)
+
+    def to_yaml(self) -> str:
+        """The options as `backlens run` reads them back, defaults included."""
+        values = {flag(field.name): getattr(self, field.name) for field in fields(self)}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def flag(name: str) -> str:
+    """A field's word on the command line and in YAML, without dashes in front."""
+    return name.replace("_", "-")
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The options of a YAML file, by field name; options set to null are left to their defaults.
+
+    Raises BacklensError for a file that is not a mapping, and for an unknown key, naming the nearest known one.
+    """
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BacklensError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise BacklensError(f"{path}: a configuration is a mapping of options, e.g. `top-k: 10`")
+    known = [field.name for field in fields(RunConfig)]
+    options: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{flag(near[0])}'?" if near else "; see `backlens run --help`"
+            raise BacklensError(f"{path}: unknown option '{key}'{hint}")
+        if value is not None:
+            options[name] = value
+    return options
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise BacklensError(message)

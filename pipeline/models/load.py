@@ -1,6 +1,7 @@
 """Models and tokenizers from a path or the hub, ready for a backward pass that stops at activations."""
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,16 @@ class LoadedModel:
     anatomy: Anatomy
 
 
+def quiet_transformers() -> None:
+    """Progress bars and advice of the loading libraries would tear a run's own lines apart."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
 def load_config(source: ModelSource) -> PretrainedConfig:
     """Read the model's configuration alone: no weights."""
+    quiet_transformers()
     try:
         return AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -72,8 +81,7 @@ def load_model(source: ModelSource, device: torch.device) -> LoadedModel:
     `exact` attention is the eager one: memory-efficient kernels make gradients depend on padding and batch
     (DESIGN §8). Evaluation mode is forced because a model saved in train mode would run with dropout.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     tokenizer = load_tokenizer(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -124,7 +132,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _unreadable(source: ModelSource, error: Exception) -> BacklensError:
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if not os.path.isdir(source.path) and (source.path.startswith((".", "/", "~")) or "/" not in source.path):
-        return BacklensError(f"model: no directory {source.path}, and it is not a hub id such as owner/name")
-    return BacklensError(f"model: {source.path} cannot be loaded: {first_line}")
+    if os.path.isdir(source.path):
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return BacklensError(f"model: {source.path} cannot be loaded: {first_line}")
+    return BacklensError(
+        f"model: '{source.path}' is no directory here, and the hub has no such model or cannot be reached; "
+        "give --model a directory that `save_pretrained` wrote, or a hub id such as owner/name"
+    )

@@ -1,0 +1,73 @@
+"""What a command prints when it is done."""
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.engine.driver import Report
+
+STAGES = {
+    "tokenize": "tokenize",
+    "model": "forward and backward",
+    "factors": "factors (norms, spectra, neurons)",
+    "lens": "lens (projection, top-k, ranks)",
+    "rows": "rows",
+    "tables": "Arrow tables",
+    "write": "write Parquet and commit",
+}
+
+
+def print_report(report: Report) -> None:
+    """Prompts, rows, speed, where the time went, and what to do next."""
+    console = Console(highlight=False)
+    failures = report.rows.get("failures", 0)
+    if report.prompts:
+        console.print(
+            f"{report.prompts:,} prompts in {report.seconds:.1f} s "
+            f"({report.seconds_to_start:.1f} s to plan and load): {report.prompts_per_second:,.1f} prompts/s"
+        )
+    else:
+        console.print(f"nothing to do: {report.out} is complete")
+    if report.prompts and report.resumed_prompts:
+        console.print(f"{report.resumed_prompts:,} more were done before")
+    if report.deaths:
+        console.print(f"{report.deaths} workers died and were replaced")
+    console.print(_rows_table(report))
+    if report.prompts:
+        console.print(_stages_table(report))
+    if failures:
+        console.print(f"{failures:,} prompts could not be processed; the reasons are in the table `failures`:")
+        console.print(f'  backlens query {report.out} --sql "SELECT * FROM failures"', soft_wrap=True)
+    console.print("Next:")
+    for command in next_commands(report.out):
+        console.print(f"  {command}", soft_wrap=True, markup=False)
+
+
+def next_commands(out: str) -> tuple[str, str, str]:
+    """Three questions worth asking of any run."""
+    return (
+        f"backlens query {out} --prompt 0",
+        f'backlens query {out} --sql "SELECT layer, module, avg(target_rank) AS target_rank FROM layers '
+        'GROUP BY ALL ORDER BY ALL"',
+        f'backlens query {out} --sql "SELECT layer, neuron, count(*) AS prompts, avg(grad_norm) AS grad_norm '
+        "FROM neurons WHERE module = 'mlp.down' GROUP BY ALL ORDER BY prompts DESC LIMIT 10\"",
+    )
+
+
+def _rows_table(report: Report) -> Table:
+    table = Table("table", "rows", title=None)
+    table.columns[1].justify = "right"
+    for name, rows in report.rows.items():
+        table.add_row(name, f"{rows:,}")
+    return table
+
+
+def _stages_table(report: Report) -> Table:
+    """Worker seconds; writing overlaps computing, so the sum can exceed the wall time."""
+    table = Table("stage", "seconds", "share")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    known = {label: report.stages[stage] for stage, label in STAGES.items() if stage in report.stages}
+    total = sum(known.values()) or 1.0
+    for label, seconds in known.items():
+        table.add_row(label, f"{seconds:.2f}", f"{seconds / total:.0%}")
+    return table

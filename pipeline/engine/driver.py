@@ -1,0 +1,149 @@
+"""The driver: plans, hands shards to an executor, and closes the run. It holds no weights and no rows."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+from pipeline.config import RunConfig
+from pipeline.engine.executors import Executor, LocalExecutor
+from pipeline.engine.plan import RunPlan, fingerprint, make_plan, with_demo_defaults
+from pipeline.engine.versions import package_versions
+from pipeline.errors import Interrupted
+from pipeline.models.load import load_tokenizer
+from pipeline.models.vocabulary import vocabulary
+from pipeline.prompts.read import read_prompts
+from pipeline.prompts.shards import shards
+from pipeline.store.card import count_rows
+from pipeline.store.commit import ShardCommit, committed
+from pipeline.store.files import Directory
+from pipeline.store.lock import DriverLock
+from pipeline.store.rundir import RunDirectory, finish, open_run
+from pipeline.store.vocab import write_vocab
+
+
+class Progress(Protocol):
+    """Told what happens, in order, to show it."""
+
+    def planned(self, plan: RunPlan, already_done: int) -> None: ...
+
+    def started(self, workers: int, devices: str, seconds: float) -> None: ...
+
+    def committed(self, commit: ShardCommit) -> None: ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did, and where its time went."""
+
+    out: str
+    prompts: int
+    """Prompts processed by this command, failures included."""
+    resumed_prompts: int
+    """Prompts that an earlier command had done."""
+    rows: Mapping[str, int]
+    """Rows of each table, earlier commands' included."""
+    seconds: float
+    seconds_to_start: float
+    """Planning, and loading the models."""
+    stages: Mapping[str, float] = field(default_factory=dict)
+    """Worker seconds by stage, summed over workers."""
+    deaths: int = 0
+    """Workers that died and were replaced."""
+
+    @property
+    def prompts_per_second(self) -> float:
+        return self.prompts / max(self.seconds - self.seconds_to_start, 1e-9)
+
+
+def run(config: RunConfig, progress: Progress) -> Report:
+    """Run what `config` says, or what is left of it.
+
+    Raises BacklensError before anything is computed for what the user can mend, Interrupted when the run stopped
+    halfway; the same call then goes on.
+    """
+    started = time.perf_counter()
+    config = with_demo_defaults(config)
+    assert config.out is not None
+    directory = Directory.at(config.out)
+    with DriverLock(directory):
+        plan = make_plan(config)
+        opened = open_run(
+            directory,
+            fingerprint(plan),
+            config=asdict(config),
+            config_yaml=config.to_yaml(),
+            plan=plan.shards,
+            model=plan.model_facts,
+            versions=package_versions(),
+        )
+        directory.remove_leftovers()
+        write_vocab(directory, *vocabulary(load_tokenizer(plan.source), plan.model_facts["vocabulary"]))
+        done = committed(directory)
+        progress.planned(plan, sum(commit.prompts for commit in done.values()))
+        work = _run_shards(plan, opened, set(done), progress, started)
+        finished = finish(opened) if opened.record.status != "done" else opened
+        commits = list(committed(finished.directory).values())
+        return Report(
+            out=str(directory),
+            prompts=work.prompts,
+            resumed_prompts=sum(commit.prompts for commit in done.values()),
+            rows=count_rows(commits),
+            seconds=time.perf_counter() - started,
+            seconds_to_start=work.seconds_to_start,
+            stages=work.stages,
+            deaths=work.deaths,
+        )
+
+
+@dataclass
+class _Work:
+    """What this command added up while shards came in."""
+
+    prompts: int = 0
+    seconds_to_start: float = 0.0
+    stages: Counter[str] = field(default_factory=Counter)
+    deaths: int = 0
+
+
+def _run_shards(
+    plan: RunPlan, opened: RunDirectory, done: set[int], progress: Progress, started: float
+) -> _Work:
+    work = _Work()
+    if len(done) == plan.shards.shards:
+        work.seconds_to_start = time.perf_counter() - started
+        return work
+    config = plan.config
+    assert config.prompts is not None
+    records = read_prompts(config.prompts, config.format, config.prompt_fields, config.limit)
+    left = (s for s in shards(records, opened.record.plan.shard_prompts) if s.index not in done)
+    with _executor(config) as executor:
+        workers = executor.start(plan.job(opened.directory))
+        work.seconds_to_start = time.perf_counter() - started
+        devices = ", ".join(sorted({worker.device for worker in workers}))
+        progress.started(len(workers), devices, work.seconds_to_start)
+        for commit in executor.run(left):
+            work.prompts += commit.prompts
+            work.stages.update({k.removeprefix("seconds_"): v for k, v in commit.stats.items() if k != "tokens"})
+            progress.committed(commit)
+        work.deaths = executor.deaths
+    missing = plan.shards.shards - len(committed(opened.directory))
+    if missing:
+        raise Interrupted(f"out: {opened.directory} lacks {missing} shards; did the prompts change during the run?")
+    return work
+
+
+@contextmanager
+def _executor(config: RunConfig) -> Iterator[Executor]:
+    if config.executor == "local":
+        executor: Executor = LocalExecutor()
+    else:
+        from pipeline.engine.ray_executor import RayExecutor, RayOptions  # Ray takes seconds to import
+
+        executor = RayExecutor(RayOptions(config.address, config.replicas, config.gpus_per_replica))
+    try:
+        yield executor
+    finally:
+        executor.stop()

@@ -1,0 +1,164 @@
+"""A configuration resolved against the model's configuration and the prompts: what will run, and its fingerprint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from pipeline.config import RunConfig
+from pipeline.engine.extract import Wanted
+from pipeline.engine.worker import Job
+from pipeline.errors import BacklensError
+from pipeline.models.layout import LAYOUTS, MODULES
+from pipeline.models.load import ModelSource, load_config, load_tokenizer, model_files, tokenizer_hash, weight_hash
+from pipeline.prompts.survey import Survey, survey
+from pipeline.store.files import Directory
+from pipeline.store.rundir import FingerprintValue
+from pipeline.store.rundir import Plan as ShardPlan
+
+MOST_SHARD_PROMPTS = 256
+SHARD_TOKEN_ROWS = 1_000_000
+"""Rows of `tokens` that a shard should not exceed by much: they are held in memory until they are written."""
+CHARACTERS_PER_TOKEN = 3.5
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a configuration comes to."""
+
+    config: RunConfig
+    source: ModelSource
+    model_config: PretrainedConfig
+    survey: Survey
+    shards: ShardPlan
+    wanted: Wanted
+
+    @property
+    def model_facts(self) -> dict[str, Any]:
+        config = self.model_config
+        return {
+            "name": self.source.path,
+            "family": str(config.model_type),
+            "layers": int(config.num_hidden_layers),
+            "d_model": int(config.hidden_size),
+            "vocabulary": int(config.vocab_size),
+            "modules": list(self.wanted.modules),
+        }
+
+    def job(self, directory: Directory) -> Job:
+        return Job(
+            model=self.source,
+            wanted=self.wanted,
+            scaling=self.config.scaling,
+            prepend_bos=self.config.prepend_bos,
+            batch_tokens=self.config.batch_tokens,
+            on_error=self.config.on_error,
+            directory=directory,
+        )
+
+
+def with_demo_defaults(config: RunConfig) -> RunConfig:
+    """Fill in the bundled model, its facts and ./demo-run where nothing else is named."""
+    from pipeline.demo import FACTS, MODEL
+
+    if config.model is None and config.prompts is None and config.out is None:
+        config = replace(config, out="./demo-run")
+    model, prompts = config.model or str(MODEL), config.prompts or str(FACTS)
+    if config.out is None:
+        raise BacklensError("--out: name the directory for the results, e.g. --out ./run")
+    return replace(config, model=model, prompts=prompts)
+
+
+def make_plan(config: RunConfig) -> RunPlan:
+    """Resolve `config`: reads the model's configuration and every prompt once, loads no weights.
+
+    Raises BacklensError when model, prompts, layers or modules are not to be had, or, with `--on-error fail`,
+    when a prompt cannot be read.
+    """
+    assert config.model is not None
+    assert config.prompts is not None
+    source = ModelSource(
+        config.model, config.revision, config.dtype, config.attention, config.trust_remote_code
+    )
+    model_config = load_config(source)
+    family = str(model_config.model_type)
+    if family not in LAYOUTS:
+        raise BacklensError(f"model: family '{family}' is not known (known: {', '.join(sorted(LAYOUTS))})")
+    wanted = Wanted(
+        layers=parse_layers(config.layers, int(model_config.num_hidden_layers)),
+        modules=parse_modules(config.modules, tuple(LAYOUTS[family].matrices)),
+        positions=config.positions,
+        top_k=config.top_k,
+        target_mode=config.target_mode,
+        neurons=config.neurons,
+        save_factors=config.save_factors,
+    )
+    if config.top_k > int(model_config.vocab_size):
+        raise BacklensError(f"--top-k {config.top_k}: the vocabulary has {model_config.vocab_size} tokens")
+    found = survey(config.prompts, config.format, config.prompt_fields, config.limit)
+    if found.first_rejected is not None and config.on_error == "fail":
+        raise BacklensError(f"{found.first_rejected.message} (--on-error fail)")
+    if not found.prompts:
+        raise BacklensError(f"prompts: {config.prompts} holds no prompts")
+    size = config.shard_prompts or default_shard_prompts(found, wanted)
+    shards = ShardPlan(found.prompts, -(-found.prompts // size), size)
+    return RunPlan(config, source, model_config, found, shards, wanted)
+
+
+def fingerprint(plan: RunPlan) -> dict[str, FingerprintValue]:
+    """Everything that changes results, in the words of the command line. Reads the weights once, to hash them."""
+    config = plan.config
+    folder = model_files(plan.source)
+    return {
+        "model": f"weights {weight_hash(folder)[:16]}",
+        "tokenizer": tokenizer_hash(load_tokenizer(plan.source))[:16],
+        "prompts": f"content {plan.survey.digest[:16]}",
+        "number of prompts": plan.survey.prompts,
+        "dtype": config.dtype,
+        "attention": config.attention,
+        "prepend-bos": config.prepend_bos,
+        "target-mode": config.target_mode,
+        "layers": ",".join(map(str, plan.wanted.layers)),
+        "modules": ",".join(plan.wanted.modules),
+        "positions": config.positions,
+        "scaling": config.scaling,
+        "top-k": config.top_k,
+        "neurons": config.neurons,
+        "save-factors": config.save_factors,
+        "shard-prompts": plan.shards.shard_prompts,
+    }
+
+
+def default_shard_prompts(found: Survey, wanted: Wanted) -> int:
+    """By the rows that a prompt is expected to make; a function of the input alone, so that a resume agrees."""
+    tokens = 1 + found.characters / CHARACTERS_PER_TOKEN / max(1, found.prompts - found.rejected)
+    rows = tokens * len(wanted.layers) * len(wanted.modules)
+    return max(1, min(MOST_SHARD_PROMPTS, int(SHARD_TOKEN_ROWS / rows)))
+
+
+def parse_layers(text: str, count: int) -> tuple[int, ...]:
+    """`all`, or indices and ranges such as `0-5,11`, in ascending order."""
+    if text.strip() == "all":
+        return tuple(range(count))
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise BacklensError(f'--layers "{text}": \'{part}\' is no layer; write "all" or e.g. "0-5,11"')
+        start, stop = int(first), int(last if dash else first)
+        if start > stop or stop >= count:
+            raise BacklensError(f'--layers "{text}": the model has layers 0 to {count - 1}')
+        chosen.update(range(start, stop + 1))
+    return tuple(sorted(chosen))
+
+
+def parse_modules(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """`mlp`, `attn`, `all`, or names of modules, in the order of MODULES."""
+    chosen: set[str] = set()
+    for part in map(str.strip, text.split(",")):
+        matching = [name for name in known if part in ("all", name, name.partition(".")[0])]
+        if not matching:
+            raise BacklensError(f'--modules "{text}": no module \'{part}\' (there are {", ".join(known)})')
+        chosen.update(matching)
+    return tuple(name for name in MODULES if name in chosen)

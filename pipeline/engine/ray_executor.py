@@ -1,0 +1,173 @@
+"""Shards on Ray actors: one actor per replica of the model; this process only schedules.
+
+Ray schedules and restarts nothing for us: its own task retries burn out before a dead node is declared dead, and
+it does not know what is committed. So an actor that dies is replaced here, and its shards are given out again.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+
+from pipeline.engine.executors import AHEAD
+from pipeline.engine.worker import Job, Readiness, Worker
+from pipeline.errors import BacklensError, Interrupted
+from pipeline.prompts.shards import Shard
+from pipeline.store.commit import ShardCommit
+
+ATTEMPTS = 4
+"""How often a shard is tried on a worker that dies under it before the run stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class RayOptions:
+    """What to ask Ray for."""
+
+    address: str | None = None
+    """An existing cluster; None starts one on this machine for the length of the run."""
+    replicas: int = 1
+    gpus_per_replica: int | None = None
+    """None asks for one GPU where the cluster has any, else for none."""
+
+
+@dataclass(slots=True)
+class _Given:
+    """A shard in flight."""
+
+    shard: Shard
+    slot: int
+    attempt: int
+
+
+class RayExecutor:
+    """Keeps `replicas` actors busy with AHEAD shards each."""
+
+    def __init__(self, options: RayOptions) -> None:
+        self._options = options
+        self.deaths = 0
+        """Actors that died and were replaced."""
+
+    def start(self, job: Job) -> list[Readiness]:
+        _connect(self._options.address)
+        cpus, gpus = _resources(self._options)
+        self._remote = ray.remote(Worker).options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_concurrency=AHEAD + 1
+        )
+        self._job = job
+        self._threads = max(1, int(cpus))
+        self._actors: list[Any] = [self._new_actor() for _ in range(self._options.replicas)]
+        with _as_ours():
+            return ray.get([actor.ready.remote() for actor in self._actors])
+
+    def run(self, shards: Iterator[Shard]) -> Iterator[ShardCommit]:
+        running: dict[Any, _Given] = {}
+        for shard in shards:
+            while len(running) >= AHEAD * len(self._actors):
+                yield from self._wait(running)
+            self._give(shard, 1, running)
+        while running:
+            yield from self._wait(running)
+
+    def stop(self) -> None:
+        ray.shutdown()
+
+    def _new_actor(self) -> Any:
+        return self._remote.remote(self._job, self._threads)
+
+    def _give(self, shard: Shard, attempt: int, running: dict[Any, _Given]) -> None:
+        busy = [given.slot for given in running.values()]
+        slot = min(range(len(self._actors)), key=busy.count)
+        running[self._actors[slot].run.remote(shard)] = _Given(shard, slot, attempt)
+
+    def _wait(self, running: dict[Any, _Given]) -> Iterator[ShardCommit]:
+        """Wait for one shard; replace its actor if that is what ended it."""
+        finished, _ = ray.wait(list(running), num_returns=1)
+        given = running.pop(finished[0])
+        try:
+            with _as_ours():
+                commit = ray.get(finished[0])
+        except RayActorError as error:
+            self._replace(given, error, running)
+        else:
+            yield commit
+
+    def _replace(self, lost: _Given, error: RayActorError, running: dict[Any, _Given]) -> None:
+        """A new actor in the place of a dead one, and its shards given out again."""
+        self.deaths += 1
+        orphans = [lost, *(running.pop(ref) for ref in [r for r, g in running.items() if g.slot == lost.slot])]
+        worst = max(orphans, key=lambda given: given.attempt)
+        if worst.attempt >= ATTEMPTS:
+            raise Interrupted(
+                f"shard {worst.shard.index} was lost with its worker {ATTEMPTS} times "
+                f"({_reason(error)}); what is committed stays, the same command goes on from there"
+            )
+        # An actor that is only out of reach may still be at work; two workers on one shard would waste one.
+        ray.kill(self._actors[lost.slot])
+        self._actors[lost.slot] = self._new_actor()
+        for given in orphans:
+            self._give(given.shard, given.attempt + 1, running)
+
+
+def _connect(address: str | None) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(address="local", include_dashboard=False, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = address or "a local cluster"
+        raise BacklensError(f"address: cannot reach Ray at {where}: {_reason(error)}") from error
+
+
+def _resources(options: RayOptions) -> tuple[float, float]:
+    """CPUs and GPUs to ask for per replica: the cluster's CPUs shared out, so that every replica fits."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total_gpus = sum(node.get("GPU", 0) for node in nodes)
+    gpus = options.gpus_per_replica
+    if gpus is None:
+        gpus = 1 if total_gpus else 0
+    most_cpus = max(node.get("CPU", 0) for node in nodes)
+    share = sum(node.get("CPU", 0) for node in nodes) / options.replicas
+    cpus = min(float(int(share)) if share >= 1 else int(share * 100) / 100, most_cpus)
+    if cpus <= 0 or gpus * options.replicas > total_gpus:
+        raise BacklensError(
+            f"replicas: {options.replicas} with {gpus} GPU each do not fit: the cluster has {total_gpus:g} GPUs "
+            f"and {share * options.replicas:g} CPUs; ask for fewer --replicas or --gpus-per-replica"
+        )
+    return cpus, gpus
+
+
+@contextmanager
+def _as_ours() -> Iterator[None]:
+    """Give back the error that a worker raised, as if it had been raised here."""
+    try:
+        yield
+    except ActorDiedError as error:
+        _raise_ours(error)
+        if error.actor_init_failed:
+            raise Interrupted(f"a worker could not start: {_reason(error)}") from error
+        raise
+    except RayTaskError as error:
+        _raise_ours(error)
+        raise
+
+
+def _raise_ours(error: BaseException) -> None:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, BacklensError):
+            raise type(cause)(str(getattr(cause, "cause", cause))) from error
+        cause = getattr(cause, "cause", None) or cause.__cause__
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
