@@ -1,0 +1,124 @@
+"""Where prompts are read from: a local path or any fsspec URL, compressed or not."""
+
+import contextlib
+import functools
+import io
+import itertools
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any, NoReturn
+
+import fsspec
+import fsspec.compression
+import fsspec.utils
+
+from pipeline.errors import BacklensError
+
+_COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
+
+# What decompressors and file systems raise on damaged or vanishing data.
+READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+
+_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place to read from, and the short name that messages call it by."""
+
+    url: str
+    """As the user wrote it."""
+
+    @functools.cached_property
+    def _located(self) -> tuple[Any, str]:
+        with self._reporting():
+            return fsspec.core.url_to_fs(self.url)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path: enough to find the file, the same wherever it lies."""
+        return one_line(self.url.rstrip("/").rsplit("/", 1)[-1])
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of the content, whatever it is compressed with: `.jsonl` of `prompts.jsonl.gz`."""
+        name = self.name.lower()
+        if name.endswith(_COMPRESSION_SUFFIXES):
+            name = name.rpartition(".")[0]
+        _, dot, suffix = name.rpartition(".")
+        return dot + suffix if dot else ""
+
+    def exists(self) -> bool:
+        file_system, path = self._located
+        with self._reporting():
+            return file_system.exists(path)
+
+    def is_directory(self) -> bool:
+        file_system, path = self._located
+        with self._reporting():
+            return file_system.isdir(path)
+
+    def holds(self, *names: str) -> bool:
+        """Whether the directory holds a file of one of these names."""
+        file_system, path = self._located
+        return any(file_system.exists(f"{path.rstrip('/')}/{name}") for name in names)
+
+    @contextmanager
+    def open(self, *, decompress: bool = True) -> Iterator[IO[bytes]]:
+        file_system, path = self._located
+        with contextlib.ExitStack() as stack:
+            with self._reporting():
+                stream = stack.enter_context(file_system.open(path, "rb"))
+                if decompress:
+                    stream = stack.enter_context(_decompressed(stream, path))
+            yield stream
+
+    def lines(self) -> Iterator[bytes]:
+        """The physical lines, one in memory at a time, each with its line break."""
+        with self.open() as stream:
+            lines = iter(stream)
+            for number in itertools.count(1):
+                line = self._next_line(lines, number)
+                if line is None:
+                    return
+                yield line
+
+    def _next_line(self, lines: Iterator[bytes], number: int) -> bytes | None:
+        try:
+            return next(lines, None)
+        except READ_ERRORS as error:
+            self.fail_at(f":{number}", error)
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Say in one line that the place cannot be reached."""
+        try:
+            yield
+        except Exception as error:  # every object store raises errors of its own
+            raise BacklensError(f"{self.url}: cannot be opened: {one_line(str(error))}") from error
+
+    def fail_at(self, place: str, error: Exception) -> NoReturn:
+        raise BacklensError(
+            f"{self.name}{place}: the file is damaged or incomplete: {one_line(str(error))}; fetch it again"
+        ) from error
+
+
+def one_line(text: str) -> str:
+    """Text that fits in a message: no line breaks, nothing that UTF-8 cannot hold."""
+    return " ".join(text.encode("utf-8", "replace").decode("utf-8").splitlines())
+
+
+def _decompressed(stream: IO[bytes], path: str) -> Any:
+    if path.lower().endswith(".zst"):
+        # fsspec reads zstd only where an extra package is installed; pyarrow always brings the codec.
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"), _BUFFER_BYTES)
+    compression = fsspec.utils.infer_compression(path.lower())
+    if compression is None:
+        return contextlib.nullcontext(stream)
+    openers: dict[Any, Any] = fsspec.compression.compr
+    return openers[compression](stream, mode="r")

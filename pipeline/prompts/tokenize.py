@@ -1,0 +1,232 @@
+"""From prompts to token ids: where the loss is taken, what the target is, which tokens the subject is.
+
+The last token of a prompt is the position of the loss, so nothing may come after the user's own text.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import BacklensError
+from pipeline.prompts.record import Prompt, Rejected
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+PrependBos = Literal["auto", "true", "false"]
+TargetMode = Literal["first", "all"]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    """The prompt's, special tokens at its front included. The loss is taken at the last one."""
+    target_ids: tuple[int, ...]
+    """The whole target's, in either target mode; never empty."""
+    subject_start: int | None
+    subject_end: int | None
+    """Half-open range of positions in `token_ids`; None where the prompt does not hold its subject."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A text's own tokens, without special ones."""
+
+    ids: tuple[int, ...]
+    offsets: tuple[Span, ...] | None
+    """Half-open character range of each token; None from tokenizers written in Python."""
+
+
+def tokenize(
+    prompts: Sequence[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    prepend_bos: PrependBos,
+    target_mode: TargetMode,
+    context: int | None,
+) -> list[Example | Rejected]:
+    """One result for each prompt, in order. The tokenizer is left as it was."""
+    if not prompts:
+        return []
+    with _settings_kept(tokenizer):
+        lead = _lead(tokenizer, prepend_bos, prompts)
+        alone = _encoded(tokenizer, [prompt.prompt for prompt in prompts])
+        joint = _encoded(tokenizer, [prompt.prompt + prompt.target for prompt in prompts])
+        results: list[Example | Rejected] = []
+        for prompt, own, both in zip(prompts, alone, joint, strict=True):
+            body = own.ids
+            if prepend_bos == "true":
+                body = _without_leading(own.ids, tokenizer.bos_token_id)  # "<s>" written out in the text
+            shift = len(lead) - (len(own.ids) - len(body))
+            start, end = _subject_positions(prompt, own, shift, tokenizer)
+            target_ids = _target_ids(prompt, own.ids, both.ids, tokenizer)
+            example = Example(prompt, lead + body, target_ids, start, end)
+            results.append(_refusal(example, own.ids, target_mode, context) or example)
+        return results
+
+
+def context_length(config: "PreTrainedConfig") -> int | None:
+    """The most positions the model states it can read; None where it states none."""
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
+def _refusal(
+    example: Example, own_ids: tuple[int, ...], target_mode: TargetMode, context: int | None
+) -> Rejected | None:
+    if not own_ids:
+        return _rejected(example, "empty-prompt", "the prompt has no tokens; give it a text")
+    if not example.target_ids:
+        return _rejected(example, "empty-target", "the target has no tokens; give it a text")
+    positions = len(example.token_ids)
+    if target_mode == "all":  # teacher forcing feeds every target token but the last
+        positions += len(example.target_ids) - 1
+    if context is None or positions <= context:
+        return None
+    remedy = "shorten it or leave it out"
+    if len(example.token_ids) <= context:
+        remedy += ", or use --target-mode first"
+    problem = f"too long: {positions} positions, but the model reads at most {context}; {remedy}"
+    return _rejected(example, "too-long", problem)
+
+
+def _rejected(example: Example, code: str, problem: str) -> Rejected:
+    prompt = example.prompt
+    return Rejected(prompt.prompt_id, "tokenize", code, f"{prompt.where}: {problem}")
+
+
+def _lead(
+    tokenizer: "PreTrainedTokenizerBase", prepend_bos: PrependBos, prompts: Sequence[Prompt]
+) -> tuple[int, ...]:
+    """The ids put before every prompt."""
+    lead = _default_lead(tokenizer, prompts)
+    if prepend_bos == "auto":
+        return lead
+    bos = tokenizer.bos_token_id
+    if prepend_bos == "false":
+        return _without_leading(lead, bos)
+    if not isinstance(bos, int):
+        raise BacklensError(
+            "--prepend-bos true: this model's tokenizer has no beginning-of-sequence token; use auto or false"
+        )
+    return (bos, *_without_leading(lead, bos))
+
+
+def _default_lead(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt]) -> tuple[int, ...]:
+    """The special tokens that the tokenizer itself puts in front.
+
+    Those that it appends (an end-of-sequence or separator token) are left away: after one of them the last
+    position would be the appended token, and the loss would ask what follows the end of a text.
+    """
+    # Told from a neutral text first: a prompt may itself spell a special token out.
+    for text in ("a", *(prompt.prompt for prompt in prompts)):
+        plain = tuple(_call(tokenizer, [text])["input_ids"][0])
+        if not plain:
+            continue
+        full = tuple(_call(tokenizer, [text], special=True)["input_ids"][0])
+        for start in range(len(full) - len(plain) + 1):
+            if full[start : start + len(plain)] == plain:
+                return full[:start]
+    return ()
+
+
+def _without_leading(ids: tuple[int, ...], bos: Any) -> tuple[int, ...]:
+    start = 0
+    while start < len(ids) and ids[start] == bos:
+        start += 1
+    return ids[start:]
+
+
+def _target_ids(
+    prompt: Prompt, own_ids: tuple[int, ...], joint_ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[int, ...]:
+    """What follows the prompt's ids when both are written as one text, as the model would have seen it."""
+    if joint_ids[: len(own_ids)] == own_ids:
+        return joint_ids[len(own_ids) :]
+    # A token reaches over the border; the prompt must keep its own ids, so the target is taken by itself.
+    return tuple(_call(tokenizer, [prompt.target])["input_ids"][0])
+
+
+def _subject_positions(
+    prompt: Prompt, own: _Encoded, shift: int, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[int, int] | tuple[None, None]:
+    """The tokens of the subject's first occurrence, `shift` places right of their place in the text."""
+    start = prompt.prompt.find(prompt.subject) if prompt.subject else -1
+    if not prompt.subject or start < 0:
+        return None, None
+    end = start + len(prompt.subject)
+    if own.offsets is None:
+        span = _span_by_prefixes(prompt.prompt, (start, end), own.ids, tokenizer)
+    else:
+        span = _span_by_offsets((start, end), own.offsets)
+    # Below zero: the subject is a written-out bos that was taken away.
+    if span is None or span[0] + shift < 0:
+        return None, None
+    return span[0] + shift, span[1] + shift
+
+
+def _span_by_offsets(characters: Span, offsets: tuple[Span, ...]) -> Span | None:
+    """Tokens that share a character with the range; a space before a word may be part of the word's token."""
+    start, end = characters
+    inside = [
+        index for index, (first, last) in enumerate(offsets) if first < last and first < end and start < last
+    ]
+    return (inside[0], inside[-1] + 1) if inside else None
+
+
+def _span_by_prefixes(
+    text: str, characters: Span, ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase"
+) -> Span | None:
+    """Without offsets: count the tokens before the subject and up to its end, where tokens end there."""
+    start, end = characters
+    before, through = (tuple(tokens) for tokens in _call(tokenizer, [text[:start], text[:end]])["input_ids"])
+    if ids[: len(through)] != through or ids[: len(before)] != before or len(before) >= len(through):
+        return None
+    return len(before), len(through)
+
+
+def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[_Encoded]:
+    fast = bool(tokenizer.is_fast)
+    batch = _call(tokenizer, texts, offsets=fast)
+    offsets = batch["offset_mapping"] if fast else [None] * len(texts)
+    return [
+        _Encoded(tuple(ids), None if spans is None else tuple(spans))
+        for ids, spans in zip(batch["input_ids"], offsets, strict=True)
+    ]
+
+
+def _call(
+    tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, special: bool = False, offsets: bool = False
+) -> Any:
+    return tokenizer(
+        texts,
+        add_special_tokens=special,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=offsets,
+        verbose=False,  # no "sequence longer than" warning: `too-long` says it, with place and remedy
+    )
+
+
+@contextmanager
+def _settings_kept(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """A fast tokenizer forgets its padding and truncation when called without them; put them back."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not tokenizer.is_fast or backend is None:
+        yield
+        return
+    padding, truncation = backend.padding, backend.truncation
+    encode_special_tokens = backend.encode_special_tokens
+    try:
+        yield
+    finally:
+        backend.encode_special_tokens = encode_special_tokens
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)

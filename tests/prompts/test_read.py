@@ -1,0 +1,801 @@
+"""Reading prompts: every record of the input comes out once, in order, as a prompt or as a reason why not."""
+
+import csv
+import datetime
+import gzip
+import io
+import json
+import random
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import PromptFields, PromptFormat
+from pipeline.errors import BacklensError
+from pipeline.prompts.read import read_prompts
+from pipeline.prompts.record import Prompt, Rejected
+from pipeline.prompts.shards import shards
+from pipeline.prompts.survey import Survey, survey
+
+PARIS = {"prompt": "The capital of France is", "target": " Paris"}
+ROME = {"prompt": "The capital of Italy is", "target": " Rome", "subject": "Italy", "id": "q2"}
+
+COUNTERFACT = {
+    "case_id": 7,
+    "requested_rewrite": {
+        "prompt": "The mother tongue of {} is {x} or {}",
+        "relation_id": "P103",
+        "target_new": {"str": "English", "id": "Q1860"},
+        "target_true": {"str": "French", "id": "Q150"},
+        "subject": "Danielle {} Darrieux",
+    },
+    "paraphrase_prompts": ["Danielle was born in"],
+    "neighborhood_prompts": ["Léon is a speaker of"],
+}
+ZSRE = {
+    "subject": "Watts Humphrey",
+    "src": "What university did Watts Humphrey attend?",
+    "answers": ["Illinois Institute of Technology", "IIT"],
+    "alt": "University of Michigan",
+    "loc": "nq question: who played desmond",
+}
+
+
+def read(
+    path: Path | str,
+    format: PromptFormat = "auto",
+    fields: PromptFields = PromptFields(),  # noqa: B008
+    limit: int | None = None,
+) -> list[Prompt | Rejected]:
+    return list(read_prompts(str(path), format, fields, limit))
+
+
+def only_prompt(path: Path, fields: PromptFields = PromptFields()) -> Prompt:  # noqa: B008
+    (record,) = read(path, fields=fields)
+    assert isinstance(record, Prompt), record
+    return record
+
+
+def only_rejection(path: Path, fields: PromptFields = PromptFields()) -> Rejected:  # noqa: B008
+    (record,) = read(path, fields=fields)
+    assert isinstance(record, Rejected), record
+    return record
+
+
+def surveyed(path: Path, fields: PromptFields = PromptFields()) -> Survey:  # noqa: B008
+    return survey(str(path), "auto", fields, None)
+
+
+def write_jsonl(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def write_csv(path: Path, rows: list[list[str]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(rows)
+    return path
+
+
+def write_parquet(path: Path, records: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(records), path)
+    return path
+
+
+def write_dataset(path: Path, records: list[dict[str, Any]]) -> Path:
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(records).save_to_disk(str(path))
+    return path
+
+
+# What comes out
+
+
+def test_a_jsonl_record_comes_out_as_it_was_written(tmp_path: Path):
+    line = {**ROME, "relation": "capital", "year": 1946, "note": None}
+    assert read(write_jsonl(tmp_path / "facts.jsonl", [line])) == [
+        Prompt(
+            prompt_id=0,
+            prompt="The capital of Italy is",
+            target=" Rome",
+            where="facts.jsonl:1",
+            id="q2",
+            subject="Italy",
+            relation="capital",
+            meta='{"note": null, "year": 1946}',
+        )
+    ]
+
+
+def test_no_space_is_added_to_the_target_of_a_column_format(tmp_path: Path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": " The capital: ", "target": "Paris"}])
+    assert (only_prompt(path).prompt, only_prompt(path).target) == (" The capital: ", "Paris")
+
+
+def test_meta_is_null_without_other_columns(tmp_path: Path):
+    assert only_prompt(write_jsonl(tmp_path / "p.jsonl", [ROME])).meta is None
+
+
+def test_fields_can_be_named_and_the_rest_goes_to_meta(tmp_path: Path):
+    record = {"q": "2 + 2 =", "a": " 4", "who": "2", "key": 12, "prompt": "unused"}
+    fields = PromptFields(prompt="q", target="a", subject="who", id="key")
+    prompt = only_prompt(write_jsonl(tmp_path / "p.jsonl", [record]), fields)
+    assert (prompt.prompt, prompt.target, prompt.subject, prompt.id) == ("2 + 2 =", " 4", "2", "12")
+    assert prompt.meta == '{"prompt": "unused"}'
+
+
+def test_a_numeric_id_becomes_text(tmp_path: Path):
+    assert only_prompt(write_jsonl(tmp_path / "p.jsonl", [{**PARIS, "id": 41}])).id == "41"
+
+
+def test_a_subject_that_the_prompt_does_not_hold_is_kept(tmp_path: Path):
+    assert only_prompt(write_jsonl(tmp_path / "p.jsonl", [{**PARIS, "subject": "Peru"}])).subject == "Peru"
+
+
+def test_a_column_that_only_happens_to_be_called_relation_stays_in_meta(tmp_path: Path):
+    prompt = only_prompt(write_jsonl(tmp_path / "p.jsonl", [{**PARIS, "relation": ["a", "b"]}]))
+    assert prompt.relation is None
+    assert prompt.meta == '{"relation": ["a", "b"]}'
+
+
+def test_meta_is_strict_json_whatever_the_columns_hold(tmp_path: Path):
+    line = '{"prompt": "a", "target": "b", "score": NaN, "best": Infinity, "odd": "\\ud800", "ü": "é"}'
+    (tmp_path / "p.jsonl").write_text(line, encoding="utf-8")
+    meta = only_prompt(tmp_path / "p.jsonl").meta
+    assert meta is not None
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    assert json.loads(meta, parse_constant=refuse) == {
+        "score": "nan",
+        "best": "inf",
+        "odd": "?",
+        "ü": "é",
+    }
+    meta.encode("utf-8")
+
+
+def test_dates_and_bytes_become_strings_in_meta(tmp_path: Path):
+    day = datetime.date(2024, 2, 12)
+    record = {**PARIS, "day": day, "raw": b"\xff\x00", "ascii": b"abc", "tags": [{"a": day}]}
+    meta = only_prompt(write_parquet(tmp_path / "p.parquet", [record])).meta
+    assert json.loads(meta or "") == {
+        "day": "2024-02-12",
+        "raw": "ff00",
+        "ascii": "abc",
+        "tags": [{"a": "2024-02-12"}],
+    }
+
+
+# Lines, line numbers and ordinals
+
+
+def test_blank_lines_are_not_records_but_count_in_line_numbers(tmp_path: Path):
+    (tmp_path / "p.jsonl").write_text("\n  \t\n" + json.dumps(PARIS) + "\r\n\n{\n" + json.dumps(ROME))
+    records = read(tmp_path / "p.jsonl")
+    assert [record.prompt_id for record in records] == [0, 1, 2]
+    assert isinstance(records[0], Prompt)
+    assert records[0].where == "p.jsonl:3"
+    assert isinstance(records[1], Rejected)
+    assert records[1].message.startswith("p.jsonl:5: broken JSON at column ")
+    assert isinstance(records[2], Prompt)
+    assert records[2].where == "p.jsonl:6"
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv"])
+def test_a_byte_order_mark_is_accepted(tmp_path: Path, name: str):
+    text = json.dumps(PARIS) if name == "p.jsonl" else "prompt,target\nThe capital of France is, Paris\n"
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert only_prompt(tmp_path / name).target == " Paris"
+
+
+def test_a_csv_record_over_several_lines_is_named_by_its_first(tmp_path: Path):
+    rows = [["prompt", "target"], ["one\ntwo\n\nthree", "x"], ["", "y"], ["four", "z"]]
+    first, second, third = read(write_csv(tmp_path / "p.csv", rows))
+    assert isinstance(first, Prompt)
+    assert (first.prompt, first.where) == ("one\ntwo\n\nthree", "p.csv:2")
+    assert isinstance(second, Rejected)
+    assert second.message.startswith("p.csv:6: ")
+    assert isinstance(third, Prompt)
+    assert third.where == "p.csv:7"
+
+
+def test_a_very_long_line_or_cell_is_read(tmp_path: Path):
+    long = "word " * 400_000
+    for path in (
+        write_jsonl(tmp_path / "p.jsonl", [{"prompt": long, "target": "x"}]),
+        write_csv(tmp_path / "p.csv", [["prompt", "target"], [long, "x"]]),
+    ):
+        assert only_prompt(path).prompt == long
+
+
+def test_an_unclosed_quote_in_a_csv_costs_only_its_own_line(tmp_path: Path):
+    (tmp_path / "p.csv").write_text('prompt,target\na,"b\nc,d\n"e, f",g\nh,"i\nj,k\n')
+    records = read(tmp_path / "p.csv")
+    assert [record.error if isinstance(record, Rejected) else record.prompt for record in records] == [
+        "bad-row",
+        "c",
+        "e, f",
+        "bad-row",
+        "j",
+    ]
+    assert [record.where for record in records if isinstance(record, Prompt)] == [
+        "p.csv:3",
+        "p.csv:4",
+        "p.csv:6",
+    ]
+
+
+def test_limit_counts_records_and_rejections(tmp_path: Path):
+    path = write_jsonl(tmp_path / "p.jsonl", [PARIS, 5, ROME])
+    assert [type(record) for record in read(path, limit=2)] == [Prompt, Rejected]
+    assert read(path, limit=0) == []
+
+
+# Rejections
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        (b'{"prompt": "a", "target"', "broken-json", "broken JSON at column 25"),
+        (b'{"prompt": ' + b"[" * 100_000, "broken-json", "nested too deeply"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "broken-json", "broken JSON"),
+        (b'["a", "b"]', "not-an-object", "not an object"),
+        (b'{"prompt": "\xe9", "target": "b"}', "not-utf8", "byte 0xe9 at column 13 is not UTF-8"),
+        (b'{"prompt": "\\ud800", "target": "b"}', "not-utf8", "half of a surrogate pair"),
+        (b'{"prompt": "a", "target": "b", "id": "\\udfff"}', "not-utf8", "field 'id'"),
+        (b'{"prompt": "a"}', "missing-field", "no field 'target' (found: prompt); name it with --target-"),
+        (b'{"prompt": null, "target": "b"}', "missing-field", "field 'prompt' is null"),
+        (b'{"prompt": "a", "target": 4}', "not-text", "field 'target' is a number, not text"),
+        (b'{"prompt": ["a"], "target": "b"}', "not-text", "field 'prompt' is a list, not text"),
+        (b'{"prompt": " \\n", "target": "b"}', "empty-prompt", "field 'prompt' is empty"),
+        (b'{"prompt": "a", "target": ""}', "empty-target", "field 'target' is empty"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_a_bad_jsonl_line_is_rejected_with_its_place_and_reason(
+    tmp_path: Path, line: bytes, code: str, words: str
+):
+    (tmp_path / "p.jsonl").write_bytes(line + b"\n")
+    record = only_rejection(tmp_path / "p.jsonl")
+    assert (record.prompt_id, record.stage, record.error) == (0, "read", code)
+    assert record.message.startswith("p.jsonl:1: ")
+    assert words in record.message
+
+
+def test_a_target_of_white_space_is_a_target(tmp_path: Path):
+    assert only_prompt(write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "target": "\n"}])).target == "\n"
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "remedy"),
+    [
+        ({"prompt": "a", "answer": "b"}, PromptFields(), "--target-field answer"),
+        ({"Prompt": "a", "target": "b"}, PromptFields(), "--prompt-field Prompt"),
+        ({"question": "a", "target": "b"}, PromptFields(), "--prompt-field question"),
+        ({"prompt": "a", "right answer": "b"}, PromptFields(target="right anser"), "'right answer'"),
+        ({"prompt": "a", "zz": "b"}, PromptFields(), "--target-field FIELD"),
+    ],
+)
+def test_a_missing_field_comes_with_the_flag_and_the_likeliest_name(
+    tmp_path: Path, record: dict[str, str], fields: PromptFields, remedy: str
+):
+    message = only_rejection(write_jsonl(tmp_path / "p.jsonl", [record]), fields).message
+    assert f"(found: {', '.join(record)}); name it with --" in message
+    assert message.endswith(remedy)
+
+
+def test_the_message_of_the_readme_is_word_for_word(tmp_path: Path):
+    path = write_jsonl(tmp_path / "prompts.jsonl", [PARIS] * 16 + [{"prompt": "a", "answer": "b"}])
+    last = read(path)[-1]
+    assert isinstance(last, Rejected)
+    assert last.message == (
+        "prompts.jsonl:17: no field 'target' (found: prompt, answer); name it with --target-field answer"
+    )
+
+
+def test_a_subject_field_that_no_record_has_is_a_typo_and_said(tmp_path: Path):
+    path = write_jsonl(tmp_path / "p.jsonl", [ROME, PARIS])
+    with pytest.raises(
+        BacklensError, match=r"^p\.jsonl: in every record, no field 'subjct' .*-field subject$"
+    ):
+        read(path, fields=PromptFields(subject="subjct"))
+
+
+def test_a_subject_field_may_be_absent_from_some_records(tmp_path: Path):
+    path = write_jsonl(tmp_path / "p.jsonl", [PARIS, {**PARIS, "who": "France"}])
+    records = read(path, fields=PromptFields(subject="who"))
+    assert [getattr(record, "subject", "rejected") for record in records] == [None, "France"]
+
+
+def test_a_message_is_one_line_that_can_be_stored_even_if_field_names_are_hostile(tmp_path: Path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"a\nb": 1, "\ud800": 2, "\u2028": 3, "x" * 5000: 4}])
+    message = only_rejection(path).message
+    assert len(message.splitlines()) == 1
+    assert len(message.encode("utf-8")) < 500
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        (b"a,b,c", "bad-row"),
+        (b"a", "bad-row"),
+        (b"a,\xff", "not-utf8"),
+        (b'"a"b,c', "bad-row"),
+        (b",b", "empty-prompt"),
+    ],
+)
+def test_a_bad_csv_row_is_rejected_alone(tmp_path: Path, row: bytes, code: str):
+    (tmp_path / "p.csv").write_bytes(b"prompt,target\nx,y\n" + row + b"\nx,y\n")
+    before, bad, after = read(tmp_path / "p.csv")
+    assert isinstance(before, Prompt)
+    assert isinstance(bad, Rejected)
+    assert isinstance(after, Prompt)
+    assert (bad.prompt_id, bad.error, bad.message.partition(" ")[0]) == (1, code, "p.csv:3:")
+
+
+def test_a_parquet_row_whose_text_is_not_utf8_is_rejected_alone(tmp_path: Path):
+    raw = pa.array([b"good", b"bad \xff", b"good"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    pq.write_table(pa.table({"prompt": text, "target": ["a", "b", "c"]}), tmp_path / "p.parquet")
+    records = read(tmp_path / "p.parquet")
+    assert [getattr(record, "error", None) for record in records] == [None, "not-utf8", None]
+
+
+BAD_LINES = {
+    b"{": "broken-json",
+    b"3": "not-an-object",
+    b"\xff": "not-utf8",
+    b"{}": "missing-field",
+    b'{"prompt": 1, "target": "b"}': "not-text",
+    b'{"prompt": "", "target": "b"}': "empty-prompt",
+    b'{"prompt": "a", "target": ""}': "empty-target",
+}
+
+
+@given(st.lists(st.one_of(st.none(), st.sampled_from([b"", b" \t", *BAD_LINES])), max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_bad_lines_anywhere_are_each_found_and_the_ordinals_stay(lines: list[bytes | None]):
+    url = "memory://mixed.jsonl"
+    good = json.dumps(PARIS).encode()
+    fsspec.filesystem("memory").pipe_file(
+        "/mixed.jsonl", b"\n".join(line or b"" if line is not None else good for line in lines)
+    )
+    expected = [
+        (number, None if line is None else BAD_LINES[line])
+        for number, line in enumerate(lines, start=1)
+        if line is None or line.strip()
+    ]
+    records = read(url)
+    assert [record.prompt_id for record in records] == list(range(len(expected)))
+    for record, (number, code) in zip(records, expected, strict=True):
+        if isinstance(record, Prompt):
+            assert (record.where, code) == (f"mixed.jsonl:{number}", None)
+        else:
+            assert (record.error, record.message.partition(" ")[0]) == (code, f"mixed.jsonl:{number}:")
+
+
+# Any content, every format
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+filled = texts.filter(lambda text: bool(text.strip()))
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=5,
+)
+others = st.dictionaries(
+    texts.filter(lambda name: name not in {"prompt", "target", "subject", "id", "relation"}),
+    json_values,
+    max_size=3,
+)
+
+
+@given(st.lists(st.tuples(filled, texts, others), max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_any_records_come_back_in_order_through_jsonl(records: list[tuple[str, str, dict[str, Any]]]):
+    lines = [json.dumps({"prompt": p, "target": t, **rest}, ensure_ascii=False) for p, t, rest in records]
+    fsspec.filesystem("memory").pipe_file("/any.jsonl", "\n".join(lines).encode())
+    result = read("memory://any.jsonl")
+    assert [record.prompt_id for record in result] == list(range(len(records)))
+    for record, (prompt, target, rest) in zip(result, records, strict=True):
+        assert isinstance(record, Prompt)
+        assert (record.prompt, record.target) == (prompt, target)
+        assert (json.loads(record.meta) if record.meta else {}) == rest
+
+
+@given(
+    st.lists(
+        st.tuples(filled, texts, st.text(st.characters(exclude_categories=["Cs"]), max_size=9)), max_size=8
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_any_records_come_back_in_order_through_csv(records: list[tuple[str, str, str]]):
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("prompt", "target", "note"), *records])
+    fsspec.filesystem("memory").pipe_file("/any.csv", text.getvalue().encode())
+    result = read("memory://any.csv")
+    assert [
+        (record.prompt_id, record.prompt, record.target, record.meta)
+        for record in result
+        if isinstance(record, Prompt)
+    ] == [
+        (ordinal, prompt, target, json.dumps({"note": note}, ensure_ascii=False))
+        for ordinal, (prompt, target, note) in enumerate(records)
+    ]
+
+
+@given(st.lists(st.binary(max_size=40), max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_arbitrary_bytes_are_rejected_line_by_line_and_never_crash(lines: list[bytes]):
+    content = b"\n".join(lines)
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/noise.jsonl", content)
+    physical = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    assert len(read("memory://noise.jsonl")) == sum(bool(line.strip()) for line in physical)
+    memory.pipe_file("/noise.csv", b"prompt,target\n" + content)
+    records = read("memory://noise.csv")
+    assert [record.prompt_id for record in records] == list(range(len(records)))
+
+
+def test_equal_content_has_an_equal_digest_in_every_format(tmp_path: Path):
+    records = [
+        {"prompt": f"Prompt {number},\n“quoted”", "target": f" {number}", "subject": "Prompt", "note": "é"}
+        for number in range(50)
+    ]
+    digests = {
+        surveyed(path).digest
+        for path in (
+            write_jsonl(tmp_path / "a.jsonl", records),
+            write_csv(tmp_path / "b.csv", [list(records[0]), *(list(record.values()) for record in records)]),
+            write_csv(tmp_path / "c.tsv", [list(records[0]), *(list(record.values()) for record in records)]),
+            write_parquet(tmp_path / "d.parquet", records),
+            write_dataset(tmp_path / "e", records),
+        )
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("change", ["order", "target", "meta", "rejected", "missing"])
+def test_any_change_of_content_changes_the_digest(tmp_path: Path, change: str):
+    records: list[Any] = [PARIS, {**ROME, "note": 1}, 5]
+    before = surveyed(write_jsonl(tmp_path / "a.jsonl", records)).digest
+    records = {
+        "order": [records[1], records[0], 5],
+        "target": [{**PARIS, "target": "Paris"}, records[1], 5],
+        "meta": [PARIS, {**ROME, "note": 2}, 5],
+        "rejected": [PARIS, records[1], {}],
+        "missing": records[:2],
+    }[change]
+    assert surveyed(write_jsonl(tmp_path / "a.jsonl", records)).digest != before
+
+
+def test_the_digest_does_not_depend_on_the_name_or_blank_lines(tmp_path: Path):
+    write_jsonl(tmp_path / "a.jsonl", [PARIS, 5, {"prompt": "a"}])
+    (tmp_path / "sub: dir").mkdir()
+    other = tmp_path / "sub: dir" / "b: c.jsonl"
+    other.write_text("\n\n" + (tmp_path / "a.jsonl").read_text().replace("\n", "\r\n\r\n"))
+    assert surveyed(other).digest == surveyed(tmp_path / "a.jsonl").digest
+
+
+def test_a_survey_counts_records_rejections_and_characters(tmp_path: Path):
+    result = surveyed(write_jsonl(tmp_path / "p.jsonl", [PARIS, 5, ROME, {}]))
+    assert (result.prompts, result.rejected) == (4, 2)
+    assert result.characters == sum(
+        len(record[key]) for record in (PARIS, ROME) for key in ("prompt", "target")
+    )
+    assert result.first_rejected is not None
+    assert (result.first_rejected.prompt_id, result.first_rejected.error) == (1, "not-an-object")
+
+
+# Places
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.ndjson", "p.csv", "p.parquet", "dataset"])
+def test_the_format_follows_from_the_name(tmp_path: Path, name: str):
+    path = tmp_path / name
+    if name.endswith((".jsonl", ".ndjson")):
+        write_jsonl(path, [PARIS])
+    elif name == "p.csv":
+        write_csv(path, [list(PARIS), list(PARIS.values())])
+    elif name == "p.parquet":
+        write_parquet(path, [PARIS])
+    else:
+        write_dataset(path, [PARIS])
+    assert (only_prompt(path).prompt, only_prompt(path).target) == tuple(PARIS.values())
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_compressed_files_are_read(tmp_path: Path, suffix: str):
+    content = "".join(json.dumps(record) + "\n" for record in (PARIS, ROME)).encode()
+    path = tmp_path / f"p.jsonl{suffix}"
+    if suffix == ".zst":
+        path.write_bytes(pa.compress(content, codec="zstd", asbytes=True))
+    else:
+        with fsspec.open(str(path), "wb", compression="infer") as stream:
+            stream.write(content)  # pyright: ignore[reportAttributeAccessIssue]
+    assert [getattr(record, "target", None) for record in read(path)] == [" Paris", " Rome"]
+
+
+def test_object_stores_are_read_through_fsspec():
+    fsspec.filesystem("memory").pipe_file("/bucket/p.csv.gz", gzip.compress(b"prompt,target\na,b\n"))
+    (record,) = read("memory://bucket/p.csv.gz")
+    assert isinstance(record, Prompt)
+    assert record.where == "p.csv.gz:2"
+
+
+def test_a_split_of_a_saved_dataset_dict_is_chosen_or_asked_for(tmp_path: Path):
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_list([PARIS])
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "a"))
+    datasets.DatasetDict({"dev": rows, "test": rows}).save_to_disk(str(tmp_path / "b"))
+    assert only_prompt(tmp_path / "a").where == "a[0]"
+    with pytest.raises(BacklensError, match=r"several splits .* /.*/b/dev, /.*/b/test$"):
+        read(tmp_path / "b")
+    assert only_prompt(tmp_path / "b" / "test").target == " Paris"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("owner/name", ("owner/name", None, "train")),
+        ("owner/name:test", ("owner/name", None, "test")),
+        ("owner/name:french:test", ("owner/name", "french", "test")),
+    ],
+)
+def test_a_hub_id_may_name_configuration_and_split(
+    monkeypatch: pytest.MonkeyPatch, source: str, expected: tuple[str, str | None, str]
+):
+    asked = []
+
+    def load_dataset(path: str, name: str | None, split: str, streaming: bool):
+        asked.append((path, name, split))
+        assert streaming
+        return datasets.Dataset.from_list([PARIS, {"prompt": "", "target": "x"}]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    good, bad = read(source)
+    assert asked == [expected]
+    assert isinstance(good, Prompt)
+    assert good.target == " Paris"
+    assert isinstance(bad, Rejected)
+    assert bad.error == "empty-prompt"
+
+
+# CounterFact and zsRE
+
+
+def write_array(path: Path, records: list[Any]) -> Path:
+    path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    return path
+
+
+def test_counterfact_is_recognised_and_its_subject_put_into_the_prompt(tmp_path: Path):
+    prompt = only_prompt(write_array(tmp_path / "facts.json", [COUNTERFACT]))
+    # The first pair of braces is the place of the subject; any others are text.
+    assert prompt.prompt == "The mother tongue of Danielle {} Darrieux is {x} or {}"
+    assert (prompt.target, prompt.subject) == (" English", "Danielle {} Darrieux")
+    assert (prompt.id, prompt.relation, prompt.where) == ("7", "P103", "facts.json[0]")
+    assert json.loads(prompt.meta or "") == {
+        "paraphrase_prompts": ["Danielle was born in"],
+        "neighborhood_prompts": ["Léon is a speaker of"],
+        "target_new": {"str": "English", "id": "Q1860"},
+        "target_true": {"str": "French", "id": "Q150"},
+    }
+
+
+def test_the_true_target_of_counterfact_can_be_chosen(tmp_path: Path):
+    path = write_array(tmp_path / "facts.json", [COUNTERFACT])
+    assert only_prompt(path, PromptFields(target="target_true")).target == " French"
+
+
+def test_a_leading_space_is_not_added_twice(tmp_path: Path):
+    path = write_array(tmp_path / "facts.json", [{**ZSRE, "answers": [" Rome"]}])
+    assert only_prompt(path).target == " Rome"
+
+
+def test_zsre_is_recognised(tmp_path: Path):
+    path = write_array(tmp_path / "zsre.json", [ZSRE])
+    prompt = only_prompt(path)
+    assert prompt.prompt == "What university did Watts Humphrey attend?"
+    assert (prompt.target, prompt.subject) == (" Illinois Institute of Technology", "Watts Humphrey")
+    assert json.loads(prompt.meta or "") == {key: ZSRE[key] for key in ("answers", "alt", "loc")}
+    assert only_prompt(path, PromptFields(target="alt")).target == " University of Michigan"
+
+
+def test_bad_facts_are_rejected_with_their_index(tmp_path: Path):
+    rewrite = COUNTERFACT["requested_rewrite"]
+    assert isinstance(rewrite, dict)
+
+    def changed(**changes: Any) -> dict[str, Any]:
+        return {**COUNTERFACT, "requested_rewrite": {**rewrite, **changes}}
+
+    records = [
+        COUNTERFACT,
+        3,
+        {"case_id": 1},
+        changed(target_new=None),
+        changed(target_new={"str": ""}),
+        changed(subject=None),
+        changed(prompt=5),
+        changed(prompt=" "),
+    ]
+    results = read(write_array(tmp_path / "facts.json", records))
+    assert [getattr(result, "error", None) for result in results] == [
+        None,
+        "not-an-object",
+        "missing-field",
+        "missing-field",
+        "empty-target",
+        "missing-field",
+        "not-text",
+        "empty-prompt",
+    ]
+    assert all(
+        result.message.startswith(f"facts.json[{index}]: ")
+        for index, result in enumerate(results)
+        if isinstance(result, Rejected)
+    )
+
+
+def test_the_first_record_is_peeked_at_however_long_it_is(tmp_path: Path):
+    long = {"a": "é" * 300_000, **COUNTERFACT}
+    assert only_prompt(write_array(tmp_path / "facts.json", [long])).id == "7"
+
+
+# Whole files that cannot be read
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.json", b'[{"src": "a", "answers": ["b"]},\n {]', r"p\.json:2: broken JSON at column 3"),
+        ("p.json", b'[{"src": "a", "answers": ["b"]},\n "\xff"]', r"p\.json:2: not UTF-8"),
+        ("p.json", b'[{"prompt": "a"}]', r"neither CounterFact .* nor zsRE"),
+        ("p.json", b'{"prompt": "a", "target": "b"}\n', r"one object per line and name it \.jsonl"),
+        ("p.json", b"", r"neither CounterFact"),
+        ("p.parquet", b"PAR1 not really", r"p\.parquet: not a readable Parquet file"),
+        ("p.csv", b"prompt,\xff\n", r"p\.csv:1: the header cannot be read"),
+        ("p.csv", b"prompt,target,prompt\na,b,c\n", r"p\.csv:1: the header has 'prompt' twice"),
+        (
+            "p.jsonl.gz",
+            gzip.compress(b'{"prompt": "a"}\n' * 9999)[:-20],
+            r"p\.jsonl\.gz:\d+: the file is damaged",
+        ),
+        ("p.jsonl.gz", b"plain text", r"p\.jsonl\.gz:1: the file is damaged"),
+        ("p.txt", b"hello", r"cannot tell the format .*\.jsonl.*--format \(jsonl, csv"),
+    ],
+)
+def test_a_file_that_is_broken_as_a_whole_is_said_in_one_line(
+    tmp_path: Path, name: str, content: bytes, words: str
+):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BacklensError, match=words) as caught:
+        read(tmp_path / name)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("format", ["auto", "jsonl", "csv", "parquet", "counterfact", "zsre"])
+def test_a_missing_file_is_refused_before_anything_is_read(tmp_path: Path, format: PromptFormat):
+    with pytest.raises(BacklensError, match=r"missing\.jsonl: no such file"):
+        read_prompts(str(tmp_path / "missing.jsonl"), format, PromptFields(), None)
+
+
+def test_a_relative_path_with_a_known_suffix_is_not_taken_for_a_hub_id():
+    with pytest.raises(BacklensError, match=r"^data/prompts\.jsonl: no such file"):
+        read_prompts("data/prompts.jsonl", "auto", PromptFields(), None)
+
+
+def test_a_directory_that_is_no_dataset_is_refused(tmp_path: Path):
+    for format in ("auto", "dataset", "jsonl"):
+        with pytest.raises(BacklensError, match="director"):
+            read(tmp_path, format)
+
+
+def test_an_unknown_protocol_is_refused():
+    with pytest.raises(BacklensError, match=r"^nosuch://x/p\.jsonl: cannot be opened"):
+        read("nosuch://x/p.jsonl")
+
+
+def test_an_empty_file_holds_no_prompts(tmp_path: Path):
+    for name in ("p.jsonl", "p.csv"):
+        (tmp_path / name).touch()
+        assert read(tmp_path / name) == []
+
+
+# Memory
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path: Path):
+    count = 12_000
+    line = json.dumps({**PARIS, "note": "x" * 1500})
+    (tmp_path / "p.jsonl").write_text(f"{line}\n" * count)
+    (tmp_path / "p.csv").write_text(
+        "prompt,target,note\n" + ("The capital of France is, Paris," + "x" * 1500 + "\n") * count
+    )
+    pq.write_table(
+        pa.table({"prompt": ["a" * 1500] * count, "target": ["b"] * count}),
+        tmp_path / "p.parquet",
+        use_dictionary=False,
+    )
+    for name in ("p.jsonl", "p.csv", "p.parquet"):
+        tracemalloc.start()
+        seen = sum(1 for _ in read_prompts(str(tmp_path / name), "auto", PromptFields(), None))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert seen == count
+        assert peak < 6_000_000, name
+
+
+def test_the_first_records_do_not_wait_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = 0
+
+    def endless():
+        nonlocal asked
+        while True:
+            asked += 1
+            yield json.dumps(PARIS).encode() + b"\n"
+
+    class Endless(io.RawIOBase):
+        def __init__(self):
+            self._lines = endless()
+
+        def readable(self) -> bool:
+            return True
+
+        def __next__(self) -> bytes:
+            return next(self._lines)
+
+    (tmp_path / "p.jsonl").touch()
+    monkeypatch.setattr(LocalFileSystem, "open", lambda *_: Endless())
+    records = read(tmp_path / "p.jsonl", limit=3)
+    assert len(records) == 3
+    assert asked == 3
+
+
+# Shards
+
+
+@given(st.integers(0, 40), st.integers(1, 12))
+def test_shards_are_contiguous_ranges_of_the_given_size(count: int, size: int):
+    records = [Prompt(number, "a", "b", "x") for number in range(count)]
+    cut = list(shards(iter(records), size))
+    assert [shard.index for shard in cut] == list(range(-(-count // size)))
+    assert [record.prompt_id for shard in cut for record in shard.records] == list(range(count))
+    assert all(len(shard.records) == size for shard in cut[:-1])
+
+
+def test_a_shard_is_cut_before_the_next_is_read():
+    taken = []
+
+    def records():
+        for number in range(1000):
+            taken.append(number)
+            yield Prompt(number, "a", "b", "x")
+
+    next(shards(records(), 5))
+    assert taken == [0, 1, 2, 3, 4]
+
+
+def test_a_shard_of_no_prompts_is_refused():
+    with pytest.raises(BacklensError, match="--shard-prompts 0"):
+        shards(iter([]), 0)
+
+
+def test_reading_twice_gives_the_same(tmp_path: Path):
+    records: list[Any] = [PARIS, ROME, 5, {}] * 10
+    random.Random(0).shuffle(records)
+    path = write_jsonl(tmp_path / "p.jsonl", records)
+    assert read(path) == read(path)
+    assert surveyed(path) == surveyed(path)
