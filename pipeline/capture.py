@@ -74,7 +74,10 @@ def make_batch(
     shape = (len(sequences), width)
     input_ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     loss_positions = torch.zeros((len(sequences), steps), dtype=torch.long)
-    targets, target_mask = torch.zeros_like(loss_positions), torch.zeros_like(loss_positions, dtype=torch.bool)
+    targets, target_mask = (
+        torch.zeros_like(loss_positions),
+        torch.zeros_like(loss_positions, dtype=torch.bool),
+    )
     for row, (ids, (prompt, target)) in enumerate(zip(inputs, sequences, strict=True)):
         start = 0 if side == "right" else width - len(ids)
         input_ids[row, start : start + len(ids)] = torch.tensor(ids)

@@ -105,7 +105,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Raises BacklensError naming the flag and the values it takes."""
         _require(self.top_k >= 1, f"--top-k {self.top_k}: keep at least one token")
-        _require(self.neurons >= -1, f"--neurons {self.neurons}: give a number of neurons, 0 for none, -1 for all")
+        _require(
+            self.neurons >= -1, f"--neurons {self.neurons}: give a number of neurons, 0 for none, -1 for all"
+        )
         _require(self.limit is None or self.limit >= 1, f"--limit {self.limit}: give 1 or more")
         _require(self.batch_tokens >= 1, f"--batch-tokens {self.batch_tokens}: give 1 or more")
         shard = self.shard_prompts

@@ -55,7 +55,9 @@ def factors_of(gradient: Gradient, batch: Batch, x: Float[Tensor, "prompt positi
     return Factors(gradient.layer, gradient.module, residual, other)
 
 
-def masked(values: Float[Tensor, "prompt position width"], batch: Batch) -> Float[Tensor, "prompt position width"]:
+def masked(
+    values: Float[Tensor, "prompt position width"], batch: Batch
+) -> Float[Tensor, "prompt position width"]:
     """Float32, zero at padding and throughout a prompt that has a non-finite entry at a real position."""
     values = values.float().masked_fill(~batch.mask[..., None].to(values.device), 0.0)
     finite = values.isfinite().flatten(1).all(-1)
@@ -116,7 +118,8 @@ def neuron_norms(
 
 
 def main_positions(
-    coefficients: Float[Tensor, "prompt neuron position"], residual_gram: Float[Tensor, "prompt position position"]
+    coefficients: Float[Tensor, "prompt neuron position"],
+    residual_gram: Float[Tensor, "prompt position position"],
 ) -> Int[Tensor, "prompt neuron"]:
     """The position whose term other[i, j] · residual[i] is longest; the first one when several are."""
     lengths = residual_gram.diagonal(dim1=-2, dim2=-1).sqrt()

@@ -60,7 +60,9 @@ def project(
     base_UD = lens.linear(vectors.residual[used])
     spread = _Spread(vectors, used)
     rows = spread.rows
-    targets_N = torch.cat([targets.repeat_interleave(w.sum(-1)) for w in (vectors.wanted, vectors.mix_wanted)])
+    targets_N = torch.cat(
+        [targets.repeat_interleave(w.sum(-1)) for w in (vectors.wanted, vectors.mix_wanted)]
+    )
     scale_N = torch.cat([vectors.scale[vectors.wanted], vectors.mix_scale[vectors.mix_wanted]])
     own_targets = targets.repeat_interleave(used.sum(-1))
     target_score = spread.apply((base_UD * lens.rows(own_targets)).sum(-1, keepdim=True)).squeeze(-1)

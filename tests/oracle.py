@@ -52,9 +52,12 @@ class Oracle:
         family = "gpt2" if model.config.model_type == "gpt2" else "llama"
         self.paths = PATHS[family]
         self.modules = [name for name in self.paths if "." in name]
-        self.model = copy.deepcopy(model).double().requires_grad_(True)
+        self.model: PreTrainedModel = copy.deepcopy(model)
+        self.model.double().requires_grad_(True)
         self.norm = self.model.get_submodule(self.paths["norm"])
-        self.head = self.model.get_output_embeddings()
+        head = self.model.get_output_embeddings()
+        assert head is not None
+        self.head = head
 
     def truth(self, prompt: Sequence[int], target: Sequence[int]) -> Truth:
         self.model.zero_grad()
@@ -80,6 +83,7 @@ class Oracle:
         for (layer, name), (x, output) in kept.items():
             path, part = self.paths[name]
             module = blocks[layer].get_submodule(path)
+            assert isinstance(module.weight, Tensor)
             weight = module.weight.grad
             assert weight is not None
             assert output.grad is not None
@@ -93,7 +97,7 @@ class Oracle:
             inputs[layer, name], vjps[layer, name] = x[0].detach(), vjp.detach()
         for handle in handles:
             handle.remove()
-        return Truth(float(loss), gradients, inputs, vjps)
+        return Truth(loss.item(), gradients, inputs, vjps)
 
     @torch.no_grad()
     def lens(self, vector: Tensor, scaling: str) -> Tensor:

@@ -15,7 +15,6 @@ from pipeline.config import RunConfig, flag, read_yaml
 from pipeline.errors import BacklensError
 
 
-
 def _one_line(error: CycloptsError) -> str:
     return f"backlens: {' '.join(str(error).split())} See `backlens --help`."
 

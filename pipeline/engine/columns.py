@@ -61,7 +61,9 @@ def prompt_table(examples: Sequence[Example], outcomes: Sequence[Outcome]) -> pa
         "meta": [e.prompt.meta for e in examples],
     }
     schema = PROMPTS.schema
-    return _assemble(PROMPTS, {name: pa.array(column, schema.field(name).type) for name, column in columns.items()})
+    return _assemble(
+        PROMPTS, {name: pa.array(column, schema.field(name).type) for name, column in columns.items()}
+    )
 
 
 def failure_table(rejected: Sequence[Rejected]) -> pa.Table:
@@ -78,7 +80,7 @@ def without_prompts(table: pa.Table, prompt_ids: Sequence[int]) -> pa.Table:
     """Drop the rows of prompts whose numbers mean nothing."""
     if not prompt_ids:
         return table
-    return table.filter(pc.invert(pc.is_in(table["prompt_id"], pa.array(prompt_ids, pa.int64()))))
+    return table.filter(~pc.field("prompt_id").isin(list(prompt_ids)))
 
 
 def _modules(names: Sequence[str], counts: Sequence[int]) -> pa.DictionaryArray:

@@ -126,12 +126,16 @@ def _run_shards(
         progress.started(len(workers), devices, work.seconds_to_start)
         for commit in executor.run(left):
             work.prompts += commit.prompts
-            work.stages.update({k.removeprefix("seconds_"): v for k, v in commit.stats.items() if k != "tokens"})
+            work.stages.update(
+                {k.removeprefix("seconds_"): v for k, v in commit.stats.items() if k != "tokens"}
+            )
             progress.committed(commit)
         work.deaths = executor.deaths
     missing = plan.shards.shards - len(committed(opened.directory))
     if missing:
-        raise Interrupted(f"out: {opened.directory} lacks {missing} shards; did the prompts change during the run?")
+        raise Interrupted(
+            f"out: {opened.directory} lacks {missing} shards; did the prompts change during the run?"
+        )
     return work
 
 

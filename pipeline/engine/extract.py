@@ -90,9 +90,7 @@ class Extracted:
     seconds: dict[str, float]
 
 
-def extract(
-    loaded: LoadedModel, lens: Lens, examples: Sequence[Example], wanted: Wanted
-) -> Extracted:
+def extract(loaded: LoadedModel, lens: Lens, examples: Sequence[Example], wanted: Wanted) -> Extracted:
     """Compute every row of a batch of prompts."""
     batch = make_batch([sequence(example, wanted.target_mode) for example in examples], loaded.model.device)
     return extract_batch(loaded, lens, examples, batch, wanted)
@@ -109,7 +107,9 @@ def extract_batch(
 ) -> Extracted:
     """As `extract`, for a batch padded by the caller (either side)."""
     started = time.perf_counter()
-    extraction = _Extraction(lens, batch, wanted, _chosen_positions(examples, batch, wanted.positions), examples)
+    extraction = _Extraction(
+        lens, batch, wanted, _chosen_positions(examples, batch, wanted.positions), examples
+    )
     outcome = capture(loaded, batch, wanted.layers, wanted.modules, extraction.add)
     seconds = extraction.seconds
     seconds["model"] = time.perf_counter() - started - sum(seconds.values())
@@ -126,7 +126,11 @@ def _chosen_positions(
     chosen = torch.zeros_like(batch.mask)
     for row, example in enumerate(examples):
         chosen[row] |= index[row] == len(example.token_ids) - 1
-        if positions == "subject+last" and example.subject_start is not None and example.subject_end is not None:
+        if (
+            positions == "subject+last"
+            and example.subject_start is not None
+            and example.subject_end is not None
+        ):
             chosen[row] |= (index[row] >= example.subject_start) & (index[row] < example.subject_end)
     return chosen & batch.mask
 
@@ -162,7 +166,10 @@ class _Extraction:
         group = self._factor(gradients)
         factored = time.perf_counter()
         own, mixed = project(
-            group.vectors, self._lens, self._batch.targets[:, 0], min(self._wanted.top_k, self._lens.vocabulary)
+            group.vectors,
+            self._lens,
+            self._batch.targets[:, 0],
+            min(self._wanted.top_k, self._lens.vocabulary),
         )
         projected = time.perf_counter()
         self._emit(group, own, mixed)
@@ -235,9 +242,7 @@ class _Extraction:
         block.lists["singular_values"] = _ragged(spectrum.values, np.minimum(self._lengths, narrowest))
         self.blocks["layers"].append(block)
 
-    def _emit_neurons(
-        self, module: "_Module", residual_gram: Tensor, projections: Projections
-    ) -> None:
+    def _emit_neurons(self, module: "_Module", residual_gram: Tensor, projections: Projections) -> None:
         count = module.neurons.shape[1]
         main = main_positions(module.mixes[:, 1:], residual_gram)
         index = self._batch.mask.cumsum(-1) - 1  # a column of a left-padded batch is not a position
@@ -250,7 +255,9 @@ class _Extraction:
         self.blocks["neurons"].append(self._block(module, columns, projections))
 
     @staticmethod
-    def _block(module: "_Module", columns: dict[str, Tensor], projections: Projections | None = None) -> Block:
+    def _block(
+        module: "_Module", columns: dict[str, Tensor], projections: Projections | None = None
+    ) -> Block:
         factors = module.factors
         arrays = {name: column.cpu().numpy() for name, column in columns.items()}
         return Block(factors.layer, factors.module, arrays, projections=projections)

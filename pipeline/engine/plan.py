@@ -11,7 +11,14 @@ from pipeline.engine.extract import Wanted
 from pipeline.engine.worker import Job
 from pipeline.errors import BacklensError
 from pipeline.models.layout import LAYOUTS, MODULES
-from pipeline.models.load import ModelSource, load_config, load_tokenizer, model_files, tokenizer_hash, weight_hash
+from pipeline.models.load import (
+    ModelSource,
+    load_config,
+    load_tokenizer,
+    model_files,
+    tokenizer_hash,
+    weight_hash,
+)
 from pipeline.prompts.survey import Survey, survey
 from pipeline.store.files import Directory
 from pipeline.store.rundir import FingerprintValue
@@ -159,6 +166,6 @@ def parse_modules(text: str, known: Sequence[str]) -> tuple[str, ...]:
     for part in map(str.strip, text.split(",")):
         matching = [name for name in known if part in ("all", name, name.partition(".")[0])]
         if not matching:
-            raise BacklensError(f'--modules "{text}": no module \'{part}\' (there are {", ".join(known)})')
+            raise BacklensError(f"--modules \"{text}\": no module '{part}' (there are {', '.join(known)})")
         chosen.update(matching)
     return tuple(name for name in MODULES if name in chosen)

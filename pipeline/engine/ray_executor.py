@@ -98,7 +98,10 @@ class RayExecutor:
     def _replace(self, lost: _Given, error: RayActorError, running: dict[Any, _Given]) -> None:
         """A new actor in the place of a dead one, and its shards given out again."""
         self.deaths += 1
-        orphans = [lost, *(running.pop(ref) for ref in [r for r, g in running.items() if g.slot == lost.slot])]
+        orphans = [
+            lost,
+            *(running.pop(ref) for ref in [r for r, g in running.items() if g.slot == lost.slot]),
+        ]
         worst = max(orphans, key=lambda given: given.attempt)
         if worst.attempt >= ATTEMPTS:
             raise Interrupted(

@@ -103,7 +103,9 @@ class Worker:
             extracted = extract(self._loaded, self._lens, batch, self._job.wanted)
             computed.examples += batch
             computed.outcomes.append(extracted.outcome)
-            computed.overflowed += [e for e, fine in zip(batch, extracted.finite.tolist(), strict=True) if not fine]
+            computed.overflowed += [
+                e for e, fine in zip(batch, extracted.finite.tolist(), strict=True) if not fine
+            ]
             for name, blocks in extracted.blocks.items():
                 computed.blocks[name] += blocks
             for stage, seconds in extracted.seconds.items():

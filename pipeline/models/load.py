@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -94,7 +95,8 @@ def load_model(source: ModelSource, device: torch.device) -> LoadedModel:
         )
     except (OSError, ValueError) as error:
         raise _unreadable(source, error) from error
-    model = model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False)
+    nn.Module.to(model, device)
     return LoadedModel(model, tokenizer, anatomy(model))
 
 
@@ -116,7 +118,7 @@ def model_files(source: ModelSource) -> Path:
 
 def weight_hash(folder: Path) -> str:
     """SHA-256 over every weight file and the configuration, by name: any changed weight is another model."""
-    files = sorted(folder.glob("*.safetensors")) + [folder / "config.json"]
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

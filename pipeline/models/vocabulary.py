@@ -20,7 +20,9 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str]
     to_bytes = _byte_level if _is_byte_level(tokenizer) else _metaspace
     ids = list(range(size))
     forms = [form if isinstance(form, str) else "" for form in _tokens(tokenizer, ids)]
-    contents = [added[i].encode() if i in added else to_bytes(form) for i, form in zip(ids, forms, strict=True)]
+    contents = [
+        added[i].encode() if i in added else to_bytes(form) for i, form in zip(ids, forms, strict=True)
+    ]
     return [content.decode("utf-8", errors="replace") for content in contents], contents
 
 
