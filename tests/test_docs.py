@@ -1,0 +1,190 @@
+"""The documentation is run: commands are executed, shown output is compared, links lead somewhere.
+
+Blocks marked `bash`, `console`, `python` and `sql` are run, in the order of their page, in one scratch directory
+that holds a run of the bundled demo (`demo-run`) and a small model (`my-model`). `console` blocks show commands
+after `$ ` and their output below; a command without output shown only has to succeed. SQL is put to the demo
+run. Other blocks are listings and output, and hold no commands.
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+NOT_RUN = {
+    "make demo": "sets up what runs this test; the demo itself is the fixture `scratch`",
+    "make test": "is what runs this test",
+    "source .venv/bin/activate": "the environment that runs this test is on PATH already",
+}
+"""Commands that a page shows and this test leaves out, with the reason."""
+
+RUN_LANGUAGES = {"bash", "console", "python", "sql"}
+LISTINGS = {"", "text", "bibtex", "yaml", "json"}
+COMMAND = re.compile(r"^\s*(\$ |backlens |make |python |pip )", re.MULTILINE)
+
+BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Something to run, and what it is said to print (None: not said)."""
+
+    arguments: Sequence[str]
+    shown: str | None = None
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text("utf-8")
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start()) + 1
+        yield Block(str(page.relative_to(ROOT)), line, match[1], match[2])
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+def commands(block: Block) -> Iterator[Command]:
+    """What a block asks for, without the commands that are not run here."""
+    if block.language == "sql":
+        yield Command(["backlens", "query", "demo-run", "--sql", block.content])
+    elif block.language == "python":
+        yield Command([sys.executable, "-c", block.content])
+    elif block.language == "console":
+        for part in re.split(r"^\$ ", block.content, flags=re.MULTILINE)[1:]:
+            script, output = split_command(part)
+            if bare(script) not in NOT_RUN:
+                yield Command(shell(script), output.strip("\n") or None)
+    else:
+        kept = [line for line in block.content.splitlines() if bare(line) not in NOT_RUN]
+        if any(bare(line) for line in kept):
+            yield Command(shell("\n".join(kept)))
+
+
+def split_command(part: str) -> tuple[str, str]:
+    """A command, with the lines it goes on in (after a backslash, or in open quotes), and its output."""
+    lines = part.splitlines()
+    count = 1
+    while count < len(lines) and (lines[count - 1].endswith("\\") or open_quote("\n".join(lines[:count]))):
+        count += 1
+    return "\n".join(lines[:count]), "\n".join(lines[count:])
+
+
+def open_quote(script: str) -> bool:
+    return re.sub(r"'[^']*'|\"[^\"]*\"", "", script).count('"') % 2 == 1
+
+
+def bare(line: str) -> str:
+    """A shell line without its comment."""
+    return re.sub(r"(^|\s+)#.*", "", line).strip()
+
+
+def shell(script: str) -> list[str]:
+    return ["bash", "-euo", "pipefail", "-c", script]
+
+
+def execute(command: Command, scratch: Path) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    ran = subprocess.run(
+        command.arguments, cwd=scratch, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert ran.returncode == 0, f"{command.arguments[-1]}\nexit status {ran.returncode}\n{ran.stderr}"
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    save_tiny(folder / "my-model")
+    execute(Command(["backlens", "run", "--executor", "local"]), folder)
+    (folder / "docs").symlink_to(ROOT / "docs")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "block",
+    [block for block in BLOCKS if block.language in RUN_LANGUAGES],
+    ids=lambda block: f"{block.page}:{block.line}",
+)
+def test_commands_do_what_the_page_shows(block: Block, scratch: Path):
+    for command in commands(block):
+        printed = execute(command, scratch)
+        if command.shown is not None:
+            assert_same_output(printed, command.shown)
+
+
+def assert_same_output(printed: str, shown: str) -> None:
+    """Words are equal, numbers to three significant digits: the last ones may differ between machines."""
+    found, wanted = words(printed), words(shown)
+    same = len(found) == len(wanted) and all(map(same_word, found, wanted))
+    assert same, f"printed:\n{printed}\nshown:\n{shown}"
+
+
+def words(output: str) -> list[str]:
+    """What a reader reads: without the lines of tables."""
+    return re.sub(r"[\u2500-\u257f]+", " ", output).split()
+
+
+def same_word(one: str, other: str) -> bool:
+    try:
+        return math.isclose(float(one), float(other), rel_tol=5e-3)
+    except ValueError:
+        return one == other
+
+
+def test_listings_hide_no_commands():
+    unknown = [f"{b.page}:{b.line}" for b in BLOCKS if b.language not in RUN_LANGUAGES | LISTINGS]
+    assert not unknown, f"mark them as one of {sorted(RUN_LANGUAGES | LISTINGS)}"
+    hidden = [f"{b.page}:{b.line}" for b in BLOCKS if b.language in LISTINGS and COMMAND.search(b.content)]
+    assert not hidden, "mark these blocks bash or console, so that they are run"
+
+
+def test_what_is_not_run_is_still_shown():
+    lines = {bare(line.removeprefix("$ ")) for block in BLOCKS for line in block.content.splitlines()}
+    assert set(NOT_RUN) <= lines
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    targets = [link.partition("#")[0] for link in LINK.findall(page.read_text("utf-8")) if ":" not in link]
+    assert not [target for target in targets if target and not (page.parent / target).exists()]
+
+
+def test_commands_and_their_output_are_told_apart():
+    block = Block(
+        "page", 1, "console", '$ make demo  # first\n$ ask "a\n  b" \\\n  --more\none 2\n\n$ quiet\n'
+    )
+    asked, quiet = commands(block)
+    assert asked.arguments[-1] == 'ask "a\n  b" \\\n  --more'
+    assert asked.shown == "one 2"
+    assert (quiet.arguments[-1], quiet.shown) == ("quiet", None)
+
+
+def test_output_is_compared_by_words_and_rounded_numbers():
+    assert_same_output("┏━━┓\n┃ a ┃ 0.12345 ┃", "a 0.12341")
+    for other in ("a 0.1250", "b 0.12345", "a 0.12345 more"):
+        with pytest.raises(AssertionError):
+            assert_same_output("a 0.12345", other)

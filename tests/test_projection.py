@@ -1,0 +1,114 @@
+"""Exact selection: against a full sort in plain Python, however the vocabulary is cut."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.lens import Lens, Norm
+from pipeline.projection import GROUP, Vectors, extremes, project
+
+finite = st.floats(min_value=-(2.0**100), max_value=2.0**100, width=32)
+
+
+def brute_force(row: list[float], k: int, largest: bool) -> list[int]:
+    sign = -1.0 if largest else 1.0
+    return sorted(range(len(row)), key=lambda token: (sign * row[token], token))[:k]
+
+
+@given(
+    rows=st.integers(1, 400).flatmap(
+        lambda width: st.lists(
+            st.lists(st.one_of(finite, st.sampled_from([0.0, -0.0, 1.0])), min_size=width, max_size=width),
+            min_size=1,
+            max_size=3,
+        )
+    ),
+    k=st.integers(1, 12),
+    largest=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_extremes_are_those_of_a_full_sort_with_ties_to_the_smaller_id(
+    rows: list[list[float]], k: int, largest: bool
+) -> None:
+    k = min(k, len(rows[0]))
+    scores = torch.tensor(rows)
+    values, ids = extremes(scores, k, largest)
+    assert ids.tolist() == [brute_force(row, k, largest) for row in scores.tolist()]
+    assert values.tolist() == [[row[i] for i in brute_force(row, k, largest)] for row in scores.tolist()]
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    levels=st.integers(1, 40),
+    width=st.integers(30 * GROUP, 40 * GROUP),
+    largest=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_extremes_stay_exact_when_group_maxima_are_full_of_ties(
+    seed: int, levels: int, width: int, largest: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, levels, (3, width), generator=generator).float()
+    _, ids = extremes(scores, 10, largest)
+    assert ids.tolist() == [brute_force(row, 10, largest) for row in scores.tolist()]
+
+
+def random_lens(vocabulary: int, d_model: int, centred: bool, generator: torch.Generator) -> Lens:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    norm = Norm(normal(d_model), normal(d_model), 1e-5, centred)
+    unembedding = normal(vocabulary, d_model)
+    return Lens(norm, unembedding, unembedding @ norm.bias, "raw")
+
+
+@given(seed=st.integers(0, 10**6), centred=st.booleans(), tile_bytes=st.sampled_from([1, 2**16, 2**30]))
+@settings(max_examples=25, deadline=None)
+def test_projection_does_not_depend_on_how_the_vocabulary_is_tiled(
+    seed: int, centred: bool, tile_bytes: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lens = random_lens(3001, 16, centred, generator)
+    residual = torch.randn(2, 4, 16, generator=generator)
+    residual[1, 3] = 0
+    mixes = torch.randn(2, 3, 4, generator=generator)
+    mixed = mixes @ residual
+    targets = torch.tensor([7, 2999])
+    centre = lens.norm.centre
+
+    def scales(vectors: Tensor) -> Tensor:
+        return lens.scale(vectors.square().sum(-1), centre(vectors).square().sum(-1))
+
+    vectors = Vectors(
+        residual, scales(residual), residual.norm(dim=-1) > 0, mixes, scales(mixed), mixes.any(-1)
+    )
+    own, mix = project(vectors, lens, targets, 10, tile_bytes)
+    wanted = torch.cat([residual[0], residual[1, :3], *mixed])
+    wanted_targets = torch.tensor([7] * 4 + [2999] * 3 + [7] * 3 + [2999] * 3)
+    scores = lens.norm(wanted.double()) @ lens.unembedding.double().T
+    top_ids = torch.cat([own.top_ids, mix.top_ids])
+    assert torch.equal(top_ids.long(), scores.topk(10).indices)
+    bottom_ids = torch.cat([own.bottom_ids, mix.bottom_ids])
+    assert torch.equal(bottom_ids.long(), scores.topk(10, largest=False).indices)
+    target = scores.gather(1, wanted_targets[:, None])
+    ranks = torch.cat([own.target_rank, mix.target_rank])
+    assert torch.equal(ranks.long(), (scores > target).sum(-1))
+    assert torch.allclose(torch.cat([own.target_score, mix.target_score]).double(), target[:, 0], atol=1e-4)
+
+
+def test_a_target_in_the_top_list_has_the_lists_own_score_and_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lens = random_lens(5000, 64, True, generator)
+    residual = torch.randn(64, 1, 64, generator=generator)
+    targets = (lens.norm(residual[:, 0]) @ lens.unembedding.T).argsort(-1, descending=True)[:, 4]
+    squares = residual.square().sum(-1), lens.norm.centre(residual).square().sum(-1)
+    none = residual.new_zeros(64, 0, 1)
+    vectors = Vectors(
+        residual, lens.scale(*squares), torch.ones(64, 1, dtype=torch.bool), none, none[..., 0], none[..., 0].bool()
+    )
+    own, _ = project(vectors, lens, targets, 10)
+    for row in range(64):
+        place = own.top_ids[row].tolist().index(targets[row])
+        assert own.target_rank[row] == place
+        assert own.target_score[row] == own.top_scores[row, place]
