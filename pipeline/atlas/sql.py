@@ -1,0 +1,150 @@
+"""SQL over a run's tables, for people who are not trusted with more than reading them.
+
+Every connection is thrown away after its query, sees a run's committed files as views and nothing else,
+and has limits on memory and time. What a stranger writes must moreover be one SELECT that only reads,
+and DuckDB's word for it is not enough: it counts `WITH w AS (COPY … TO …) SELECT …` as a SELECT, and
+the table function `json_execute_serialized_sql` runs such a statement from a string; either may
+overwrite the files that the views read. So the statement's own syntax tree must hold nothing but
+queries, and no table functions but those known to be harmless.
+"""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.errors import BacklensError
+from pipeline.store.files import Directory
+from schemas.tables import TABLES
+
+MEMORY_LIMIT = "4GB"
+QUERY_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
+"""The nodes of a syntax tree that read. Others (COPY_QUERY_NODE, INSERT_QUERY_NODE, …) write."""
+
+TABLE_FUNCTIONS = {
+    "duckdb_columns",
+    "duckdb_functions",
+    "duckdb_tables",
+    "duckdb_views",
+    "generate_series",
+    "histogram",
+    "histogram_values",
+    "json_each",
+    "json_tree",
+    "range",
+    "repeat",
+    "unnest",
+}
+"""What may stand in FROM besides tables. None of them opens a file or takes SQL as a string."""
+
+
+@contextmanager
+def connection(
+    directory: Directory, files: Mapping[str, Sequence[str]], seconds: float
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection that sees `files` (by table) as views and reaches nothing else, for so many seconds."""
+    opened = duckdb.connect(":memory:", config={"python_enable_replacements": False})
+    late = threading.Timer(seconds, opened.interrupt)
+    try:
+        if not directory.is_local:
+            opened.register_filesystem(directory.fs)
+        _restrict(opened, [path for paths in files.values() for path in paths])
+        for table, paths in files.items():
+            _create_view(opened, table, paths)
+        opened.execute("SET lock_configuration = true")
+        late.start()
+        yield opened
+    except duckdb.InterruptException as error:
+        raise BacklensError(f"query: stopped after {seconds:g} s; narrow it, by layer for example") from error
+    except duckdb.Error as error:
+        raise BacklensError(f"query: {_first_line(error)}") from error
+    finally:
+        late.cancel()
+        opened.close()
+
+
+def _restrict(opened: duckdb.DuckDBPyConnection, paths: Sequence[str]) -> None:
+    opened.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
+    opened.execute("SET autoload_known_extensions = false")
+    opened.execute("SET temp_directory = ''")  # else a large query spills into the working directory
+    opened.execute(f"SET allowed_paths = {_literal_list(paths)}")
+    opened.execute("SET enable_external_access = false")
+
+
+def _create_view(opened: duckdb.DuckDBPyConnection, table: str, paths: Sequence[str]) -> None:
+    if paths:
+        opened.execute(f"CREATE VIEW {table} AS FROM read_parquet({_literal_list(paths)})")
+    else:
+        opened.register(table, TABLES[table].empty())
+
+
+def _literal_list(texts: Sequence[str]) -> str:
+    return f"[{', '.join(map(_literal, texts))}]"
+
+
+def _literal(text: str) -> str:
+    """A string as SQL, where DuckDB takes no parameters: SET and CREATE VIEW."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def run_select(opened: duckdb.DuckDBPyConnection, statement: str, limit: int) -> pa.Table:
+    """At most `limit` rows of a stranger's SELECT."""
+    tree = checked_tree(opened, statement)
+    # What runs is the tree that was checked, and as a subquery: there DuckDB itself refuses what writes.
+    # (json_execute_serialized_sql would save a step, but what it runs can't be interrupted.)
+    (checked,) = opened.execute("SELECT json_deserialize_sql($1)", [tree]).fetchall()
+    return opened.sql(checked[0]).limit(limit).to_arrow_table()
+
+
+def checked_tree(opened: duckdb.DuckDBPyConnection, statement: str) -> str:
+    """The syntax tree, in JSON, of one SELECT (or DESCRIBE, SHOW, VALUES) that only reads."""
+    tables = ", ".join(TABLES)
+    refusal = BacklensError(
+        f"sql: only a single SELECT statement is run here; it can read the tables {tables}"
+    )
+    parsed = opened.extract_statements(statement)
+    if len(parsed) != 1 or parsed[0].type != duckdb.StatementType.SELECT:
+        raise refusal
+    ((serialized,),) = opened.execute("SELECT json_serialize_sql($1)", [parsed[0].query]).fetchall()
+    try:
+        tree = json.loads(serialized)
+    except RecursionError:
+        raise BacklensError(
+            "sql: the statement is nested too deeply to be checked; make it flatter"
+        ) from None
+    if tree["error"]:
+        raise refusal
+    for part in _parts(tree):
+        kind = str(part.get("type"))
+        if kind.endswith("_NODE") and kind not in QUERY_NODES:
+            raise refusal
+        if (
+            kind == "TABLE_FUNCTION"
+            and (name := part["function"]["function_name"].lower()) not in TABLE_FUNCTIONS
+        ):
+            raise BacklensError(f"sql: {name}(…) is not run here; read from the tables {tables}")
+    return serialized
+
+
+def _parts(tree: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a JSON document."""
+    left = [tree]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            yield part
+            left.extend(part.values())
+        elif isinstance(part, list):
+            left.extend(part)
+
+
+def _first_line(error: duckdb.Error) -> str:
+    """`Binder Error: Referenced column "x" not found …`, and what DuckDB proposes on the second line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(
+        lines[:2] if len(lines) > 1 and lines[1].startswith(("Candidate", "Did you")) else lines[:1]
+    )

@@ -1,0 +1,176 @@
+"""The run directory as a whole: `run.json`, and whether a directory may be made, resumed or must be refused.
+
+`run.json` is written before everything else, so a directory that holds anything but no `run.json` is not
+ours. A run that is opened again goes on with the plan it was made with, but its fingerprint must be the same.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pipeline.errors import BacklensError
+from pipeline.store.card import dataset_card
+from pipeline.store.commit import committed
+from pipeline.store.files import Directory, is_temporary
+from pipeline.store.lock import LOCK_FILE
+from schemas.tables import SCHEMA_VERSION
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+CARD_FILE = "README.md"
+
+FingerprintValue = str | int | float | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How prompts are divided: shard s covers `shard_prompts` of them from s × shard_prompts on."""
+
+    prompts: int
+    shards: int
+    shard_prompts: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """The content of `run.json`."""
+
+    config: Mapping[str, Any]
+    """The resolved configuration."""
+    fingerprint: Mapping[str, FingerprintValue]
+    """Everything that changes results, by name."""
+    plan: Plan
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Facts of the model: layers, modules, width, vocabulary size, revision, weight hash."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+    status: Literal["running", "done"] = "running"
+    created_at: str = ""
+    finished_at: str | None = None
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, content: bytes, where: str) -> "RunRecord":
+        try:
+            fields = json.loads(content)
+            fields["plan"] = Plan(**fields["plan"])
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError) as error:
+            raise BacklensError(f"{where}: not a record that this backlens can read ({error})") from error
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """An opened run directory."""
+
+    directory: Directory
+    record: RunRecord
+    """When resumed, its plan is the one the run was made with: go by this one."""
+    resumed: bool
+
+
+def open_run(
+    directory: Directory,
+    fingerprint: Mapping[str, FingerprintValue],
+    *,
+    config: Mapping[str, Any],
+    config_yaml: str,
+    plan: Plan,
+    model: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> RunDirectory:
+    """Creates the run, or resumes one made with the same fingerprint. Call it under the DriverLock."""
+    given = RunRecord(
+        config=config,
+        fingerprint=fingerprint,
+        plan=plan,
+        model=dict(model or {}),
+        versions=dict(versions or {}),
+        created_at=_now(),
+    )
+    standing = find_run(directory)
+    if standing is None:
+        _refuse_foreign_files(directory)
+        record = given
+    else:
+        _refuse_differences(directory, standing, given)
+        record = replace(given, plan=standing.plan, created_at=standing.created_at)
+        if standing.status == "done" and len(committed(directory)) == standing.plan.shards:
+            record = replace(record, status="done", finished_at=standing.finished_at)
+    directory.makedirs()
+    directory.write_atomically(RUN_FILE, record.to_json())
+    directory.write_atomically(CONFIG_FILE, config_yaml.encode())
+    _write_card(directory, record)
+    return RunDirectory(directory, record, resumed=standing is not None)
+
+
+def finish(run: RunDirectory) -> RunDirectory:
+    """Marks the run as done and writes the dataset card with the final numbers."""
+    record = replace(run.record, status="done", finished_at=_now())
+    _write_card(run.directory, record)
+    run.directory.write_atomically(RUN_FILE, record.to_json())
+    return replace(run, record=record)
+
+
+def load_run(directory: Directory) -> RunRecord:
+    """The record of a run that must be there."""
+    record = find_run(directory)
+    if record is None:
+        raise BacklensError(
+            f"out: {directory} is not a run directory (it has no {RUN_FILE}); "
+            "give the --out of a `backlens run`"
+        )
+    return record
+
+
+def find_run(directory: Directory) -> RunRecord | None:
+    """The record of the run in this directory, if there is one."""
+    if not directory.exists(RUN_FILE):
+        return None
+    return RunRecord.from_json(directory.read(RUN_FILE), where=f"{directory}/{RUN_FILE}")
+
+
+def _refuse_foreign_files(directory: Directory) -> None:
+    foreign = [name for name in directory.names() if name != LOCK_FILE and not is_temporary(name)]
+    if foreign:
+        raise BacklensError(
+            f"out: {directory} is not empty and is not a run directory "
+            f"(it holds {foreign[0]!r}, and no {RUN_FILE}); choose another --out"
+        )
+
+
+def _refuse_differences(directory: Directory, standing: RunRecord, given: RunRecord) -> None:
+    before = {"schema version": standing.schema_version, **standing.fingerprint}
+    now = {"schema version": given.schema_version, **given.fingerprint}
+    differing = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    if differing:
+        raise BacklensError(
+            f"out: {directory} was made with {_named(before, differing)}, this run has "
+            f"{_named(now, differing)}; use another --out, or the same options"
+        )
+
+
+def _named(parts: Mapping[str, FingerprintValue], names: list[str]) -> str:
+    """`top-k 10 and dtype float32`"""
+    phrases = [
+        f"no {_flag(name)}" if parts.get(name) is None else f"{_flag(name)} {parts[name]}" for name in names
+    ]
+    return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _write_card(directory: Directory, record: RunRecord) -> None:
+    commits = list(committed(directory).values())
+    card = dataset_card(record.model, record.config, commits, record.status)
+    directory.write_atomically(CARD_FILE, card.encode())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
