@@ -20,6 +20,9 @@ from pipeline.lens import Lens
 GROUP = 64
 """Scores whose maximum is taken first: only the groups with the k + 1 largest maxima can hold the top k."""
 
+BLOCK = 1024
+"""Scores counted together (see `count_above`); tiles are whole blocks."""
+
 
 @dataclass(frozen=True)
 class Vectors:
@@ -56,53 +59,112 @@ def project(
 
     `tile_bytes` bounds the scores held at once; the default suits the cache of a CPU or the memory of a GPU.
     """
-    used = vectors.wanted | (vectors.mixes != 0).any(1)
-    base_UD = lens.linear(vectors.residual[used])
-    spread = _Spread(vectors, used)
-    rows = spread.rows
-    targets_N = torch.cat(
-        [targets.repeat_interleave(w.sum(-1)) for w in (vectors.wanted, vectors.mix_wanted)]
-    )
-    scale_N = torch.cat([vectors.scale[vectors.wanted], vectors.mix_scale[vectors.mix_wanted]])
-    own_targets = targets.repeat_interleave(used.sum(-1))
-    target_score = spread.apply((base_UD * lens.rows(own_targets)).sum(-1, keepdim=True)).squeeze(-1)
-    target_score = target_score * scale_N + lens.constant[targets_N]
-
-    best, worst = _Extremes(k, largest=True), _Extremes(k, largest=False)
-    target_rank = torch.zeros_like(targets_N)
-    width = _tile_width(rows + base_UD.shape[0], lens, tile_bytes)
+    spread = _Spread(vectors, lens)
+    target_scores = spread.target_scores(lens, targets)
+    sets = [
+        _RowSet(targets.repeat_interleave(wanted.sum(-1)), scores, k)
+        for wanted, scores in zip((vectors.wanted, vectors.mix_wanted), target_scores, strict=True)
+    ]
+    width = _tile_width(spread.rows, lens, tile_bytes)
     for start in range(0, lens.vocabulary, width):
         stop = min(start + width, lens.vocabulary)
-        scores_NV = spread.apply(base_UD @ lens.tile(start, stop).mT)
-        scores_NV.mul_(scale_N[:, None]).add_(lens.constant[start:stop])
-        # The target's score, wherever it is read, is one number: no rounding can put the target above itself.
-        inside = ((targets_N >= start) & (targets_N < stop)).nonzero().squeeze(-1)
-        scores_NV[inside, targets_N[inside] - start] = target_score[inside]
-        target_rank += (scores_NV > target_score[:, None]).sum(-1, dtype=torch.int32)
-        best.add(scores_NV, start)
-        worst.add(scores_NV, start)
-    selection = Selection(*best.sorted(), *worst.sorted(), target_score, target_rank)
-    return _split(selection, spread.own)
+        for rows, scores_NV in zip(sets, spread.tile(lens, start, stop), strict=True):
+            rows.add(scores_NV, start)
+    own, mixed = sets
+    return own.selection(), mixed.selection()
 
 
 class _Spread:
-    """From values of the used residual vectors to values of the wanted vectors and mixes."""
+    """Scores of the wanted vectors, a tile at a time, from one product with the unembedding.
 
-    def __init__(self, vectors: Vectors, used: Bool[Tensor, "prompt position"]) -> None:
+    The product is of the residual vectors that are wanted or mixed, each with its own s(v). A mix Σ aᵢ vᵢ then has
+    the coefficients aᵢ · s(mix) / s(vᵢ), so that no pass over its scores is needed to scale them.
+    """
+
+    def __init__(self, vectors: Vectors, lens: Lens) -> None:
+        used = (vectors.wanted | (vectors.mixes != 0).any(1)) & (vectors.residual != 0).any(-1)
         self._used = used
         self._wanted = vectors.wanted[used]
-        self._mixes = vectors.mixes
         self._mix_wanted = vectors.mix_wanted
-        self.own = int(vectors.wanted.sum())
-        self.rows = self.own + int(vectors.mix_wanted.sum())
+        self._base_UD = lens.linear(vectors.residual[used]) * vectors.scale[used][:, None]
+        ratio_BKT = vectors.mix_scale[..., None] / vectors.scale[:, None]
+        keep = used[:, None] & vectors.mix_wanted[..., None]
+        self._mixes_BKT = (vectors.mixes * ratio_BKT).masked_fill(~keep, 0.0)
+        self.rows = len(self._base_UD) + vectors.mix_wanted.numel()
 
-    def apply(self, values_UV: Float[Tensor, "used value"]) -> Float[Tensor, "vector value"]:
-        if not self._mix_wanted.any():
-            return values_UV[self._wanted]
-        padded_BTV = values_UV.new_zeros(*self._used.shape, values_UV.shape[-1])
-        padded_BTV[self._used] = values_UV
-        mixed_BKV = self._mixes @ padded_BTV
-        return torch.cat([values_UV[self._wanted], mixed_BKV[self._mix_wanted]])
+    def tile(
+        self, lens: Lens, start: int, stop: int
+    ) -> tuple[Float[Tensor, "own tile"], Float[Tensor, "mix tile"]]:
+        constant = lens.constant[start:stop]
+        own_NV, mixed_MV = self._apply(self._base_UD @ lens.tile(start, stop).mT)
+        return own_NV.add_(constant), mixed_MV.add_(constant)
+
+    def target_scores(
+        self, lens: Lens, targets: Int[Tensor, " prompt"]
+    ) -> tuple[Float[Tensor, " own"], Float[Tensor, " mix"]]:
+        """Each vector's score of its prompt's target."""
+        own_targets = targets.repeat_interleave(self._used.sum(-1))
+        scores = self._apply((self._base_UD * lens.rows(own_targets)).sum(-1, keepdim=True))
+        constants = lens.constant[own_targets[self._wanted]], lens.constant[targets].repeat_interleave(
+            self._mix_wanted.sum(-1)
+        )
+        own, mixed = (s.squeeze(-1) + c for s, c in zip(scores, constants, strict=True))
+        return own, mixed
+
+    def _apply(
+        self, values_UV: Float[Tensor, "used value"]
+    ) -> tuple[Float[Tensor, "own value"], Float[Tensor, "mix value"]]:
+        if self._used.all():
+            padded_BTV = values_UV.view(*self._used.shape, -1)
+        else:
+            padded_BTV = values_UV.new_zeros(*self._used.shape, values_UV.shape[-1])
+            padded_BTV[self._used] = values_UV
+        mixed_MV = (self._mixes_BKT @ padded_BTV).flatten(0, 1)
+        return _rows(values_UV, self._wanted), _rows(mixed_MV, self._mix_wanted.flatten())
+
+
+def _rows(values: Float[Tensor, "row value"], wanted: Bool[Tensor, " row"]) -> Float[Tensor, "wanted value"]:
+    return values if wanted.all() else values[wanted]
+
+
+class _RowSet:
+    """What is kept of some vectors' scores, tile after tile."""
+
+    def __init__(
+        self, targets: Int[Tensor, " vector"], target_score: Float[Tensor, " vector"], k: int
+    ) -> None:
+        self._targets = targets
+        self._target_score = target_score
+        self._target_rank = torch.zeros_like(targets, dtype=torch.int32)
+        self._best, self._worst = _Extremes(k, largest=True), _Extremes(k, largest=False)
+
+    def add(self, scores_NV: Float[Tensor, "vector tile"], start: int) -> None:
+        # The target's score, wherever it is read, is one number: no rounding can put the target above itself.
+        inside = ((self._targets >= start) & (self._targets < start + scores_NV.shape[1])).nonzero().squeeze(-1)
+        scores_NV[inside, self._targets[inside] - start] = self._target_score[inside]
+        self._target_rank += count_above(scores_NV, self._target_score)
+        self._best.add(scores_NV, start)
+        self._worst.add(scores_NV, start)
+
+    def selection(self) -> Selection:
+        return Selection(*self._best.sorted(), *self._worst.sorted(), self._target_score, self._target_rank)
+
+
+def count_above(
+    scores: Float[Tensor, "vector tile"], thresholds: Float[Tensor, " vector"]
+) -> Int[Tensor, " vector"]:
+    """Scores strictly above each row's threshold.
+
+    A sum of booleans converts every one of them to an integer first. Read as 64-bit words, eight are added at a
+    time; a byte of the sum cannot overflow before 255 words.
+    """
+    above = scores > thresholds[:, None]
+    blocks = above.shape[-1] // BLOCK
+    whole = blocks * BLOCK
+    blocked = above[:, :whole].unflatten(-1, (blocks, BLOCK)).contiguous()
+    rest = above[:, whole:].sum(-1, dtype=torch.int32)
+    words = blocked.view(torch.int64).sum(-1)
+    return words.view(torch.uint8).sum(-1, dtype=torch.int32) + rest
 
 
 class _Extremes:
@@ -166,10 +228,5 @@ def _in_order(scores: Tensor, ids: Tensor, largest: bool) -> tuple[Tensor, Tenso
 def _tile_width(rows: int, lens: Lens, tile_bytes: int | None) -> int:
     if tile_bytes is None:
         tile_bytes = 2**30 if lens.unembedding.is_cuda else 2**25
-    width = tile_bytes // (4 * max(rows, 1)) // GROUP * GROUP
-    return max(min(width, lens.vocabulary), min(16 * GROUP, lens.vocabulary))
-
-
-def _split(selection: Selection, own: int) -> tuple[Selection, Selection]:
-    columns = [getattr(selection, name) for name in Selection.__dataclass_fields__]
-    return Selection(*(c[:own] for c in columns)), Selection(*(c[own:] for c in columns))
+    blocks = tile_bytes // (4 * max(rows, 1)) // BLOCK
+    return min(max(blocks, 1) * BLOCK, lens.vocabulary)

@@ -1,0 +1,76 @@
+"""Peak memory of a run against the model's own size, and whether it grows with the number of prompts.
+
+    python -m benchmarks.memory [--prompts 200 2000] [--layers all]
+
+Makes a model of GPT-2's 124M-parameter shape with random weights in a temporary folder, runs `backlens run` on
+it in a process of its own, and prints that process's peak resident memory.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.tiny import byte_tokenizer
+
+
+def make_model(folder: Path) -> int:
+    """Save the model and return the size of its weights in bytes."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def write_prompts(file: Path, count: int) -> None:
+    """Prompts of 8 to 16 tokens; the byte tokenizer makes every character one."""
+    generator = random.Random(0)
+    with file.open("w") as stream:
+        for _ in range(count):
+            text = "".join(generator.choices("abcdefghijklmnop ", k=generator.randint(7, 15))) + "x"
+            stream.write(json.dumps({"prompt": text, "target": " y"}) + "\n")
+
+
+def peak_of(command: list[str]) -> tuple[int, float]:
+    """Peak resident bytes of the command's process, and its seconds."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return usage.ru_maxrss * 1024, time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[200, 2000])
+    parser.add_argument("--layers", default="all")
+    options = parser.parse_args()
+    backlens = str(Path(sys.executable).with_name("backlens"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = make_model(folder / "model")
+        print(f"weights {size / 2**20:,.0f} MiB")
+        for count in options.prompts:
+            write_prompts(folder / f"{count}.jsonl", count)
+            command = [backlens, "run", "--model", str(folder / "model"), "--executor", "local"]
+            command += ["--prompts", str(folder / f"{count}.jsonl"), "--out", str(folder / f"out-{count}")]
+            peak, seconds = peak_of([*command, "--layers", options.layers])
+            over = (peak - size) / 2**20
+            print(
+                f"{count} prompts: peak {peak / 2**20:,.0f} MiB, {over:,.0f} MiB over the weights, {seconds:.0f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
