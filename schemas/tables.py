@@ -188,7 +188,9 @@ PROMPTS = Table(
             "-log p(target | prompt) in nats, summed over the target's tokens that are used.",
         ),
         Column(
-            "target_prob", pa.float32(), "Probability of the target's first token after the prompt, 0 to 1."
+            "target_prob",
+            pa.float32(),
+            "p(target | prompt) = exp(-loss): of all the target tokens that are used.",
         ),
         Column(
             "target_rank",

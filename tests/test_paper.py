@@ -66,9 +66,11 @@ def test_the_target_is_among_the_lowest_percent_of_the_last_vjps_tokens(demo: Pa
 
 
 @pytest.mark.parametrize("layer", [2, 5, 7])
-def test_subtracting_the_gradient_from_the_weight_raises_the_targets_probability(demo: Path, layer: int) -> None:
+def test_subtracting_the_gradient_from_the_weight_raises_the_targets_probability(
+    demo: Path, layer: int
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
-    weight = model.transformer.h[layer].mlp.c_proj.weight
+    weight = model.get_parameter(f"transformer.h.{layer}.mlp.c_proj.weight")
     prompts = rows(demo, "prompts", ["prompt_id", "token_ids", "target_ids", "target_prob"])[:20]
     factors = pyarrow.dataset.dataset(demo / "factors").to_table(
         filter=(pyarrow.dataset.field("layer") == layer)

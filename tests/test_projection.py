@@ -105,7 +105,12 @@ def test_a_target_in_the_top_list_has_the_lists_own_score_and_place() -> None:
     squares = residual.square().sum(-1), lens.norm.centre(residual).square().sum(-1)
     none = residual.new_zeros(64, 0, 1)
     vectors = Vectors(
-        residual, lens.scale(*squares), torch.ones(64, 1, dtype=torch.bool), none, none[..., 0], none[..., 0].bool()
+        residual,
+        lens.scale(*squares),
+        torch.ones(64, 1, dtype=torch.bool),
+        none,
+        none[..., 0],
+        none[..., 0].bool(),
     )
     own, _ = project(vectors, lens, targets, 10)
     for row in range(64):

@@ -40,7 +40,17 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     model = save_tiny(folder / "model", family)
     lines = [json.dumps({"prompt": p, "target": t}) for p, t in zip(PROMPTS, TARGETS, strict=True)]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
-    options = ["--modules", "all", "--neurons", "6", "--top-k", str(TOP_K), "--scaling", scaling, "--save-factors"]
+    options = [
+        "--modules",
+        "all",
+        "--neurons",
+        "6",
+        "--top-k",
+        str(TOP_K),
+        "--scaling",
+        scaling,
+        "--save-factors",
+    ]
     command = ["run", "--model", model, "--prompts", folder / "prompts.jsonl", "--out", folder / "out"]
     backlens = Path(sys.executable).with_name("backlens")
     subprocess.run([backlens, *command, "--executor", "local", *options], check=True)
