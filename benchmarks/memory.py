@@ -51,7 +51,9 @@ def peak_of(command: list[str]) -> tuple[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, nargs="+", default=[200, 2000])
     parser.add_argument("--layers", default="all")
     options = parser.parse_args()

@@ -155,6 +155,19 @@ def same_word(one: str, other: str) -> bool:
         return one == other
 
 
+@pytest.mark.slow
+def test_the_picture_is_of_the_bundled_model(scratch: Path):
+    script = (ROOT / "docs" / "draw_heatmap.py").read_text("utf-8")
+    drawn = next(line for line in script.splitlines() if line.startswith("python docs/draw_heatmap.py"))
+    execute(Command(shell(drawn.replace("docs/demo-heatmap.svg", "drawn.svg"))), scratch)
+    said = [
+        re.findall(r'class="(?:title|target)"[^>]*>([^<]*)<', picture.read_text("utf-8"))
+        for picture in (scratch / "drawn.svg", ROOT / "docs" / "demo-heatmap.svg")
+    ]
+    assert len(said[0]) > 1
+    assert said[0] == said[1], f"draw it again: {drawn}"
+
+
 def test_listings_hide_no_commands():
     unknown = [f"{b.page}:{b.line}" for b in BLOCKS if b.language not in RUN_LANGUAGES | LISTINGS]
     assert not unknown, f"mark them as one of {sorted(RUN_LANGUAGES | LISTINGS)}"

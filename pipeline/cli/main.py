@@ -22,6 +22,7 @@ def _one_line(error: CycloptsError) -> str:
 app = App(
     name="backlens",
     error_formatter=_one_line,
+    suppress_keyboard_interrupt=False,
     version=__version__,
     help="Gradients of language models, projected to the vocabulary, as Parquet tables.",
 )

@@ -1,0 +1,55 @@
+# Everything lives in .venv, and what stands there is not installed again until pyproject.toml or
+# constraints.txt changes. Another Python: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
+
+.PHONY: demo test quick lint format types docs docs-check check clean
+
+demo: $(VENV)/.package  ## run the bundled demo into ./demo-run
+	$(BIN)/backlens run
+	@echo "backlens is in $(VENV): source $(BIN)/activate"
+
+test: $(VENV)/.dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/.dev  ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(VENV)/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.package  ## write docs/tables.md
+	$(BIN)/python -m schemas.document
+
+docs-check: $(VENV)/.package
+	$(BIN)/python -m schemas.document --check
+
+check: lint types docs-check
+
+clean:
+	rm -rf $(VENV) demo-run
+
+# One pip call each, so that the pins decide which build of torch is taken.
+$(VENV)/.package: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) -e ".[dev]"
+	@touch $(VENV)/.package $@
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "backlens needs Python 3.11 or newer, and '$(PYTHON)' is not; name one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
