@@ -105,8 +105,9 @@ class _Spread:
         """Each vector's score of its prompt's target."""
         own_targets = targets.repeat_interleave(self._used.sum(-1))
         scores = self._apply((self._base_UD * lens.rows(own_targets)).sum(-1, keepdim=True))
-        constants = lens.constant[own_targets[self._wanted]], lens.constant[targets].repeat_interleave(
-            self._mix_wanted.sum(-1)
+        constants = (
+            lens.constant[own_targets[self._wanted]],
+            lens.constant[targets].repeat_interleave(self._mix_wanted.sum(-1)),
         )
         own, mixed = (s.squeeze(-1) + c for s, c in zip(scores, constants, strict=True))
         return own, mixed
@@ -140,7 +141,9 @@ class _RowSet:
 
     def add(self, scores_NV: Float[Tensor, "vector tile"], start: int) -> None:
         # The target's score, wherever it is read, is one number: no rounding can put the target above itself.
-        inside = ((self._targets >= start) & (self._targets < start + scores_NV.shape[1])).nonzero().squeeze(-1)
+        inside = (
+            ((self._targets >= start) & (self._targets < start + scores_NV.shape[1])).nonzero().squeeze(-1)
+        )
         scores_NV[inside, self._targets[inside] - start] = self._target_score[inside]
         self._target_rank += count_above(scores_NV, self._target_score)
         self._best.add(scores_NV, start)

@@ -1,6 +1,5 @@
 """Captured factors against autograd on the weights, in every family and either padding."""
 
-
 import pytest
 import torch
 
