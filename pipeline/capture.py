@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from pipeline.models.layout import READS, Matrix
+from pipeline.models.anatomy import Located
+from pipeline.models.layout import READS
 from pipeline.models.load import LoadedModel
 
 Side = Literal["right", "left"]
@@ -104,7 +105,7 @@ def capture(
         hooks.enter_context(_graph_from_embeddings(loaded.anatomy.embeddings))
         hooks.enter_context(_only_loss_positions(loaded.anatomy.head, batch.loss_positions))
         for layer in layers:
-            recorder = _LayerRecorder(layer, consume)
+            recorder = _LayerRecorder(layer, batch.mask.shape, consume)
             for path, matrices in _by_submodule(loaded.anatomy.matrices, modules):
                 submodule = loaded.anatomy.blocks[layer].get_submodule(path)
                 hooks.enter_context(_hook(submodule, recorder.recording(matrices)))
@@ -138,39 +139,46 @@ def _outcome(
 class _LayerRecorder:
     """Inputs and VJPs of one layer's modules until a group that shares an input is complete."""
 
-    def __init__(self, layer: int, consume: Consumer) -> None:
+    def __init__(self, layer: int, shape: torch.Size, consume: Consumer) -> None:
         self._layer = layer
+        self._shape = shape
         self._consume = consume
         self._waiting: dict[object, dict[str, Tensor]] = {}
         self._expected: dict[object, int] = {}
 
-    def recording(self, matrices: Sequence[tuple[str, Matrix]]) -> Callable[..., None]:
+    def recording(self, matrices: Sequence[tuple[str, Located]]) -> Callable[..., None]:
         """A forward hook for the submodule that holds `matrices`."""
 
         def on_forward(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            x = args[0].detach()
+            x = self._by_prompt(args[0].detach())
             group = self._group(matrices[0][0], x)
             self._expected[group] = self._expected.get(group, 0) + len(matrices)
             output.register_hook(lambda vjp: self._receive(group, x, matrices, vjp))
 
         return on_forward
 
+    def _by_prompt(self, values: Tensor) -> Float[Tensor, "prompt position width"]:
+        """OPT's feed-forward matrices see their batch flattened; everywhere else this is a view of itself."""
+        return values.view(*self._shape, values.shape[-1])
+
     @staticmethod
     def _group(module: str, x: Tensor) -> object:
         # Modules that read one tensor (q, k, v; gate, up) have one residual side: found by identity, not by name.
         return (x.data_ptr(), x.shape) if module in READS else module
 
-    def _receive(self, group: object, x: Tensor, matrices: Sequence[tuple[str, Matrix]], vjp: Tensor) -> None:
+    def _receive(
+        self, group: object, x: Tensor, matrices: Sequence[tuple[str, Located]], vjp: Tensor
+    ) -> None:
         received = self._waiting.setdefault(group, {})
         for module, matrix in matrices:
-            received[module] = vjp.detach().chunk(matrix.parts, dim=-1)[matrix.part]
+            received[module] = self._by_prompt(matrix.part_of(vjp.detach()))
             self._expected[group] -= 1
         if self._expected[group] == 0:
             del self._waiting[group], self._expected[group]
             self._consume([Gradient(self._layer, module, x, vjp) for module, vjp in received.items()])
 
 
-def _by_submodule(matrices: Any, modules: Collection[str]) -> Iterator[tuple[str, list[tuple[str, Matrix]]]]:
+def _by_submodule(matrices: Any, modules: Collection[str]) -> Iterator[tuple[str, list[tuple[str, Located]]]]:
     """The chosen modules by the submodule that computes them: a fused one computes several."""
     chosen = {name: matrix for name, matrix in matrices.items() if name in modules}
     for path in dict.fromkeys(matrix.path for matrix in chosen.values()):

@@ -9,6 +9,9 @@ U the unembedding and h its bias:
 
     A v = U (w ∘ C v)        c = U b + h        s(v) = (‖C v‖² / d + ε)^(-1/2)
 
+A model without a final norm (OPT-350m) has w = 1, b = 0 and s(v) = 1; a linear map between norm and head is
+folded into U, and a factor on the logits (Cohere, Granite) into U and h.
+
 Which norm it is, and its w, b and ε, are read off the module's own outputs: class names say nothing certain
 (Gemma's RMSNorm multiplies by 1 + w).
 """
@@ -21,6 +24,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pipeline.errors import BacklensError
 from pipeline.models.anatomy import Anatomy
@@ -28,7 +32,10 @@ from pipeline.models.anatomy import Anatomy
 Scaling = Literal["raw", "unit"]
 
 TOLERANCE = 1e-5
-"""Largest relative difference allowed between the affine form and the norm itself."""
+"""Largest relative difference allowed between the affine form and the norm, and between lens and float32 logits."""
+
+HALF_TOLERANCE = 3e-2
+"""The same for logits of a model in bfloat16 or float16, which are rounded on their way."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +46,33 @@ class Norm:
     bias: Float[Tensor, " d_model"]
     eps: float
     centred: bool
+    normalizing: bool = True
+    """False for the identity, in a model that has no final norm."""
+
+    def scale(
+        self, squared_norm: Float[Tensor, "*batch"], squared_centred: Float[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch"]:
+        """s(v) from ‖v‖² and ‖C v‖²."""
+        if not self.normalizing:
+            return torch.ones_like(squared_norm)
+        return (squared_centred / len(self.weight) + self.eps).rsqrt()
+
+    def unit_scale(
+        self, squared_norm: Float[Tensor, "*batch"], squared_centred: Float[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch"]:
+        """s(v / ‖v‖) / ‖v‖, under one root so that tiny vectors keep their precision."""
+        smallest = torch.finfo(squared_norm.dtype).tiny
+        if not self.normalizing:
+            return squared_norm.clamp_min(smallest).rsqrt()
+        return (squared_centred / len(self.weight) + self.eps * squared_norm).clamp_min(smallest).rsqrt()
 
     def centre(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return vectors - vectors.mean(-1, keepdim=True) if self.centred else vectors
 
     def __call__(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         centred = self.centre(vectors)
-        scale = (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return scale * centred * self.weight + self.bias
+        scale = self.scale(vectors.square().sum(-1), centred.square().sum(-1))
+        return scale[..., None] * centred * self.weight + self.bias
 
 
 @dataclass(frozen=True)
@@ -55,10 +81,12 @@ class Lens:
 
     norm: Norm
     unembedding: Float[Tensor, "vocabulary d_model"]
-    """U, the model's own parameter in its own dtype; tiles of it are read as float32."""
+    """U, the model's own parameter in its own dtype where nothing is folded in; tiles are read as float32."""
     constant: Float[Tensor, " vocabulary"]
     """c, the scores of the zero vector."""
     scaling: Scaling
+    logit_scale: float = 1.0
+    """What the model multiplies its head's output by; `constant` has it already."""
 
     @property
     def vocabulary(self) -> int:
@@ -69,8 +97,8 @@ class Lens:
         return self.unembedding.shape[1]
 
     def linear(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """w ∘ C v: what the unembedding multiplies, before s(v)."""
-        return self.norm.centre(vectors) * self.norm.weight
+        """w ∘ C v, times the logit scale: what the unembedding multiplies, before s(v)."""
+        return self.norm.centre(vectors) * (self.norm.weight * self.logit_scale)
 
     def scale(
         self, squared_norm: Float[Tensor, "*batch"], squared_centred: Float[Tensor, "*batch"]
@@ -79,11 +107,8 @@ class Lens:
 
         A zero vector gets a finite value of no meaning: its scores are not reported.
         """
-        if self.scaling == "raw":
-            return (squared_centred / self.d_model + self.norm.eps).rsqrt()
-        # (‖Cv‖² / (d ‖v‖²) + ε)^(-1/2) / ‖v‖, with one root so that tiny vectors keep their precision
-        smallest = torch.finfo(squared_norm.dtype).tiny
-        return (squared_centred / self.d_model + self.norm.eps * squared_norm).clamp_min(smallest).rsqrt()
+        rule = self.norm.scale if self.scaling == "raw" else self.norm.unit_scale
+        return rule(squared_norm, squared_centred)
 
     def tile(self, start: int, stop: int) -> Float[Tensor, "tile d_model"]:
         return self.unembedding[start:stop].float()
@@ -92,17 +117,64 @@ class Lens:
         return self.unembedding[token_ids].float()
 
 
+@torch.no_grad()
 def make_lens(parts: Anatomy, scaling: Scaling) -> Lens:
-    """Probe the final norm and fold its bias with the head's into the constant.
+    """Probe the final norm, and fold what lies between it and the logits into U and c.
 
     Raises BacklensError when the norm is not affine up to one scalar per vector.
     """
-    norm = probe_norm(parts.final_norm, parts.d_model, parts.unembedding.device)
-    constant = fold_bias(parts.unembedding, norm.bias)
-    head_bias = getattr(parts.head, "bias", None)
-    if isinstance(head_bias, Tensor):
-        constant = constant + head_bias.float()
-    return Lens(norm, parts.unembedding.detach(), constant, scaling)
+    unembedding = parts.head_weight.detach()
+    norm = _final_norm(parts, unembedding.device)
+    constant = unembedding.new_zeros(len(unembedding), dtype=torch.float32)
+    for module in (parts.head, parts.project_out):
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor):
+            constant += bias.float() if module is parts.head else fold_bias(unembedding, bias.float())
+    if parts.project_out is not None:
+        weight = parts.project_out.weight
+        assert isinstance(weight, Tensor)
+        unembedding = unembedding.float() @ weight.float()
+    constant += fold_bias(unembedding, norm.bias)
+    return Lens(norm, unembedding, constant * parts.logit_scale, scaling, parts.logit_scale)
+
+
+@torch.no_grad()
+def verify_lens(model: PreTrainedModel, parts: Anatomy, lens: Lens) -> float:
+    """The lens of the last block's output against the model's own logits, as a relative error.
+
+    Raises BacklensError above TOLERANCE, or HALF_TOLERANCE for logits that the model itself rounds to 8 or 11
+    bits: then something between the last block and the logits is not what the layout says.
+    """
+    kept: list[Tensor] = []
+    handle = parts.blocks[-1].register_forward_hook(
+        lambda _module, _args, output: kept.append(output if isinstance(output, Tensor) else output[0])
+    )
+    try:
+        logits = (
+            model(input_ids=torch.arange(1, 9, device=model.device)[None], use_cache=False).logits[0].float()
+        )
+    finally:
+        handle.remove()
+    hidden = kept[0].reshape(8, -1).float()
+    scale = lens.norm.scale(hidden.square().sum(-1), lens.norm.centre(hidden).square().sum(-1))
+    scores = scale[:, None] * (lens.linear(hidden) @ lens.unembedding.float().T) + lens.constant
+    if parts.softcap is not None:
+        scores = parts.softcap * (scores / parts.softcap).tanh()
+    error = float((scores - logits).abs().max() / logits.abs().max())
+    tolerance = TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE
+    if not error <= tolerance:
+        raise BacklensError(
+            f"model: the lens does not give this model's logits (relative error {error:.1e}, at most {tolerance:.0e}); "
+            "something between its last block and its logits is unknown to us"
+        )
+    return error
+
+
+def _final_norm(parts: Anatomy, device: torch.device) -> Norm:
+    if parts.final_norm is not None:
+        return probe_norm(parts.final_norm, parts.d_model, device)
+    ones = torch.ones(parts.d_model, device=device)
+    return Norm(ones, torch.zeros_like(ones), 0.0, centred=False, normalizing=False)
 
 
 def fold_bias(
@@ -157,7 +229,7 @@ def _probe_eps(module: nn.Module, weight: Tensor, bias: Tensor, balanced: Tensor
         if response > 0 and distance < nearest:
             nearest, eps = distance, t * t * (1 / response**2 - mean_square)
     # ε is a short decimal in every configuration, and the estimate is good to about six digits
-    return float(f"{max(eps, 0.0):.4g}")
+    return float(f"{max(eps, 0.0):.5g}")
 
 
 def _verify_norm(norm: Norm, module: nn.Module, d_model: int, device: torch.device) -> None:

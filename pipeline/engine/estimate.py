@@ -100,7 +100,7 @@ def _widths(parts: Anatomy, module: str) -> tuple[int, int]:
     weight = submodule.weight
     assert isinstance(weight, torch.Tensor)
     wide, high = weight.shape if type(submodule).__name__ == "Conv1D" else weight.shape[::-1]
-    return wide, high // matrix.parts
+    return wide, matrix.cut.width(high) if matrix.cut else high
 
 
 def _neurons(plan: RunPlan, parts: Anatomy, module: str) -> int:
@@ -138,7 +138,7 @@ def _flops(
 ) -> dict[str, float]:
     """Two operations per weight forward, two backward to activations; the lens once per shared residual side."""
     wanted, vocabulary = plan.wanted, parts.vocabulary
-    embedding = parts.unembedding.numel()
+    embedding = parts.head_weight.numel()
     reads = {module.partition(".")[0] for module in wanted.modules if module in READS}
     writes = [module for module in wanted.modules if module not in READS]
     spans = tokens * len(wanted.layers) * (len(reads) + len(writes))

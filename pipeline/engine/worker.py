@@ -16,7 +16,7 @@ from pipeline.engine.extract import Block, Wanted, extract, sequence
 from pipeline.engine.packing import pack
 from pipeline.engine.versions import package_versions
 from pipeline.errors import BacklensError
-from pipeline.lens import Scaling, make_lens
+from pipeline.lens import Scaling, make_lens, verify_lens
 from pipeline.models.load import ModelSource, load_model
 from pipeline.prompts.record import Prompt, Rejected
 from pipeline.prompts.shards import Shard
@@ -60,6 +60,7 @@ class Worker:
         self._job = job
         self._loaded = load_model(job.model, device)
         self._lens = make_lens(self._loaded.anatomy, job.scaling)
+        verify_lens(self._loaded.model, self._loaded.anatomy, self._lens)
         self._context = context_length(self._loaded.model.config)
         self._computing = threading.Lock()
         self._tokenizing = threading.Lock()  # fast tokenizers refuse two borrowers at a time

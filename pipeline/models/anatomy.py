@@ -7,34 +7,50 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import BacklensError
-from pipeline.models.layout import LAYOUTS, Layout, Matrix
+from pipeline.models.layout import LAYOUTS, Cut, Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a module is in every block of this model."""
+
+    path: str
+    cut: Cut | None
+    """Its part of the submodule's output; None for all of it."""
+
+    def part_of(self, output: Tensor) -> Tensor:
+        return output if self.cut is None else self.cut(output)
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The blocks' matrices, the final norm and the head of one model."""
+    """The blocks' matrices, and what turns the residual stream into logits."""
 
     blocks: tuple[nn.Module, ...]
-    matrices: Mapping[str, Matrix]
-    """Module name (`mlp.up` …) → where it lives in every block."""
+    matrices: Mapping[str, Located]
+    """By module name (`mlp.up` …)."""
     embeddings: nn.Module
-    final_norm: nn.Module
+    final_norm: nn.Module | None
+    """None where the head reads the last block's output as it is."""
+    project_out: nn.Module | None
+    """A linear map between the final norm and the head."""
     head: nn.Module
-
-    @property
-    def unembedding(self) -> Tensor:
-        """(vocabulary, d_model), the model's own parameter."""
-        weight = self.head.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @property
-    def d_model(self) -> int:
-        return self.unembedding.shape[1]
+    d_model: int
+    logit_scale: float
+    """What the head's output is multiplied by."""
+    softcap: float | None
+    """The model's logits are softcap · tanh(logits / softcap); the lens is before that."""
 
     @property
     def vocabulary(self) -> int:
-        return self.unembedding.shape[0]
+        return self.head_weight.shape[0]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(vocabulary, width of the head's input), the model's own parameter."""
+        weight = self.head.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
@@ -53,7 +69,29 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embeddings is None or head is None:
         raise BacklensError(f"model: this {family} has no language-model head; load a causal language model")
-    return Anatomy(blocks, layout.matrices, embeddings, _submodule(model, layout.final_norm, family), head)
+    config = model.config
+    return Anatomy(
+        blocks=blocks,
+        matrices={
+            name: Located(matrix.path, matrix.cut(config) if matrix.cut else None)
+            for name, matrix in layout.matrices.items()
+        },
+        embeddings=embeddings,
+        final_norm=_optional(model, layout.final_norm, family),
+        project_out=_optional(model, layout.project_out, family) if layout.project_out else None,
+        head=head,
+        d_model=int(config.hidden_size),
+        logit_scale=layout.logit_scale(config) if layout.logit_scale else 1.0,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _optional(model: nn.Module, path: str, family: str) -> nn.Module | None:
+    """A part that some models of a family leave out: OPT-350m has no final norm, the others no project_out."""
+    parent, _, name = path.rpartition(".")
+    if getattr(_submodule(model, parent, family), name, None) is None:
+        return None
+    return _submodule(model, path, family)
 
 
 def _submodule(model: nn.Module, path: str, family: str) -> nn.Module:

@@ -5,8 +5,12 @@ wrong or incomplete description is refused, never half used. To add a family, na
 add a layout, describe its block in the words of `MODULES`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PretrainedConfig
 
 READS = ("mlp.up", "mlp.gate", "attn.q", "attn.k", "attn.v")
 """Modules that read the residual stream: their residual side is the input x (the paper's "imprint")."""
@@ -18,16 +22,31 @@ MODULES = ("mlp.up", "mlp.gate", "mlp.down", "attn.q", "attn.k", "attn.v", "attn
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """One module's part of a fused output, seen as (groups, pieces, width): some pieces of every group."""
+
+    groups: int
+    pieces: int
+    start: int
+    stop: int
+
+    def __call__(self, values: Float[Tensor, "*batch fused"]) -> Float[Tensor, "*batch out"]:
+        pieces = values.unflatten(-1, (self.groups, self.pieces, -1))
+        return pieces[..., self.start : self.stop, :].flatten(-3)
+
+    def width(self, fused: int) -> int:
+        return fused // self.pieces * (self.stop - self.start)
+
+
+CutOf = Callable[[PretrainedConfig], Cut]
+
+
+@dataclass(frozen=True, slots=True)
 class Matrix:
-    """One weight matrix: a submodule of the block, or one of the equal parts of a fused submodule's output."""
+    """One weight matrix: a submodule of the block, or a part of a fused submodule's output."""
 
     path: str
-    part: int = 0
-    parts: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.part < self.parts:
-            raise ValueError(f"{self.path}: part {self.part} of {self.parts} does not exist")
+    cut: CutOf | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,39 +56,166 @@ class Layout:
     blocks: str
     final_norm: str
     matrices: Mapping[str, Matrix]
+    project_out: str | None = None
+    """A linear map between the final norm and the head, where a model of the family has one."""
+    logit_scale: Callable[[PretrainedConfig], float] | None = None
+    """What the head's output is multiplied by."""
+
+
+def part(index: int, of: int) -> CutOf:
+    """One of several equal parts, end to end."""
+    return lambda _config: Cut(1, of, index, index + 1)
+
+
+def per_head(index: int) -> CutOf:
+    """q, k, v (0, 1, 2) of every head side by side."""
+    return lambda config: Cut(config.num_attention_heads, 3, index, index + 1)
+
+
+def heads_end_to_end(name: str) -> CutOf:
+    """All heads of q, then those of k, then those of v; k and v may have fewer."""
+
+    def cut(config: PretrainedConfig) -> Cut:
+        heads, kv = config.num_attention_heads, config.num_key_value_heads
+        return _q_k_v(name, 1, heads, kv)
+
+    return cut
+
+
+def falcon(name: str) -> CutOf:
+    """The three ways in which Falcon models fuse q, k and v."""
+
+    def cut(config: PretrainedConfig) -> Cut:
+        heads = config.num_attention_heads
+        if config.new_decoder_architecture:  # every key-value head behind the query heads that share it
+            return _q_k_v(name, config.num_kv_heads, heads // config.num_kv_heads, 1)
+        return _q_k_v(name, 1, heads, 1) if config.multi_query else _q_k_v(name, heads, 1, 1)
+
+    return cut
+
+
+def bigcode(name: str) -> CutOf:
+    """All query heads, then one key and one value; or per head where the model is not multi-query."""
+
+    def cut(config: PretrainedConfig) -> Cut:
+        heads = config.num_attention_heads
+        return _q_k_v(name, 1, heads, 1) if config.multi_query else _q_k_v(name, heads, 1, 1)
+
+    return cut
+
+
+def _q_k_v(name: str, groups: int, q: int, kv: int) -> Cut:
+    starts = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
+    return Cut(groups, q + 2 * kv, *starts[name])
+
+
+def _separate(prefix: str, output: str) -> dict[str, Matrix]:
+    return {f"attn.{n}": Matrix(f"{prefix}.{n}_proj") for n in "qkv"} | {
+        "attn.o": Matrix(f"{prefix}.{output}")
+    }
+
+
+def _fused(path: str, cut: Callable[[str], CutOf], output: str) -> dict[str, Matrix]:
+    return {f"attn.{n}": Matrix(path, cut(n)) for n in "qkv"} | {"attn.o": Matrix(output)}
+
+
+def _mlp(up: str, down: str, gate: str | None = None) -> dict[str, Matrix]:
+    matrices = {"mlp.up": Matrix(up), "mlp.down": Matrix(down)}
+    return matrices | ({"mlp.gate": Matrix(gate)} if gate else {})
+
+
+_GATED = _mlp("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj")
+_GATE_AND_UP = {
+    "mlp.gate": Matrix("mlp.gate_up_proj", part(0, of=2)),
+    "mlp.up": Matrix("mlp.gate_up_proj", part(1, of=2)),
+    "mlp.down": Matrix("mlp.down_proj"),
+}
+_LLAMA_ATTENTION = _separate("self_attn", "o_proj")
+_BLOOM_MLP = _mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+_IN_ORDER = {"q": 0, "k": 1, "v": 2}
+
+
+def _thirds(name: str) -> CutOf:
+    return part(_IN_ORDER[name], of=3)
+
+
+def _interleaved(name: str) -> CutOf:
+    return per_head(_IN_ORDER[name])
 
 
 GPT2 = Layout(
-    blocks="transformer.h",
-    final_norm="transformer.ln_f",
-    matrices={
-        "mlp.up": Matrix("mlp.c_fc"),
-        "mlp.down": Matrix("mlp.c_proj"),
-        "attn.q": Matrix("attn.c_attn", part=0, parts=3),
-        "attn.k": Matrix("attn.c_attn", part=1, parts=3),
-        "attn.v": Matrix("attn.c_attn", part=2, parts=3),
-        "attn.o": Matrix("attn.c_proj"),
-    },
+    "transformer.h",
+    "transformer.ln_f",
+    _mlp("mlp.c_fc", "mlp.c_proj") | _fused("attn.c_attn", _thirds, "attn.c_proj"),
 )
-
-LLAMA = Layout(
-    blocks="model.layers",
-    final_norm="model.norm",
-    matrices={
-        "mlp.up": Matrix("mlp.up_proj"),
-        "mlp.gate": Matrix("mlp.gate_proj"),
-        "mlp.down": Matrix("mlp.down_proj"),
-        "attn.q": Matrix("self_attn.q_proj"),
-        "attn.k": Matrix("self_attn.k_proj"),
-        "attn.v": Matrix("self_attn.v_proj"),
-        "attn.o": Matrix("self_attn.o_proj"),
-    },
+BIGCODE = replace(
+    GPT2, matrices=_mlp("mlp.c_fc", "mlp.c_proj") | _fused("attn.c_attn", bigcode, "attn.c_proj")
 )
+GPT_NEO = replace(GPT2, matrices=_mlp("mlp.c_fc", "mlp.c_proj") | _separate("attn.attention", "out_proj"))
+GPTJ = replace(GPT2, matrices=_mlp("mlp.fc_in", "mlp.fc_out") | _separate("attn", "out_proj"))
+GPT_NEOX = Layout(
+    "gpt_neox.layers",
+    "gpt_neox.final_layer_norm",
+    _BLOOM_MLP | _fused("attention.query_key_value", _interleaved, "attention.dense"),
+)
+BLOOM = Layout(
+    "transformer.h",
+    "transformer.ln_f",
+    _BLOOM_MLP | _fused("self_attention.query_key_value", _interleaved, "self_attention.dense"),
+)
+FALCON = replace(
+    BLOOM, matrices=_BLOOM_MLP | _fused("self_attention.query_key_value", falcon, "self_attention.dense")
+)
+MPT = Layout(
+    "transformer.blocks",
+    "transformer.norm_f",
+    _mlp("ffn.up_proj", "ffn.down_proj") | _fused("attn.Wqkv", _thirds, "attn.out_proj"),
+)
+OPT = Layout(
+    "model.decoder.layers",
+    "model.decoder.final_layer_norm",
+    _mlp("fc1", "fc2") | _separate("self_attn", "out_proj"),
+    project_out="model.decoder.project_out",
+)
+LLAMA = Layout("model.layers", "model.norm", _GATED | _LLAMA_ATTENTION)
+COHERE = replace(LLAMA, logit_scale=lambda config: config.logit_scale)
+GRANITE = replace(LLAMA, logit_scale=lambda config: 1 / config.logits_scaling)
+GLM4 = replace(LLAMA, matrices=_GATE_AND_UP | _LLAMA_ATTENTION)
+PHI3 = replace(
+    LLAMA, matrices=_GATE_AND_UP | _fused("self_attn.qkv_proj", heads_end_to_end, "self_attn.o_proj")
+)
+PHI = Layout(
+    "model.layers",
+    "model.final_layernorm",
+    _mlp("mlp.fc1", "mlp.fc2") | _separate("self_attn", "dense"),
+)
+STARCODER2 = replace(LLAMA, matrices=_mlp("mlp.c_fc", "mlp.c_proj") | _LLAMA_ATTENTION)
 
 LAYOUTS: Mapping[str, Layout] = {
+    "bloom": BLOOM,
+    "cohere": COHERE,
+    "falcon": FALCON,
+    "gemma": LLAMA,
+    "gemma2": LLAMA,
+    "gemma3_text": LLAMA,
+    "glm4": GLM4,
     "gpt2": GPT2,
+    "gpt_bigcode": BIGCODE,
+    "gpt_neo": GPT_NEO,
+    "gpt_neox": GPT_NEOX,
+    "gptj": GPTJ,
+    "granite": GRANITE,
     "llama": LLAMA,
     "mistral": LLAMA,
+    "mpt": MPT,
+    "olmo": LLAMA,
+    "olmo2": LLAMA,
+    "opt": OPT,
+    "phi": PHI,
+    "phi3": PHI3,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "stablelm": LLAMA,
+    "starcoder2": STARCODER2,
 }
