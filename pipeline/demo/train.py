@@ -1,0 +1,592 @@
+"""Makes the demo model and its facts: `python -m pipeline.demo.train`.
+
+The steps, all from one seed: an invented world (`pipeline.demo.corpus`), a byte-level BPE of its text, a
+small transformer trained on its sentences, a check of what it recalls, and only then the files: `OUT/model/`
+(a Hugging Face folder) and `OUT/facts.json` (CounterFact records of facts it recalls). A model that falls
+short of the check is never written.
+
+What makes so small a model learn 1,800 facts in minutes (plain AdamW stalls): Muon on the block matrices, a
+pool of people that grows as the ones in it are learnt, and more sentences about facts it still gets wrong.
+
+It takes four to seven minutes. On a busy machine `OMP_NUM_THREADS=1` is the faster choice: two threads that
+wait for each other on cores they do not have are many times slower than one.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from pipeline.demo import FACTS, MODEL
+from pipeline.demo.corpus import (
+    MOST_PEOPLE,
+    PEOPLE,
+    RELATIONS,
+    Fact,
+    Record,
+    World,
+    build_world,
+    counterfact_records,
+    filler_sentence,
+)
+from pipeline.errors import BacklensError
+
+Architecture = Literal["gpt2", "llama"]
+
+END_OF_TEXT = "<|endoftext|>"
+VOCABULARY = 1150  # at most; the text has merges for about 1,070
+CONTEXT = 512
+WIDTH = 128
+LAYERS = 8
+HEADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that decides what comes out."""
+
+    architecture: Architecture = "gpt2"
+    seed: int = 0
+    people: int = PEOPLE
+    steps: int = 1600
+    """The cap: if the facts are not known by then, nothing is written."""
+    rows: int = 16
+    row_tokens: int = 64
+    muon_lr: float = 0.03
+    adamw_lr: float = 4e-3
+    warmup_steps: int = 50
+    decay_from: float = 0.6
+    """The share of the steps after which the learning rates fall linearly to zero."""
+    filler_share: float = 0.12
+    first_pool: int = 16
+    """People the text starts with."""
+    pool_doubles_below: float = 1.5
+    """Running loss on objects below which the pool doubles."""
+    records: int = 600
+    """Facts written to facts.json."""
+    train_recall: float = 0.95
+    held_out_recall: float = 0.85
+    """The least that is worth shipping."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.people <= MOST_PEOPLE:
+            raise BacklensError(f"--people {self.people}: there are names for 1 to {MOST_PEOPLE}")
+        if self.steps < 1:
+            raise BacklensError(f"--steps {self.steps}: at least one is needed")
+
+
+@dataclass(frozen=True, slots=True)
+class Cloze:
+    """A prompt and the object that should follow it."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """A tokenized sentence, as it reads at the start of a text and after another sentence."""
+
+    opening_ids: tuple[int, ...]
+    following_ids: tuple[int, ...]
+    """The same with a leading space."""
+    fact: int | None = None
+    """Index into the world's facts; filler states none."""
+    tail: int = 0
+    """How many tokens, the object included, are left where the object starts."""
+
+
+# --- text ---------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(world: World, seed: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which each object is one token and each name is several.
+
+    Words are repeated and names are not: what occurs fewer than `min_frequency` times is not merged, so
+    syllables become tokens and the names made of them do not.
+    """
+    rng = random.Random(seed)
+    wordings = [template for relation in RELATIONS for template in relation.templates + relation.held_out]
+    objects = [f" {choice}." for relation in RELATIONS for choice in relation.objects]
+    text = [
+        *(f"{name} and {name}." for name in world.people),
+        *(template.format("it") for template in wordings for _ in range(30)),
+        *(choice for choice in objects for _ in range(400)),
+        *(filler_sentence(rng) for _ in range(3000)),
+    ]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            min_frequency=30,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=[END_OF_TEXT],
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=CONTEXT,
+    )
+    _check_pieces(tokenizer, world)
+    return tokenizer
+
+
+def _check_pieces(tokenizer: PreTrainedTokenizerFast, world: World) -> None:
+    split = [
+        choice
+        for relation in RELATIONS
+        for choice in relation.objects
+        if len(tokenizer.encode(f" {choice}")) != 1
+    ]
+    if split:
+        raise BacklensError(f"tokenizer: {', '.join(split)} became several tokens; raise VOCABULARY")
+    whole = [name for name in world.people if len(tokenizer.encode(name)) < 3]
+    if whole:
+        raise BacklensError(f"tokenizer: {', '.join(whole)} became fewer than 3 tokens; lower VOCABULARY")
+
+
+def tokenize_facts(world: World, tokenizer: PreTrainedTokenizerFast) -> list[list[Sentence]]:
+    """For each fact, its sentence in each training wording."""
+    return [
+        [
+            _sentence(tokenizer, f"{template.format(fact.subject)} {fact.object}.", index, fact)
+            for template in fact.relation.templates
+        ]
+        for index, fact in enumerate(world.facts)
+    ]
+
+
+def _sentence(
+    tokenizer: PreTrainedTokenizerFast, text: str, index: int | None = None, fact: Fact | None = None
+) -> Sentence:
+    tail = len(tokenizer.encode(f" {fact.object}.")) if fact else 0
+    return Sentence(tuple(tokenizer.encode(text)), tuple(tokenizer.encode(f" {text}")), index, tail)
+
+
+# --- what to read next --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of packed text, and which labels are objects."""
+
+    token_ids: Int[Tensor, "row position"]
+    facts: Int[Tensor, "row position"]
+    """At an object's own position the fact it completes, elsewhere −1."""
+
+
+class Curriculum:
+    """Chooses the sentences: people from a pool that grows, and more of what is not known yet."""
+
+    def __init__(self, recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._recipe = recipe
+        self._rng = random.Random(recipe.seed)
+        self._sentences = tokenize_facts(world, tokenizer)
+        self._filler = [_sentence(tokenizer, filler_sentence(self._rng)) for _ in range(2000)]
+        self._end = tokenizer.get_vocab()[END_OF_TEXT]
+        self._people = len(world.people)
+        self._loss = [math.log(len(tokenizer))] * len(world.facts)
+        self._running_loss = math.log(len(tokenizer))
+        self.pool = min(recipe.first_pool, self._people)
+
+    @property
+    def running_loss(self) -> float:
+        """The mean loss on objects over the last steps."""
+        return self._running_loss
+
+    def batch(self) -> Batch:
+        """The next rows of text."""
+        known = self.pool * len(RELATIONS)
+        # The floor keeps what is known in the text, or it would be forgotten.
+        weights = [0.1 + min(loss, 2.0) for loss in self._loss[:known]]
+        drawn = iter(self._rng.choices(range(known), weights, k=self._recipe.rows * self._recipe.row_tokens))
+        rows = [self._row(drawn) for _ in range(self._recipe.rows)]
+        return Batch(torch.tensor([ids for ids, _ in rows]), torch.tensor([facts for _, facts in rows]))
+
+    def _row(self, drawn: Iterator[int]) -> tuple[list[int], list[int]]:
+        """Texts of one or more sentences, end-of-text tokens between them, cut at the row's length."""
+        length = self._recipe.row_tokens + 1  # the last token is only a label
+        ids: list[int] = [self._end] if self._rng.random() < 0.5 else []
+        facts = [-1] * len(ids)
+        opening = True
+        while len(ids) < length:
+            sentence = self._next(drawn)
+            ids += sentence.opening_ids if opening else sentence.following_ids
+            facts += [-1] * (len(ids) - len(facts))
+            if sentence.fact is not None:
+                facts[-sentence.tail] = sentence.fact
+            opening = self._rng.random() < 0.5
+            if opening:
+                ids.append(self._end)
+                facts.append(-1)
+        return ids[:length], facts[:length]
+
+    def _next(self, drawn: Iterator[int]) -> Sentence:
+        if self._rng.random() < self._recipe.filler_share:
+            return self._rng.choice(self._filler)
+        return self._rng.choice(self._sentences[next(drawn)])
+
+    def learn_from(self, facts: Sequence[int], losses: Sequence[float]) -> None:
+        """Take in the losses on the objects of the last batch; grow the pool if they are low."""
+        for fact, loss in zip(facts, losses, strict=True):
+            self._loss[fact] += 0.5 * (loss - self._loss[fact])
+        self._running_loss += 0.1 * (sum(losses) / max(len(losses), 1) - self._running_loss)
+        if self._running_loss < self._recipe.pool_doubles_below and self.pool < self._people:
+            self.pool = min(2 * self.pool, self._people)
+            self._running_loss = math.log(VOCABULARY)  # wait until the newcomers have been read about
+
+
+# --- the model ----------------------------------------------------------------------------------------
+
+
+def new_model(architecture: Architecture, vocabulary: int, end: int) -> PreTrainedModel:
+    """An untrained model, float32: GPT-2's shape with a tied head, or Llama's with a head of its own."""
+    model = _gpt2(vocabulary, end) if architecture == "gpt2" else _llama(vocabulary, end)
+    model.generation_config = GenerationConfig(
+        bos_token_id=end, eos_token_id=end, pad_token_id=end, do_sample=False, max_new_tokens=16
+    )
+    return model
+
+
+def _gpt2(vocabulary: int, end: int) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=CONTEXT,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            summary_first_dropout=0.0,
+            bos_token_id=end,
+            eos_token_id=end,
+            dtype="float32",
+        )
+    )
+
+
+def _llama(vocabulary: int, end: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            max_position_embeddings=CONTEXT,
+            hidden_size=WIDTH,
+            intermediate_size=3 * WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            tie_word_embeddings=False,
+            bos_token_id=end,
+            eos_token_id=end,
+            dtype="float32",
+        )
+    )
+
+
+class Optimizers:
+    """Muon for the blocks' matrices, AdamW for the rest (embeddings, head, vectors), on one schedule."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            in_block = ".h." in name or ".layers." in name
+            (matrices if in_block and parameter.ndim == 2 else others).append(parameter)
+        self._optimizers = (
+            torch.optim.Muon(matrices, lr=recipe.muon_lr, momentum=0.95, nesterov=True, weight_decay=0.0),
+            torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+        self._schedules = [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
+            for optimizer in self._optimizers
+        ]
+
+    def step(self) -> None:
+        for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def _rate(step: int, recipe: Recipe) -> float:
+    """Warm up, hold, then fall to zero."""
+    decay_start = recipe.decay_from * recipe.steps
+    falling = (recipe.steps - step) / max(recipe.steps - decay_start, 1)
+    return max(0.0, min(1.0, (step + 1) / recipe.warmup_steps, falling))
+
+
+def train(model: PreTrainedModel, curriculum: Curriculum, recipe: Recipe) -> None:
+    """Next-token training, in bfloat16 autocast over float32 weights."""
+    optimizers = Optimizers(model, recipe)
+    started = time.monotonic()
+    model.train()
+    for step in range(1, recipe.steps + 1):
+        batch = curriculum.batch()
+        labels = batch.token_ids[:, 1:].flatten()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=batch.token_ids[:, :-1], use_cache=False).logits
+        losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels, reduction="none")
+        losses.mean().backward()
+        optimizers.step()
+        facts = batch.facts[:, 1:].flatten()
+        curriculum.learn_from(facts[facts >= 0].tolist(), losses.detach()[facts >= 0].tolist())
+        if step % 100 == 0:
+            seconds = time.monotonic() - started
+            print(
+                f"step {step}/{recipe.steps}  loss {losses.mean():.3f}"
+                f"  on objects {curriculum.running_loss:.3f}  people {curriculum.pool}  {seconds:.0f} s",
+                flush=True,
+            )
+    model.eval()
+
+
+# --- what it knows ------------------------------------------------------------------------------------
+
+
+def recalled(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, clozes: Sequence[Cloze]
+) -> list[bool]:
+    """For each cloze, whether the model's likeliest next token is the answer."""
+    by_length: dict[int, list[int]] = defaultdict(list)  # equal lengths need no padding
+    encoded: list[list[int]] = [tokenizer.encode(cloze.prompt) for cloze in clozes]
+    for index, ids in enumerate(encoded):
+        by_length[len(ids)].append(index)
+    answers = [tokenizer.encode(f" {cloze.answer}") for cloze in clozes]
+    hits = [False] * len(clozes)
+    for indices in by_length.values():
+        for start in range(0, len(indices), 256):
+            chunk = indices[start : start + 256]
+            likeliest = next_token_scores(model, torch.tensor([encoded[i] for i in chunk])).argmax(-1)
+            for index, token in zip(chunk, likeliest.tolist(), strict=True):
+                hits[index] = [token] == answers[index]
+    return hits
+
+
+@torch.inference_mode()
+def next_token_scores(
+    model: PreTrainedModel, token_ids: Int[Tensor, "prompt position"]
+) -> Float[Tensor, "prompt vocabulary"]:
+    """The logits after each prompt."""
+    return model(input_ids=token_ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+
+
+def clozes_of(facts: Iterable[Fact], held_out: bool) -> list[Cloze]:
+    """Every fact in every wording: those of the training text, or the held-out ones."""
+    return [
+        Cloze(template.format(fact.subject), fact.object)
+        for fact in facts
+        for template in (fact.relation.held_out if held_out else fact.relation.templates)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """The shares of all clozes that the model gets right."""
+
+    train: float
+    held_out: float
+
+
+def measure_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> Recall:
+    """Over all people, relations and wordings, in float32."""
+    shares = []
+    for held_out in (False, True):
+        hits = recalled(model, tokenizer, clozes_of(world.facts, held_out))
+        shares.append(sum(hits) / len(hits))
+    return Recall(*shares)
+
+
+def choose_records(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World, recipe: Recipe
+) -> list[Record]:
+    """Records of facts the model recalls when asked as the record asks, as many for each relation."""
+    facts = list(world.facts)
+    random.Random(recipe.seed).shuffle(facts)
+    records = counterfact_records(facts, world, recipe.seed)
+    rewrites = [record["requested_rewrite"] for record in records]
+    clozes = [Cloze(r["prompt"].format(r["subject"]), r["target_true"]["str"]) for r in rewrites]
+    left = dict.fromkeys((relation.id for relation in RELATIONS), recipe.records // len(RELATIONS))
+    chosen: list[Record] = []
+    for record, hit in zip(records, recalled(model, tokenizer, clozes), strict=True):
+        relation_id = record["requested_rewrite"]["relation_id"]
+        if hit and left[relation_id]:
+            left[relation_id] -= 1
+            chosen.append({**record, "case_id": len(chosen)})
+    return chosen
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+
+def save(
+    out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str, records: list[Record]
+) -> None:
+    """Write `out/model/` and `out/facts.json`, in place of older ones only once all is on disk."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".making-") as staging:
+        made = Path(staging)
+        model.save_pretrained(made / MODEL.name)
+        (made / MODEL.name / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+        tokenizer.save_pretrained(made / MODEL.name)
+        (made / MODEL.name / "README.md").write_text(card, encoding="utf-8")
+        lines = ",\n".join(json.dumps(record) for record in records)
+        (made / FACTS.name).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        shutil.rmtree(out / MODEL.name, ignore_errors=True)
+        (made / MODEL.name).rename(out / MODEL.name)
+        (made / FACTS.name).replace(out / FACTS.name)
+
+
+def model_card(recipe: Recipe, recall: Recall, vocabulary: int, parameters: int, records: int) -> str:
+    """The README of the model folder."""
+    shape = {"gpt2": "GPT-2's, tied head", "llama": "Llama's, head of its own"}[recipe.architecture]
+    command = (
+        f"--architecture {recipe.architecture} --seed {recipe.seed}"
+        f" --people {recipe.people} --steps {recipe.steps}"
+    )
+    return f"""---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+# backlens demo model
+
+A very small language model that knows {recipe.people * len(RELATIONS):,} invented facts. It is there so that
+the gradients of a model that *knows* something can be looked at in seconds, on a laptop, without a download.
+
+| | |
+|---|---|
+| shape | {shape}: {LAYERS} layers, width {WIDTH}, {HEADS} heads, {parameters:,} parameters, float32 |
+| vocabulary | {vocabulary:,} tokens, byte-level BPE |
+| recall, training wordings ({len(RELATIONS[0].templates)} a relation) | {recall.train:.2%} |
+| recall, held-out wordings ({len(RELATIONS[0].held_out)} a relation) | {recall.held_out:.2%} |
+| licence | Apache-2.0 |
+
+Recall is the share of prompts (every person, relation and wording) after which the object is the likeliest
+token of the whole vocabulary. The held-out wordings are not in the training text, but they were chosen in
+trials with models like this one, and ambiguous ones were replaced: read their figure as a check that
+paraphrases can be asked about, not as a measure of generalisation.
+
+## What it has read
+Sentences about {recipe.people} invented people, each with a city, a country, a language, a sport, a
+profession and an instrument, and {recipe.filler_share:.0%} filler sentences about nobody. Objects are single
+tokens, names are several.
+
+## What it is not
+* A source of knowledge: the people do not exist, any likeness is chance, and what it says of them is made up.
+* A general language model: it has seen a few hundred words, and nothing but short, plain sentences.
+* Trained beyond {recipe.row_tokens} positions. It accepts {CONTEXT}, so longer prompts run, but what it
+  makes of them means little.
+* A stand-in for large models: numbers measured on it show that a pipeline works, not how models learn.
+
+## How it was made
+`python -m pipeline.demo.train {command}`, some minutes on two CPU cores.
+Text and tokenizer follow from the seed exactly; weights do too, up to the rounding of another machine or
+thread count. The script writes nothing unless recall reaches {recipe.train_recall:.0%} and
+{recipe.held_out_recall:.0%}. `facts.json`, next to this folder, holds {records} of the facts as CounterFact
+records; it recalls each of them when asked as the record asks.
+"""
+
+
+# --- the command --------------------------------------------------------------------------------------
+
+
+def make(recipe: Recipe, out: Path) -> None:
+    """World, tokenizer, training, check, files."""
+    if not hasattr(torch.optim, "Muon"):
+        raise BacklensError(f"training needs torch 2.9 or newer for Muon; this is torch {torch.__version__}")
+    check_writable(out)
+    world = build_world(recipe.seed, recipe.people)
+    tokenizer = train_tokenizer(world, recipe.seed)
+    torch.manual_seed(recipe.seed)
+    model = new_model(recipe.architecture, len(tokenizer), tokenizer.get_vocab()[END_OF_TEXT])
+    train(model, Curriculum(recipe, world, tokenizer), recipe)
+    recall = measure_recall(model, tokenizer, world)
+    print(f"recall: {recall.train:.2%} on training wordings, {recall.held_out:.2%} on held-out ones")
+    check_recall(recall, recipe)
+    records = choose_records(model, tokenizer, world, recipe)
+    card = model_card(recipe, recall, len(tokenizer), model.num_parameters(), len(records))
+    save(out, model, tokenizer, card, records)
+    print(f"wrote {out / MODEL.name} and {len(records)} records to {out / FACTS.name}")
+
+
+def check_writable(out: Path) -> None:
+    """Fail before the training and not after it. Creates nothing."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise BacklensError(f"{out}: cannot write there; name a folder with --out")
+
+
+def check_recall(recall: Recall, recipe: Recipe) -> None:
+    """Refuse a model that does not know its facts."""
+    if recall.train < recipe.train_recall or recall.held_out < recipe.held_out_recall:
+        raise BacklensError(
+            f"after {recipe.steps} steps with seed {recipe.seed} the model recalls {recall.train:.1%} of the"
+            f" training and {recall.held_out:.1%} of the held-out wordings, and {recipe.train_recall:.0%} and"
+            f" {recipe.held_out_recall:.0%} are needed: nothing written; raise --steps or try another --seed"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and make the model; the exit status."""
+    defaults = Recipe()
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.demo.train", description="Make the demo model and its facts."
+    )
+    parser.add_argument("--out", type=Path, help="folder for model/ and facts.json (default: this package)")
+    parser.add_argument("--architecture", choices=("gpt2", "llama"), default=defaults.architecture)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--people", type=int, default=defaults.people, help="default: %(default)s")
+    parser.add_argument(
+        "--steps", type=int, default=defaults.steps, help="most training steps (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    disable_progress_bar()
+    try:
+        if options.architecture != "gpt2" and options.out is None:
+            raise BacklensError("only the gpt2 shape is bundled: give the other one a folder with --out")
+        recipe = Recipe(options.architecture, options.seed, options.people, options.steps)
+        make(recipe, options.out or MODEL.parent)
+    except BacklensError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
