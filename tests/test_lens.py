@@ -61,6 +61,7 @@ def test_lens_of_the_last_hidden_state_equals_the_models_own_logits(family: str)
     model = random_model(CONFIGS[family])
     parts = anatomy(model)
     kept: list[Tensor] = []
+    assert parts.final_norm is not None
     parts.final_norm.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
     with torch.no_grad():
         logits = model(input_ids=torch.arange(1, 9)[None]).logits[0]
