@@ -69,7 +69,11 @@ def make_batch(
     device: torch.device,
     side: Side = "right",
 ) -> Batch:
-    """Pad (prompt ids, target ids) pairs; all target tokens but the last are teacher-forced behind the prompt."""
+    """Pad (prompt ids, target ids) pairs; all target tokens but the last are teacher-forced behind the prompt.
+
+    A row is padded with its own first token. Attention gives padding a weight of zero, but zero times the values
+    of a token whose embedding is not finite would not be zero.
+    """
     inputs = [[*prompt, *target[:-1]] for prompt, target in sequences]
     width, steps = max(map(len, inputs)), max(len(target) for _, target in sequences)
     shape = (len(sequences), width)
@@ -81,6 +85,7 @@ def make_batch(
     )
     for row, (ids, (prompt, target)) in enumerate(zip(inputs, sequences, strict=True)):
         start = 0 if side == "right" else width - len(ids)
+        input_ids[row] = ids[0]
         input_ids[row, start : start + len(ids)] = torch.tensor(ids)
         mask[row, start : start + len(ids)] = True
         first = start + len(prompt) - 1

@@ -1,11 +1,12 @@
 """Everything a run is told. One frozen dataclass is the command line, the YAML file and the replay file."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import yaml
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
 from pipeline.errors import BacklensError
 
@@ -31,6 +32,14 @@ BATCH = Parameter(group=Group("Batches and shards", sort_key=5))
 ENGINE = Parameter(group=Group("Engine", sort_key=6))
 
 
+def _whole_number(_type: type, tokens: Sequence[Token]) -> int:
+    return int(tokens[0].value)
+
+
+WHOLE = Parameter(converter=_whole_number)
+"""A number as it is written: cyclopts would round 1.5 to 2."""
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
@@ -51,7 +60,7 @@ class RunConfig:
     """A file or URL, a saved dataset's folder, or a hub dataset id. Default: the demo's facts."""
     format: Annotated[PromptFormat, PROMPTS] = "auto"
     """How to read it; auto goes by the file's name and content."""
-    limit: Annotated[int | None, PROMPTS] = None
+    limit: Annotated[int | None, PROMPTS, WHOLE] = None
     """Only the first N prompts."""
     prompt_field: Annotated[str | None, PROMPTS] = None
     """The column of the prompt."""
@@ -76,9 +85,9 @@ class RunConfig:
     """mlp, attn, all, or names such as "mlp.down,attn.o"."""
     positions: Annotated[Literal["all", "last", "subject+last"], WHAT] = "all"
     """Which positions get a row in `tokens`."""
-    top_k: Annotated[int, WHAT] = 10
+    top_k: Annotated[int, WHAT, WHOLE] = 10
     """Tokens in each top and bottom list."""
-    neurons: Annotated[int, WHAT] = 16
+    neurons: Annotated[int, WHAT, WHOLE] = 16
     """Neurons kept per prompt, layer and module, strongest first; 0 none, -1 all."""
     save_factors: Annotated[bool, WHAT] = False
     """Also write x and δ of every position (large)."""
@@ -86,18 +95,18 @@ class RunConfig:
     scaling: Annotated[Literal["raw", "unit"], LENS] = "raw"
     """raw: the final norm as it is. unit: vectors are divided by their length first."""
 
-    batch_tokens: Annotated[int, BATCH] = 2048
+    batch_tokens: Annotated[int, BATCH, WHOLE] = 2048
     """Tokens in a batch, padding included."""
-    shard_prompts: Annotated[int | None, BATCH] = None
+    shard_prompts: Annotated[int | None, BATCH, WHOLE] = None
     """Prompts in a shard, the unit of commit. Default: by the rows they make, at most 256."""
 
     executor: Annotated[Literal["local", "ray"], ENGINE] = "ray"
     """local: this process. ray: one actor per replica."""
-    replicas: Annotated[int, ENGINE] = 1
+    replicas: Annotated[int, ENGINE, WHOLE] = 1
     """Copies of the model that work side by side (ray)."""
     sharding: Annotated[Literal["none"], ENGINE] = "none"
     """How one copy is spread over devices."""
-    gpus_per_replica: Annotated[int | None, ENGINE] = None
+    gpus_per_replica: Annotated[int | None, ENGINE, WHOLE] = None
     """GPUs that one copy asks for (ray). Default: 1 if the cluster has any."""
     address: Annotated[str | None, ENGINE] = None
     """A running Ray cluster. Default: $RAY_ADDRESS, else one on this machine for the length of the run."""

@@ -1,5 +1,6 @@
 """Small random models and tokenizers, built from transformers' own configurations and saved to disk."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Random weights, norms and biases included: a bias of zero or a weight of one would hide mistakes."""
     torch.manual_seed(seed)
+    config = copy.deepcopy(config)  # a model writes its dtype into the configuration it was made from
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -14,14 +14,10 @@ from pipeline import __version__
 from pipeline.config import RunConfig, flag, read_yaml
 from pipeline.errors import BacklensError
 
-
-def _one_line(error: CycloptsError) -> str:
-    return f"backlens: {' '.join(str(error).split())} See `backlens --help`."
-
-
 app = App(
     name="backlens",
-    error_formatter=_one_line,
+    print_error=False,
+    exit_on_error=False,
     suppress_keyboard_interrupt=False,
     version=__version__,
     help="Gradients of language models, projected to the vocabulary, as Parquet tables.",
@@ -128,6 +124,9 @@ def call(tokens: list[str]) -> int:
             raise
         print(f"backlens: {error}", file=sys.stderr)
         return error.status
+    except CycloptsError as error:
+        print(f"backlens: {' '.join(str(error).split())} See `backlens --help`.", file=sys.stderr)
+        return BacklensError.status
     except KeyboardInterrupt:
         print("backlens: interrupted; the same command goes on from what is committed", file=sys.stderr)
         return 3

@@ -1,0 +1,253 @@
+"""Bad records are named and left out; the good ones among them keep the rows they would have had alone."""
+
+import csv
+import io
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from tokenizers import normalizers
+
+from tests.engine.command import (
+    assert_complete,
+    assert_same_rows,
+    called,
+    count_commits,
+    error_line,
+    read,
+    renumbered,
+    write_jsonl,
+)
+from tests.engine.conftest import some_prompts
+from tests.tiny import CONFIGS, byte_tokenizer, random_model
+
+CONTEXT = 256
+NOTHING = "~"
+"""A character that the tokenizer of these tests drops."""
+REPEATS = 4
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A record that cannot be processed, as it is written, and the reason that must be given."""
+
+    error: str
+    content: bytes
+
+
+def _line(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+BAD_LINES = (
+    Bad("missing-field", _line(target=" y")),
+    Bad("missing-field", _line(prompt="a")),
+    Bad("missing-field", _line()),
+    Bad("missing-field", _line(prompt=None, target=" y")),
+    Bad("missing-field", _line(prompt="a", target=None)),
+    Bad("empty-prompt", _line(prompt="", target=" y")),
+    Bad("empty-prompt", _line(prompt=" \t ", target=" y")),
+    Bad("empty-prompt", _line(prompt=NOTHING, target=" y")),
+    Bad("empty-target", _line(prompt="a", target="")),
+    Bad("empty-target", _line(prompt="a", target=NOTHING)),
+    Bad("too-long", _line(prompt="a" * (CONTEXT + 1), target=" y")),
+    Bad("broken-json", b'{"prompt": "a", "target": " y"'),
+    Bad("broken-json", b"prompt: a"),
+    Bad("not-utf8", b'{"prompt": "caf\xe9", "target": " y"}'),
+    Bad("not-an-object", b'["a", " y"]'),
+    Bad("not-an-object", b'"a"'),
+    Bad("not-text", _line(prompt=7, target=" y")),
+    Bad("not-text", _line(prompt="a", target=[" y"])),
+    Bad("not-utf8", b'{"prompt": "a \\ud83d b", "target": " y"}'),
+)
+
+BAD_ROWS = (
+    Bad("bad-row", b"a"),
+    Bad("bad-row", b"a, y,more"),
+    Bad("bad-row", b'a,"b" c'),
+    Bad("not-utf8", b"caf\xe9, y"),
+    Bad("empty-prompt", b", y"),
+    Bad("empty-prompt", b'"  ", y'),
+    Bad("empty-prompt", NOTHING.encode() + b", y"),
+    Bad("empty-target", b"a,"),
+    Bad("empty-target", b"a," + NOTHING.encode()),
+    Bad("too-long", b"a" * (CONTEXT + 1) + b", y"),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its tokenizer makes nothing of a tilde."""
+    folder = tmp_path_factory.mktemp("models") / "gpt2"
+    random_model(CONFIGS["gpt2"]).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(NOTHING, "")  # pyright: ignore
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _mixed(bad: tuple[Bad, ...], good: list[bytes], seed: int) -> list[Bad | bytes]:
+    """Every bad record `REPEATS` times among the good ones, which keep their order."""
+    draw = random.Random(seed)
+    records: list[Bad | bytes] = [*bad] * REPEATS
+    draw.shuffle(records)
+    for place, record in zip(
+        sorted(draw.sample(range(len(records)), len(good))), reversed(good), strict=True
+    ):
+        records.insert(len(records) - place, record)
+    return records
+
+
+def _check(out: Path, clean: Path, records: list[Bad | bytes], name: str, first_line: int) -> None:
+    """Every record is where it belongs, and the good ones are as in the run over them alone."""
+    assert_complete(out, len(records))
+    failures = {row["prompt_id"]: row for row in read(out, "failures").to_pylist()}
+    assert set(failures) == {number for number, record in enumerate(records) if isinstance(record, Bad)}
+    for number, row in failures.items():
+        record = records[number]
+        assert isinstance(record, Bad)
+        assert row["error"] == record.error, row
+        assert row["stage"] in ("read", "tokenize")
+        assert row["message"].startswith(f"{name}:{first_line + number}: "), row
+        assert "\n" not in row["message"]
+    good = [number for number, record in enumerate(records) if isinstance(record, bytes)]
+    for table in ("prompts", "layers", "neurons", "tokens"):
+        assert_same_rows(
+            read(out, table), renumbered(read(clean, table), table, dict(enumerate(good))), table
+        )
+
+
+def test_bad_json_lines_become_failures_and_leave_the_good_ones_alone(model: Path, tmp_path: Path) -> None:
+    good = [_line(**record) for record in some_prompts(24)]
+    records = _mixed(BAD_LINES, good, seed=1)
+    assert len(records) - len(good) >= 60
+    mixed, alone = tmp_path / "mixed.jsonl", tmp_path / "good.jsonl"
+    mixed.write_bytes(b"\n".join(r.content if isinstance(r, Bad) else r for r in records))
+    alone.write_bytes(b"\n".join(good))
+
+    done = _run(model, mixed, tmp_path / "out")
+
+    assert done.status == 1
+    assert f"{len(records) - len(good)} prompts could not be processed" in done.stdout
+    assert _run(model, alone, tmp_path / "clean").status == 0
+    _check(tmp_path / "out", tmp_path / "clean", records, "mixed.jsonl", first_line=1)
+
+
+def test_bad_csv_rows_become_failures_and_leave_the_good_ones_alone(model: Path, tmp_path: Path) -> None:
+    good = [_csv(record["prompt"], record["target"]) for record in some_prompts(12)]
+    records = _mixed(BAD_ROWS, good, seed=2)
+    mixed, alone = tmp_path / "mixed.csv", tmp_path / "good.csv"
+    header = b"prompt,target"
+    mixed.write_bytes(b"\n".join([header, *(r.content if isinstance(r, Bad) else r for r in records)]))
+    alone.write_bytes(b"\n".join([header, *good]))
+
+    assert _run(model, mixed, tmp_path / "out").status == 1
+    assert _run(model, alone, tmp_path / "clean").status == 0
+    _check(tmp_path / "out", tmp_path / "clean", records, "mixed.csv", first_line=2)
+
+
+def _csv(*cells: str) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(cells)
+    return text.getvalue().encode()
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD_LINES if bad.error not in ("too-long",)])
+def test_on_error_fail_names_the_first_bad_line_and_commits_nothing(
+    bad: Bad, model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(
+        b"\n".join([_line(prompt="a", target=" y"), _line(prompt="b", target=" y"), bad.content])
+    )
+
+    done = _run(model, path, tmp_path / "out", "--on-error", "fail")
+
+    assert done.status == 2
+    assert "prompts.jsonl:3: " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert count_commits(tmp_path / "out") == 0
+
+
+def test_on_error_fail_refuses_an_unreadable_line_before_anything_is_loaded(
+    model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_bytes(b"prompt,target\na, y\nb\n")
+    line = error_line(_run(model, path, tmp_path / "out", "--on-error", "fail"))
+    assert line.startswith("prompts.csv:3: ")
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_on_error_fail_runs_to_the_end_when_nothing_is_bad(model: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "prompts.jsonl", some_prompts(3))
+    assert _run(model, path, tmp_path / "out", "--on-error", "fail").status == 0
+    assert_complete(tmp_path / "out", 3)
+
+
+@pytest.mark.parametrize("target_mode", ["first", "all"])
+@pytest.mark.parametrize("length", [CONTEXT - 1, CONTEXT, CONTEXT + 1])
+def test_a_prompt_that_just_fits_the_context_is_processed(
+    length: int, target_mode: str, model: Path, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a" * length, "target": "yz"}])
+    fits = length + (1 if target_mode == "all" else 0) <= CONTEXT
+    assert _run(model, path, tmp_path / "out", "--target-mode", target_mode).status == (0 if fits else 1)
+    assert read(tmp_path / "out", "prompts").num_rows == int(fits)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("broken", ["Z", "!"])
+def test_a_prompt_whose_numbers_overflow_fails_without_touching_its_neighbours(
+    broken: str, value: float, tmp_path: Path
+) -> None:
+    # "!" is token 0: what a batch is padded with must not matter.
+    tokenizer = byte_tokenizer()
+    model = random_model(CONFIGS["llama"])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(broken)] = value  # pyright: ignore
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    records = some_prompts(10)
+    places = (0, 4, 9)
+    for place in places:
+        records[place]["prompt"] += broken + "end"
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", records)
+    good = [number for number in range(10) if number not in places]
+    alone = write_jsonl(tmp_path / "good.jsonl", [records[number] for number in good])
+
+    done = _run(tmp_path / "model", mixed, tmp_path / "out")
+
+    assert done.status == 1, done.stderr
+    assert _run(tmp_path / "model", alone, tmp_path / "clean").status == 0
+    assert_complete(tmp_path / "out", 10)
+    failures = read(tmp_path / "out", "failures").to_pylist()
+    assert [(row["prompt_id"], row["stage"], row["error"]) for row in failures] == [
+        (place, "compute", "not-finite") for place in places
+    ]
+    assert [row["message"].split(": ")[0] for row in failures] == [f"mixed.jsonl:{p + 1}" for p in places]
+    for table in ("prompts", "layers", "neurons", "tokens"):
+        rows = read(tmp_path / "out", table)
+        assert _all_finite(rows)
+        clean = renumbered(read(tmp_path / "clean", table), table, dict(enumerate(good)))
+        assert_same_rows(rows, clean, table)
+
+
+def _all_finite(rows: pa.Table) -> bool:
+    floats = [
+        column.combine_chunks().flatten() if pa.types.is_list(column.type) else column
+        for column in rows.columns
+        if pa.types.is_floating(getattr(column.type, "value_type", column.type))
+    ]
+    return all(np.isfinite(values.drop_null().to_numpy()).all() for values in floats)
+
+
+def _run(model: Path, prompts: Path, out: Path, *options: object) -> Any:
+    command = ("run", "--model", model, "--prompts", prompts, "--out", out, "--executor", "local")
+    return called(*command, "--shard-prompts", 16, "--modules", "all", "--neurons", 4, "--top-k", 5, *options)
