@@ -32,7 +32,7 @@ def print_report(report: Report) -> None:
     if report.prompts and report.resumed_prompts:
         console.print(f"{report.resumed_prompts:,} more were done before")
     if report.deaths:
-        console.print(f"{report.deaths} workers died and were replaced")
+        console.print(f"workers that died and were replaced: {report.deaths}")
     console.print(_rows_table(report))
     if report.prompts:
         console.print(_stages_table(report))

@@ -1,5 +1,6 @@
 """The driver: plans, hands shards to an executor, and closes the run. It holds no weights and no rows."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -84,6 +85,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
         done = committed(directory)
         progress.planned(plan, sum(commit.prompts for commit in done.values()))
         work = _run_shards(plan, opened, set(done), progress, started)
+        directory.remove_leftovers()  # of workers that died and were replaced
         finished = finish(opened) if opened.record.status != "done" else opened
         commits = list(committed(finished.directory).values())
         return Report(
@@ -144,6 +146,8 @@ def _executor(config: RunConfig) -> Iterator[Executor]:
     if config.executor == "local":
         executor: Executor = LocalExecutor()
     else:
+        # Ray reads this when it is imported. That a worker died is ours to say, not a paragraph on standard output.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
         from pipeline.engine.ray_executor import RayExecutor, RayOptions  # Ray takes seconds to import
 
         executor = RayExecutor(RayOptions(config.address, config.replicas, config.gpus_per_replica))

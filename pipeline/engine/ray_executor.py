@@ -5,6 +5,8 @@ it does not know what is committed. So an actor that dies is replaced here, and 
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from pipeline.engine.executors import AHEAD
+from pipeline.engine.placement import Node, cpus_per_replica
 from pipeline.engine.worker import Job, Readiness, Worker
 from pipeline.errors import BacklensError, Interrupted
 from pipeline.prompts.shards import Shard
@@ -60,8 +63,7 @@ class RayExecutor:
         self._job = job
         self._threads = max(1, int(cpus))
         self._actors: list[Any] = [self._new_actor() for _ in range(self._options.replicas)]
-        with _as_ours():
-            return ray.get([actor.ready.remote() for actor in self._actors])
+        return [self._ready(slot) for slot in range(len(self._actors))]
 
     def run(self, shards: Iterator[Shard]) -> Iterator[ShardCommit]:
         running: dict[Any, _Given] = {}
@@ -77,6 +79,27 @@ class RayExecutor:
 
     def _new_actor(self) -> Any:
         return self._remote.remote(self._job, self._threads)
+
+    def _ready(self, slot: int) -> Readiness:
+        """Wait until a worker has loaded its model; one that dies over it is replaced."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                with _as_ours():
+                    return ray.get(self._actors[slot].ready.remote())
+            except RayActorError as error:
+                self.deaths += 1
+                if attempt == ATTEMPTS:
+                    raise Interrupted(
+                        f"a worker died {ATTEMPTS} times while it loaded the model ({_reason(error)}); "
+                        "see that a copy fits into memory and run the same command again"
+                    ) from error
+                self._renew(slot)
+        raise AssertionError("unreachable")
+
+    def _renew(self, slot: int) -> None:
+        # An actor that is only out of reach may still be at work; two workers on one shard would waste one.
+        ray.kill(self._actors[slot])
+        self._actors[slot] = self._new_actor()
 
     def _give(self, shard: Shard, attempt: int, running: dict[Any, _Given]) -> None:
         busy = [given.slot for given in running.values()]
@@ -108,9 +131,7 @@ class RayExecutor:
                 f"shard {worst.shard.index} was lost with its worker {ATTEMPTS} times "
                 f"({_reason(error)}); what is committed stays, the same command goes on from there"
             )
-        # An actor that is only out of reach may still be at work; two workers on one shard would waste one.
-        ray.kill(self._actors[lost.slot])
-        self._actors[lost.slot] = self._new_actor()
+        self._renew(lost.slot)
         for given in orphans:
             self._give(given.shard, given.attempt + 1, running)
 
@@ -121,31 +142,37 @@ def _connect(address: str | None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(address="local", include_dashboard=False, **quiet)
+        with _sigterm_kept():
+            if address:
+                ray.init(address=address, **quiet)
+            else:
+                ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = address or "a local cluster"
         raise BacklensError(f"address: cannot reach Ray at {where}: {_reason(error)}") from error
 
 
-def _resources(options: RayOptions) -> tuple[float, float]:
-    """CPUs and GPUs to ask for per replica: the cluster's CPUs shared out, so that every replica fits."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    total_gpus = sum(node.get("GPU", 0) for node in nodes)
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray takes SIGTERM for itself; whoever started the run has said already what it is to do."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:  # what Ray's own handler does
+        raise KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _resources(options: RayOptions) -> tuple[float, int]:
+    """CPUs and GPUs to ask for per replica."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [Node(node.get("CPU", 0), node.get("GPU", 0)) for node in alive]
     gpus = options.gpus_per_replica
     if gpus is None:
-        gpus = 1 if total_gpus else 0
-    most_cpus = max(node.get("CPU", 0) for node in nodes)
-    share = sum(node.get("CPU", 0) for node in nodes) / options.replicas
-    cpus = min(float(int(share)) if share >= 1 else int(share * 100) / 100, most_cpus)
-    if cpus <= 0 or gpus * options.replicas > total_gpus:
-        raise BacklensError(
-            f"replicas: {options.replicas} with {gpus} GPU each do not fit: the cluster has {total_gpus:g} GPUs "
-            f"and {share * options.replicas:g} CPUs; ask for fewer --replicas or --gpus-per-replica"
-        )
-    return cpus, gpus
+        gpus = int(any(node.gpus for node in nodes))
+    return cpus_per_replica(nodes, options.replicas, gpus), gpus
 
 
 @contextmanager

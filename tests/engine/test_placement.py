@@ -1,0 +1,49 @@
+"""Replicas are given as much as lets all of them fit, node by node."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.engine.placement import Node, cpus_per_replica
+from pipeline.errors import BacklensError
+
+
+@pytest.mark.parametrize(
+    ("nodes", "replicas", "gpus", "expected"),
+    [
+        ([Node(2, 0)], 1, 0, 2.0),
+        ([Node(2, 0)], 3, 0, 0.66),
+        ([Node(1, 0), Node(1, 0)], 3, 0, 0.5),  # a third of two CPUs would fit one node only once
+        ([Node(64, 8)] * 2, 4, 4, 32.0),
+        ([Node(64, 8)] * 2, 2, 8, 64.0),
+        ([Node(8, 1), Node(64, 0)], 1, 1, 8.0),
+    ],
+)
+def test_each_replica_gets_the_most_that_lets_all_fit(
+    nodes: list[Node], replicas: int, gpus: int, expected: float
+) -> None:
+    assert cpus_per_replica(nodes, replicas, gpus) == expected
+
+
+@given(
+    st.lists(st.builds(Node, st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=5),
+    st.integers(1, 12),
+    st.integers(0, 4),
+)
+def test_what_is_given_always_fits(nodes: list[Node], replicas: int, gpus: int) -> None:
+    try:
+        cpus = cpus_per_replica(nodes, replicas, gpus)
+    except BacklensError:
+        assert gpus
+        assert sum(int(node.gpus // gpus) for node in nodes) < replicas
+        return
+    left = [[node.cpus, node.gpus] for node in nodes]
+    for _ in range(replicas):
+        place = next(room for room in left if room[0] >= cpus - 1e-6 and room[1] >= gpus)
+        place[0] -= cpus
+        place[1] -= gpus
+
+
+def test_replicas_with_more_gpus_than_a_node_has_are_refused() -> None:
+    with pytest.raises(BacklensError, match="1 with 8 GPUs each do not fit"):
+        cpus_per_replica([Node(64, 4), Node(64, 4)], 1, 8)
