@@ -189,7 +189,7 @@ def test_a_ray_run_survives_kills_of_its_driver_and_of_its_workers(
 
     assert done.status == 0, done.stderr
     assert len(killed) == len(set(killed)) == 6
-    assert "workers died and were replaced" in done.stdout
+    assert "workers that died and were replaced" in done.stdout
     assert "unexpected" not in done.stdout + done.stderr, "Ray's own words about a death"
     assert_complete(out, MANY)
     assert_same_run(out, long_uninterrupted)
