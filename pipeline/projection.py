@@ -9,6 +9,7 @@ Order is total: by score, then by smaller token id, so a list is the same howeve
 Shapes: B prompts, T positions, K mixes a prompt, N rows selected, V vocabulary, D d_model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,9 @@ class Vectors:
     mix_scale: Float[Tensor, "prompt mix"]
     mix_wanted: Bool[Tensor, "prompt mix"]
 
+    def __getitem__(self, prompts: slice) -> "Vectors":
+        return Vectors(*(getattr(self, name)[prompts] for name in Vectors.__dataclass_fields__))
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -57,21 +61,46 @@ def project(
 ) -> tuple[Selection, Selection]:
     """Project the wanted residual vectors and mixes; each selection's rows are in (prompt, position | mix) order.
 
-    `tile_bytes` bounds the scores held at once; the default suits the cache of a CPU or the memory of a GPU.
+    `tile_bytes` bounds the scores held at once; the default suits the cache of a CPU or the memory of a GPU. Prompts
+    are taken a few at a time where a tile of one block for all of them would be larger (every neuron as a mix).
     """
+    if tile_bytes is None:
+        tile_bytes = 2**30 if lens.unembedding.is_cuda else 2**25
+    rows = vectors.residual.shape[1] + vectors.mixes.shape[1]
+    size = max(1, tile_bytes // (4 * BLOCK * rows))
+    parts = [
+        _project_prompts(vectors[start : start + size], lens, targets[start : start + size], k, tile_bytes)
+        for start in range(0, len(targets), size)
+    ]
+    own, mixed = zip(*parts, strict=True)
+    return _concatenated(own), _concatenated(mixed)
+
+
+def _project_prompts(
+    vectors: Vectors, lens: Lens, targets: Int[Tensor, " prompt"], k: int, tile_bytes: int
+) -> tuple[Selection, Selection]:
     spread = _Spread(vectors, lens)
     target_scores = spread.target_scores(lens, targets)
     sets = [
         _RowSet(targets.repeat_interleave(wanted.sum(-1)), scores, k)
         for wanted, scores in zip((vectors.wanted, vectors.mix_wanted), target_scores, strict=True)
     ]
-    width = _tile_width(spread.rows, lens, tile_bytes)
+    blocks = tile_bytes // (4 * max(spread.rows, 1)) // BLOCK
+    width = min(max(blocks, 1) * BLOCK, lens.vocabulary)
     for start in range(0, lens.vocabulary, width):
         stop = min(start + width, lens.vocabulary)
         for rows, scores_NV in zip(sets, spread.tile(lens, start, stop), strict=True):
             rows.add(scores_NV, start)
     own, mixed = sets
     return own.selection(), mixed.selection()
+
+
+def _concatenated(parts: Sequence[Selection]) -> Selection:
+    if len(parts) == 1:
+        return parts[0]
+    return Selection(
+        *(torch.cat([getattr(p, name) for p in parts]) for name in Selection.__dataclass_fields__)
+    )
 
 
 class _Spread:
@@ -226,10 +255,3 @@ def _in_order(scores: Tensor, ids: Tensor, largest: bool) -> tuple[Tensor, Tenso
     ids, by_id = ids.sort(dim=-1)
     scores, by_score = scores.gather(-1, by_id).sort(dim=-1, descending=largest, stable=True)
     return scores, ids.gather(-1, by_score)
-
-
-def _tile_width(rows: int, lens: Lens, tile_bytes: int | None) -> int:
-    if tile_bytes is None:
-        tile_bytes = 2**30 if lens.unembedding.is_cuda else 2**25
-    blocks = tile_bytes // (4 * max(rows, 1)) // BLOCK
-    return min(max(blocks, 1) * BLOCK, lens.vocabulary)

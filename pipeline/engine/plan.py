@@ -25,8 +25,8 @@ from pipeline.store.rundir import FingerprintValue
 from pipeline.store.rundir import Plan as ShardPlan
 
 MOST_SHARD_PROMPTS = 256
-SHARD_TOKEN_ROWS = 1_000_000
-"""Rows of `tokens` that a shard should not exceed by much: they are held in memory until they are written."""
+SHARD_ROWS = 1_000_000
+"""Rows that a shard should not exceed by much: they are held in memory until they are written."""
 CHARACTERS_PER_TOKEN = 3.5
 
 
@@ -108,7 +108,7 @@ def make_plan(config: RunConfig) -> RunPlan:
         raise BacklensError(f"{found.first_rejected.message} (--on-error fail)")
     if not found.prompts:
         raise BacklensError(f"prompts: {config.prompts} holds no prompts")
-    size = config.shard_prompts or default_shard_prompts(found, wanted)
+    size = config.shard_prompts or default_shard_prompts(found, wanted, int(model_config.hidden_size))
     shards = ShardPlan(found.prompts, -(-found.prompts // size), size)
     return RunPlan(config, source, model_config, found, shards, wanted)
 
@@ -137,11 +137,12 @@ def fingerprint(plan: RunPlan) -> dict[str, FingerprintValue]:
     }
 
 
-def default_shard_prompts(found: Survey, wanted: Wanted) -> int:
+def default_shard_prompts(found: Survey, wanted: Wanted, d_model: int) -> int:
     """By the rows that a prompt is expected to make; a function of the input alone, so that a resume agrees."""
     tokens = 1 + found.characters / CHARACTERS_PER_TOKEN / max(1, found.prompts - found.rejected)
-    rows = tokens * len(wanted.layers) * len(wanted.modules)
-    return max(1, min(MOST_SHARD_PROMPTS, int(SHARD_TOKEN_ROWS / rows)))
+    neurons = wanted.neurons if wanted.neurons >= 0 else 4 * d_model
+    rows = (tokens + neurons) * len(wanted.layers) * len(wanted.modules)
+    return max(1, min(MOST_SHARD_PROMPTS, int(SHARD_ROWS / rows)))
 
 
 def parse_layers(text: str, count: int) -> tuple[int, ...]:
