@@ -13,7 +13,7 @@ from pipeline.engine.executors import Executor, LocalExecutor
 from pipeline.engine.plan import RunPlan, fingerprint, make_plan, with_demo_defaults
 from pipeline.engine.versions import package_versions
 from pipeline.errors import Interrupted
-from pipeline.models.load import load_tokenizer
+from pipeline.models.load import load_tokenizer, model_files, weight_hash
 from pipeline.models.vocabulary import vocabulary
 from pipeline.prompts.read import read_prompts
 from pipeline.prompts.shards import shards
@@ -71,13 +71,14 @@ def run(config: RunConfig, progress: Progress) -> Report:
     directory = Directory.at(config.out)
     with DriverLock(directory):
         plan = make_plan(config)
+        weights = weight_hash(model_files(plan.source))
         opened = open_run(
             directory,
-            fingerprint(plan),
+            fingerprint(plan, weights),
             config=asdict(config),
             config_yaml=config.to_yaml(),
             plan=plan.shards,
-            model=plan.model_facts,
+            model=plan.model_facts | {"weight_hash": weights},
             versions=package_versions(),
         )
         directory.remove_leftovers()

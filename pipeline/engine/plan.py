@@ -11,14 +11,7 @@ from pipeline.engine.extract import Wanted
 from pipeline.engine.worker import Job
 from pipeline.errors import BacklensError
 from pipeline.models.layout import LAYOUTS, MODULES
-from pipeline.models.load import (
-    ModelSource,
-    load_config,
-    load_tokenizer,
-    model_files,
-    tokenizer_hash,
-    weight_hash,
-)
+from pipeline.models.load import ModelSource, load_config, load_tokenizer, tokenizer_hash
 from pipeline.prompts.survey import Survey, survey
 from pipeline.store.files import Directory
 from pipeline.store.rundir import FingerprintValue
@@ -50,6 +43,7 @@ class RunPlan:
             "layers": int(config.num_hidden_layers),
             "d_model": int(config.hidden_size),
             "vocabulary": int(config.vocab_size),
+            "revision": self.source.revision or getattr(config, "_commit_hash", None),
             "modules": list(self.wanted.modules),
         }
 
@@ -113,12 +107,11 @@ def make_plan(config: RunConfig) -> RunPlan:
     return RunPlan(config, source, model_config, found, shards, wanted)
 
 
-def fingerprint(plan: RunPlan) -> dict[str, FingerprintValue]:
-    """Everything that changes results, in the words of the command line. Reads the weights once, to hash them."""
+def fingerprint(plan: RunPlan, weights: str) -> dict[str, FingerprintValue]:
+    """Everything that changes results, in the words of the command line; `weights` is the model's weight hash."""
     config = plan.config
-    folder = model_files(plan.source)
     return {
-        "model": f"weights {weight_hash(folder)[:16]}",
+        "model": f"weights {weights[:16]}",
         "tokenizer": tokenizer_hash(load_tokenizer(plan.source))[:16],
         "prompts": f"content {plan.survey.digest[:16]}",
         "number of prompts": plan.survey.prompts,
