@@ -95,8 +95,8 @@ class RunConfig:
     scaling: Annotated[Literal["raw", "unit"], LENS] = "raw"
     """raw: the final norm as it is. unit: vectors are divided by their length first."""
 
-    batch_tokens: Annotated[int, BATCH, WHOLE] = 2048
-    """Tokens in a batch, padding included."""
+    batch_tokens: Annotated[int, BATCH, WHOLE] = 512
+    """Tokens in a batch, padding included. More suits a GPU; a CPU is busy with 512."""
     shard_prompts: Annotated[int | None, BATCH, WHOLE] = None
     """Prompts in a shard, the unit of commit. Default: by the rows they make, at most 256."""
 

@@ -214,7 +214,8 @@ class _Extremes:
     def sorted(self) -> tuple[Int[Tensor, "vector k"], Float[Tensor, "vector k"]]:
         scores, ids = (torch.cat(parts, dim=-1) for parts in zip(*self._found, strict=True))
         scores, ids = _in_order(scores, ids, self._largest)
-        return ids[:, : self._k].int(), scores[:, : self._k]
+        # copies: a slice would keep every tile's candidates alive as long as the rows
+        return ids[:, : self._k].int(), scores[:, : self._k].clone()
 
 
 def extremes(

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ import torch
 from pipeline.capture import Outcome
 from pipeline.engine.columns import fact_table, failure_table, prompt_table, without_prompts
 from pipeline.engine.extract import Block, Wanted, extract, sequence
+from pipeline.engine.memory import release_freed_memory
 from pipeline.engine.packing import pack
 from pipeline.engine.versions import package_versions
 from pipeline.errors import BacklensError
@@ -62,7 +64,9 @@ class Worker:
         self._lens = make_lens(self._loaded.anatomy, job.scaling)
         verify_lens(self._loaded.model, self._loaded.anatomy, self._lens)
         self._context = context_length(self._loaded.model.config)
-        self._computing = threading.Lock()
+        # One thread computes, whichever thread called: the allocator keeps freed memory by thread, and a second
+        # one would keep as much again.
+        self._computing = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._tokenizing = threading.Lock()  # fast tokenizers refuse two borrowers at a time
         self._readiness = Readiness(str(device), time.perf_counter() - started)
 
@@ -78,8 +82,7 @@ class Worker:
         with self._tokenizing:
             examples, rejected = self._tokenize(shard)
         tokenizing = time.perf_counter() - started
-        with self._computing:
-            computed = self._compute(examples)
+        computed = self._computing.submit(self._compute, examples).result()
         computed.seconds["tokenize"] = tokenizing
         return self._commit(shard, computed, rejected)
 
@@ -111,6 +114,8 @@ class Worker:
                 computed.blocks[name] += blocks
             for stage, seconds in extracted.seconds.items():
                 computed.seconds[stage] += seconds
+            del extracted
+            release_freed_memory()
         self._refuse([_overflow(example) for example in computed.overflowed])
         return computed
 
