@@ -3,21 +3,27 @@
 Weights never require grad: the graph starts at the embeddings' output, so nothing weight-sized is allocated.
 A forward hook keeps each module's input x and puts a hook on its output *tensor*, which receives the VJP δ
 (output-tensor hooks survive module reuse and do not wrap modules, DESIGN §8). As soon as every module that
-shares an input has its δ, the group is handed to the consumer and forgotten.
+shares an input has its δ, the group is handed to the consumer and forgotten. Experts are watched one by one
+(`models/experts.py`); an expert's gradient has the rows of the tokens that were routed to it, and no others.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from pipeline.models.anatomy import Located
+from pipeline.errors import BacklensError
+from pipeline.models.anatomy import Experts, Located
+from pipeline.models.experts import Watcher, watching
 from pipeline.models.layout import READS
 from pipeline.models.load import LoadedModel
+from pipeline.models.structure import graph_from_embeddings
 
 Side = Literal["right", "left"]
 
@@ -36,6 +42,42 @@ class Batch:
     """True where a prompt has a target token at that step."""
 
 
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Which tokens of a batch a gradient's rows are: every token, or those routed to an expert."""
+
+    prompts: Int[Tensor, " row"]
+    """Rows of the batch that have a token here, ascending."""
+    columns: Int[Tensor, "row slot"]
+    """Columns of the batch, ascending; of no meaning where not `mask`."""
+    mask: Bool[Tensor, "row slot"]
+    """True at real tokens."""
+
+    @classmethod
+    def every(cls, batch: Batch) -> "Slots":
+        prompts, positions = batch.mask.shape
+        device = batch.mask.device
+        columns = torch.arange(positions, device=device).expand(prompts, -1)
+        return cls(torch.arange(prompts, device=device), columns, batch.mask)
+
+    @classmethod
+    def routed(cls, tokens: Int[Tensor, " token"], batch: Batch) -> tuple["Slots", Tensor, Tensor, Tensor]:
+        """The slots of some tokens (indices into the flattened batch, ascending), and where each real one went.
+
+        Returns the slots, the real tokens' places among `tokens`, and each one's row and slot.
+        """
+        width = batch.mask.shape[1]
+        real = batch.mask.flatten()[tokens].nonzero().squeeze(-1)
+        prompts, row, counts = (tokens[real] // width).unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        slot = torch.arange(len(real), device=tokens.device) - (counts.cumsum(0) - counts)[row]
+        mask = torch.arange(int(counts.max()) if len(counts) else 0, device=tokens.device) < counts[:, None]
+        columns = torch.zeros_like(mask, dtype=torch.long)
+        columns[row, slot] = tokens[real] % width
+        return cls(prompts, columns, mask), real, row, slot
+
+
 @dataclass(frozen=True)
 class Gradient:
     """The factors of one weight matrix's gradient, as the model computed them: G = Σ over positions x ⊗ δ.
@@ -45,8 +87,11 @@ class Gradient:
 
     layer: int
     module: str
-    x: Float[Tensor, "prompt position d_in"]
-    vjp: Float[Tensor, "prompt position d_out"]
+    expert: int | None
+    """None for a matrix that sees every token."""
+    slots: Slots
+    x: Float[Tensor, "row slot d_in"]
+    vjp: Float[Tensor, "row slot d_out"]
 
 
 @dataclass(frozen=True)
@@ -101,30 +146,52 @@ def capture(
     layers: Collection[int],
     modules: Collection[str],
     consume: Consumer,
+    *,
+    recompute: bool = False,
 ) -> Outcome:
     """Run `batch` and give `consume` every group of gradients of the chosen layers and modules, last layer first.
 
-    The loss is the sum over the batch: a mean would make a prompt's gradient depend on its neighbours.
+    The loss is the sum over the batch: a mean would make a prompt's gradient depend on its neighbours. With `recompute`
+    the forward pass keeps only the blocks' inputs, and the backward pass computes each block once more: a third more
+    work, for the memory of one block instead of all.
+
+    Raises BacklensError when a matrix's VJP does not arrive: some kernels for quantized weights have no backward pass.
     """
+    awaited: set[tuple[int, str]] = set()
     with ExitStack() as hooks:
-        hooks.enter_context(_graph_from_embeddings(loaded.anatomy.embeddings))
+        hooks.enter_context(graph_from_embeddings(loaded.model))
+        if recompute:
+            hooks.enter_context(_recomputed([block.module for block in loaded.anatomy.blocks]))
         hooks.enter_context(_only_loss_positions(loaded.anatomy.head, batch.loss_positions))
+        slots = Slots.every(batch)
+        watchers: dict[nn.Module, Watcher] = {}
         for layer in layers:
-            recorder = _LayerRecorder(layer, batch.mask.shape, consume)
-            for path, matrices in _by_submodule(loaded.anatomy.matrices, modules):
-                submodule = loaded.anatomy.blocks[layer].get_submodule(path)
+            block = loaded.anatomy.blocks[layer]
+            recorder = _LayerRecorder(layer, slots, consume, awaited)
+            for path, matrices in _by_submodule(block.matrices, modules):
+                submodule = block.module.get_submodule(path)
                 hooks.enter_context(_hook(submodule, recorder.recording(matrices)))
-        with torch.enable_grad():
-            logits_BSV = loaded.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.mask.long(),
-                position_ids=(batch.mask.cumsum(-1) - 1).clamp_min(0),
-                use_cache=False,
-            ).logits.float()
-            loss = _losses(logits_BSV, batch)
-            outcome = _outcome(logits_BSV.detach(), loss.detach(), batch)
-            del logits_BSV
-            loss.sum().backward()
+            if block.experts is not None:
+                watchers[block.experts.module] = _expert_recording(
+                    layer, block.experts, batch, modules, consume
+                )
+        hooks.enter_context(watching(loaded.model, watchers))
+        logits_BSV = loaded.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.mask.long(),
+            position_ids=(batch.mask.cumsum(-1) - 1).clamp_min(0),
+            use_cache=False,
+        ).logits.float()
+        loss = _losses(logits_BSV, batch)
+        outcome = _outcome(logits_BSV.detach(), loss.detach(), batch)
+        del logits_BSV
+        loss.sum().backward()
+    if awaited:
+        layer, module = min(awaited)
+        raise BacklensError(
+            f"model: no gradient reached {module} of layer {layer}: its kernel has no backward pass; "
+            "load the weights in another form (e.g. --dtype bfloat16, unquantized)"
+        )
     return outcome
 
 
@@ -144,9 +211,10 @@ def _outcome(
 class _LayerRecorder:
     """Inputs and VJPs of one layer's modules until a group that shares an input is complete."""
 
-    def __init__(self, layer: int, shape: torch.Size, consume: Consumer) -> None:
+    def __init__(self, layer: int, slots: Slots, consume: Consumer, awaited: set[tuple[int, str]]) -> None:
         self._layer = layer
-        self._shape = shape
+        self._awaited = awaited
+        self._slots = slots
         self._consume = consume
         self._waiting: dict[object, dict[str, Tensor]] = {}
         self._expected: dict[object, int] = {}
@@ -155,6 +223,9 @@ class _LayerRecorder:
         """A forward hook for the submodule that holds `matrices`."""
 
         def on_forward(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self._awaited.update((self._layer, module) for module, _ in matrices)
+            if not output.requires_grad:
+                return  # to be computed once more, with a graph
             x = self._by_prompt(args[0].detach())
             group = self._group(matrices[0][0], x)
             self._expected[group] = self._expected.get(group, 0) + len(matrices)
@@ -164,7 +235,7 @@ class _LayerRecorder:
 
     def _by_prompt(self, values: Tensor) -> Float[Tensor, "prompt position width"]:
         """OPT's feed-forward matrices see their batch flattened; everywhere else this is a view of itself."""
-        return values.view(*self._shape, values.shape[-1])
+        return values.view(*self._slots.mask.shape, values.shape[-1])
 
     @staticmethod
     def _group(module: str, x: Tensor) -> object:
@@ -172,18 +243,58 @@ class _LayerRecorder:
         return (x.data_ptr(), x.shape) if module in READS else module
 
     def _receive(
-        self, group: object, x: Tensor, matrices: Sequence[tuple[str, Located]], vjp: Tensor
+        self, group: object, x: Tensor, matrices: Sequence[tuple[str, Located]], vjp: Tensor | None
     ) -> None:
+        if vjp is None:
+            return  # nothing was passed back to this output; it stays awaited
         received = self._waiting.setdefault(group, {})
         for module, matrix in matrices:
+            self._awaited.discard((self._layer, module))
             received[module] = self._by_prompt(matrix.part_of(vjp.detach()))
             self._expected[group] -= 1
         if self._expected[group] == 0:
             del self._waiting[group], self._expected[group]
-            self._consume([Gradient(self._layer, module, x, vjp) for module, vjp in received.items()])
+            self._consume(
+                [Gradient(self._layer, name, None, self._slots, x, vjp) for name, vjp in received.items()]
+            )
 
 
-def _by_submodule(matrices: Any, modules: Collection[str]) -> Iterator[tuple[str, list[tuple[str, Located]]]]:
+def _expert_recording(
+    layer: int, experts: Experts, batch: Batch, modules: Collection[str], consume: Consumer
+) -> Watcher:
+    """Hands over an expert's gradients as the δ of each of its weights arrives."""
+    by_weight = dict(_by_submodule(experts.matrices, modules))
+
+    def on_expert(expert: int, weight: str, tokens: Tensor, x: Tensor, output: Tensor) -> None:
+        x = x.detach()
+
+        def receive(vjp: Tensor) -> None:
+            slots, real, row, slot = Slots.routed(tokens, batch)
+            if not len(real):
+                return  # only padding came this way
+
+            def by_prompt(values: Tensor) -> Float[Tensor, "row slot width"]:
+                placed = values.new_zeros(*slots.mask.shape, values.shape[-1])
+                placed[row, slot] = values[real]
+                return placed
+
+            shared = by_prompt(x)
+            consume(
+                [
+                    Gradient(layer, name, expert, slots, shared, by_prompt(matrix.part_of(vjp.detach())))
+                    for name, matrix in by_weight[weight]
+                ]
+            )
+
+        if weight in by_weight and output.requires_grad:
+            output.register_hook(receive)
+
+    return on_expert
+
+
+def _by_submodule(
+    matrices: Mapping[str, Located], modules: Collection[str]
+) -> Iterator[tuple[str, list[tuple[str, Located]]]]:
     """The chosen modules by the submodule that computes them: a fused one computes several."""
     chosen = {name: matrix for name, matrix in matrices.items() if name in modules}
     for path in dict.fromkeys(matrix.path for matrix in chosen.values()):
@@ -200,10 +311,31 @@ def _hook(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _graph_from_embeddings(embeddings: nn.Module) -> Iterator[None]:
-    """Start autograd's graph at the embeddings' output; it keeps embedding scales and offloading hooks working."""
-    with _hook(embeddings, lambda _module, _args, output: output.requires_grad_(True)):
+def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let each block forget what it computed, and compute it again when its gradient is wanted.
+
+    The reentrant form of checkpointing: its first pass has no graph, so hooks act in the second one alone. Ours, not
+    transformers': theirs works in train mode only, where dropout is active.
+    """
+
+    def forgetful(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            again = partial(forward, **kwargs)
+            return checkpoint(again, hidden_states, *args, use_reentrant=True, preserve_rng_state=False)
+
+        return run
+
+    own = [vars(block).get("forward") for block in blocks]  # libraries that dispatch a model put theirs there
+    try:
+        for block in blocks:
+            block.forward = forgetful(block.forward)
         yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 @contextmanager

@@ -54,7 +54,12 @@ class RunConfig:
     attention: Annotated[Literal["exact", "fast"], MODEL] = "exact"
     """exact: rows do not depend on batch or padding. fast: the model's own fused kernels."""
     trust_remote_code: Annotated[bool, MODEL] = False
-    """Run the Python code that a hub model brings with it."""
+    """Run the Python code that a model brings with it."""
+    allow_pickle: Annotated[bool, MODEL] = False
+    """Read pickle weights (pytorch_model.bin) where there are no safetensors; pickles can run code."""
+
+    anatomy: Annotated[str | None, MODEL] = None
+    """A YAML description of the model's blocks, for an architecture that is not known here (see doctor)."""
 
     prompts: Annotated[str | None, PROMPTS] = None
     """A file or URL, a saved dataset's folder, or a hub dataset id. Default: the demo's facts."""
@@ -71,7 +76,9 @@ class RunConfig:
     id_field: Annotated[str | None, PROMPTS] = None
     """The column of the prompt's own id."""
     prepend_bos: Annotated[Literal["auto", "true", "false"], PROMPTS] = "auto"
-    """Begin with the tokenizer's beginning-of-sequence token; auto does as the tokenizer does."""
+    """Begin with the tokenizer's beginning-of-sequence token; auto does as the tokenizer or template does."""
+    chat_template: Annotated[bool, PROMPTS] = False
+    """Put the prompt as a user's message in the tokenizer's chat template; the target begins the answer."""
     target_mode: Annotated[Literal["first", "all"], PROMPTS] = "first"
     """The loss is over the target's first token, or teacher-forced over all of them."""
     on_error: Annotated[Literal["record", "fail"], PROMPTS] = "record"
@@ -97,6 +104,8 @@ class RunConfig:
 
     batch_tokens: Annotated[int, BATCH, WHOLE] = 512
     """Tokens in a batch, padding included. More suits a GPU; a CPU is busy with 512."""
+    activation_checkpointing: Annotated[bool, BATCH] = False
+    """Keep one block's activations at a time and compute them twice: for long prompts and large models."""
     shard_prompts: Annotated[int | None, BATCH, WHOLE] = None
     """Prompts in a shard, the unit of commit. Default: by the rows they make, at most 256."""
 

@@ -5,7 +5,8 @@ A gradient G = Xᵀ Δ is held as its residual side S (positions, d_model) and i
 K_S = S Sᵀ and K_O = O Oᵀ, both n × n for n positions, everything here is an n × n problem. Gram matrices are
 float64: their eigenvalues are squares, and float32 would lose half the digits of small singular values.
 
-Shapes: B prompts, T positions, D d_model, M neurons. Padding rows of both sides are zero.
+Shapes: B prompts, T positions, D d_model, M neurons. Padding rows of both sides are zero. For an expert's matrix,
+prompts and positions are those of its slots (`capture.Slots`).
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pipeline.capture import Batch, Gradient
+from pipeline.capture import Gradient, Slots
 from pipeline.models.layout import READS
 
 
@@ -24,6 +25,7 @@ class Factors:
 
     layer: int
     module: str
+    expert: int | None
     residual: Float[Tensor, "prompt position d_model"]
     other: Float[Tensor, "prompt position neuron"]
 
@@ -41,25 +43,25 @@ class Spectrum:
     """Singular values of G and its leading left direction on the residual side."""
 
     values: Float[Tensor, "prompt value"]
-    """Descending; as many as the padded positions allow, zeros behind a prompt's own."""
+    """Descending; as many as the padded positions (or d_model) allow, zeros behind a prompt's own."""
     rank: Int[Tensor, " prompt"]
     """Singular values above σ₁ · max(d_model, m) · ε of float32, as `torch.linalg.matrix_rank` counts them."""
     leading: Float[Tensor, "prompt position"]
     """Coefficients over positions of the leading direction: unit length in d_model, largest entry positive."""
 
 
-def factors_of(gradient: Gradient, batch: Batch, x: Float[Tensor, "prompt position d_in"]) -> Factors:
+def factors_of(gradient: Gradient, x: Float[Tensor, "prompt position d_in"]) -> Factors:
     """Float32 factors with padding zeroed; `x` is the gradient's input already so treated (`masked`)."""
-    vjp = masked(gradient.vjp, batch)
+    vjp = masked(gradient.vjp, gradient.slots)
     residual, other = (x, vjp) if gradient.module in READS else (vjp, x)
-    return Factors(gradient.layer, gradient.module, residual, other)
+    return Factors(gradient.layer, gradient.module, gradient.expert, residual, other)
 
 
 def masked(
-    values: Float[Tensor, "prompt position width"], batch: Batch
+    values: Float[Tensor, "prompt position width"], slots: Slots
 ) -> Float[Tensor, "prompt position width"]:
     """Float32, zero at padding and throughout a prompt that has a non-finite entry at a real position."""
-    values = values.float().masked_fill(~batch.mask[..., None].to(values.device), 0.0)
+    values = values.float().masked_fill(~slots.mask[..., None].to(values.device), 0.0)
     finite = values.isfinite().flatten(1).all(-1)
     return values.masked_fill(~finite[:, None, None], 0.0)
 
@@ -75,15 +77,18 @@ def spectrum(
     residual_gram: Float[Tensor, "prompt position position"],
     other_gram: Float[Tensor, "prompt position position"],
 ) -> Spectrum:
-    """Singular values of G = Sᵀ O from the n × n problem.
+    """Singular values of G = Sᵀ O from the n × n problem, or the d_model × d_model one where that is smaller.
 
-    With K_S = Q Λ Qᵀ, the non-zero eigenvalues of G Gᵀ = Sᵀ K_O S are those of M = Λ^½ Qᵀ K_O Q Λ^½, and an
-    eigenvector w of M with value σ² gives the left direction u = Sᵀ a with a = K_O Q Λ^½ w / σ², no division by
-    small eigenvalues.
+    With H Hᵀ = K_S, the non-zero eigenvalues of G Gᵀ = Sᵀ K_O S are those of M = Hᵀ K_O H, and an eigenvector w of M
+    with value σ² gives the left direction u = Sᵀ a with a = K_O H w / σ², no division by small eigenvalues. H is S
+    itself, or Q Λ^½ with K_S = Q Λ Qᵀ.
     """
-    eigenvalues, q = torch.linalg.eigh(residual_gram)
-    root = eigenvalues.clamp_min(0).sqrt()
-    half = q * root[:, None, :]
+    positions, d_model = factors.residual.shape[1:]
+    if positions > d_model:
+        half = factors.residual.double()
+    else:
+        eigenvalues, q = torch.linalg.eigh(residual_gram)
+        half = q * eigenvalues.clamp_min(0).sqrt()[:, None, :]
     squares, vectors = torch.linalg.eigh(half.mT @ other_gram @ half)
     values = squares.flip(-1).clamp_min(0).sqrt()
     largest = values[:, :1]

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import BacklensError
 from pipeline.models.anatomy import Anatomy
+from pipeline.models.structure import probe
 
 Scaling = Literal["raw", "unit"]
 
@@ -138,36 +139,37 @@ def make_lens(parts: Anatomy, scaling: Scaling) -> Lens:
     return Lens(norm, unembedding, constant * parts.logit_scale, scaling, parts.logit_scale)
 
 
-@torch.no_grad()
 def verify_lens(model: PreTrainedModel, parts: Anatomy, lens: Lens) -> float:
-    """The lens of the last block's output against the model's own logits, as a relative error.
-
-    Raises BacklensError above TOLERANCE, or HALF_TOLERANCE for logits that the model itself rounds to 8 or 11
-    bits: then something between the last block and the logits is not what the layout says.
-    """
-    kept: list[Tensor] = []
-    handle = parts.blocks[-1].register_forward_hook(
-        lambda _module, _args, output: kept.append(output if isinstance(output, Tensor) else output[0])
-    )
-    try:
-        logits = (
-            model(input_ids=torch.arange(1, 9, device=model.device)[None], use_cache=False).logits[0].float()
-        )
-    finally:
-        handle.remove()
-    hidden = kept[0].reshape(8, -1).float()
-    scale = lens.norm.scale(hidden.square().sum(-1), lens.norm.centre(hidden).square().sum(-1))
-    scores = scale[:, None] * (lens.linear(hidden) @ lens.unembedding.float().T) + lens.constant
-    if parts.softcap is not None:
-        scores = parts.softcap * (scores / parts.softcap).tanh()
-    error = float((scores - logits).abs().max() / logits.abs().max())
-    tolerance = TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE
+    """`lens_error`, refused above `lens_tolerance`: then something behind the last block is not as we know it."""
+    error, tolerance = lens_error(model, parts, lens), lens_tolerance(model)
     if not error <= tolerance:
         raise BacklensError(
             f"model: the lens does not give this model's logits (relative error {error:.1e}, at most {tolerance:.0e}); "
             "something between its last block and its logits is unknown to us"
         )
     return error
+
+
+def lens_tolerance(model: PreTrainedModel) -> float:
+    return TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE
+
+
+def lens_error(model: PreTrainedModel, parts: Anatomy, lens: Lens) -> float:
+    """The lens of the last block's output against the model's own logits: the largest difference, relative."""
+    kept: list[Tensor] = []
+    handle = parts.blocks[-1].module.register_forward_hook(
+        lambda _module, _args, output: kept.append(output if isinstance(output, Tensor) else output[0])
+    )
+    try:
+        logits = probe(model).float()
+    finally:
+        handle.remove()
+    hidden = kept[0].detach().flatten(0, -2).float()
+    scale = lens.norm.scale(hidden.square().sum(-1), lens.norm.centre(hidden).square().sum(-1))
+    scores = scale[:, None] * (lens.linear(hidden) @ lens.unembedding.float().T) + lens.constant
+    if parts.softcap is not None:
+        scores = parts.softcap * (scores / parts.softcap).tanh()
+    return float((scores - logits).abs().max() / logits.abs().max())
 
 
 def _final_norm(parts: Anatomy, device: torch.device) -> Norm:

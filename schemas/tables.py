@@ -163,11 +163,16 @@ PROMPTS = Table(
         Column(
             "relation", pa.string(), "The relation as given; null if the input names none.", nullable=True
         ),
-        Column("token_ids", TOKEN_IDS, "The prompt's tokens as the model saw them; position p is item p."),
+        Column(
+            "token_ids",
+            TOKEN_IDS,
+            "The prompt's tokens as the model saw them, the chat template's included; position p is item p.",
+        ),
         Column(
             "target_ids",
             TOKEN_IDS,
-            "The target's tokens; under `--target-mode first` only the first is used.",
+            "The target's tokens, the prompt's last space included where the tokenizer joins them; under "
+            "`--target-mode first` only the first is used.",
         ),
         Column("n_tokens", pa.int32(), "Number of tokens in the prompt, the length of `token_ids`."),
         Column(

@@ -5,8 +5,10 @@ is shared with `pipeline.models.layout`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import transformers as hf
+from torch import Tensor
 from transformers import PretrainedConfig
 
 VOCABULARY = 300
@@ -77,6 +79,42 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "starcoder2": hf.Starcoder2Config(**MODERN),
 }
 
+EXPERTS, EXPERT_FF = 4, 24
+MOE: dict[str, Any] = MODERN | {"num_experts_per_tok": 2}
+MOE_HEADS: dict[str, Any] = MOE | {"head_dim": HEAD}
+DEEPSEEK: dict[str, Any] = MOE | {
+    "num_key_value_heads": HEADS,
+    "moe_intermediate_size": EXPERT_FF,
+    "n_routed_experts": EXPERTS,
+    "topk_group": 1,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+CONFIGS |= {
+    "deepseek_v3": hf.DeepseekV3Config(first_k_dense_replace=1, n_group=1, q_lora_rank=12, **DEEPSEEK),
+    "deepseek_v3, whole queries": hf.DeepseekV3Config(
+        first_k_dense_replace=0, n_group=2, q_lora_rank=None, **DEEPSEEK
+    ),
+    "gpt_oss": hf.GptOssConfig(
+        head_dim=HEAD,
+        num_local_experts=EXPERTS,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **MOE,
+    ),
+    "mixtral": hf.MixtralConfig(num_local_experts=EXPERTS, **MOE),
+    "olmoe": hf.OlmoeConfig(num_experts=EXPERTS, **MOE),
+    "qwen2_moe": hf.Qwen2MoeConfig(
+        num_experts=EXPERTS,
+        moe_intermediate_size=EXPERT_FF,
+        shared_expert_intermediate_size=40,
+        mlp_only_layers=[0],
+        **MOE,
+    ),
+    "qwen3_moe": hf.Qwen3MoeConfig(num_experts=EXPERTS, moe_intermediate_size=EXPERT_FF, **MOE_HEADS),
+}
+
 Columns = Callable[[str], list[int]]
 
 
@@ -118,6 +156,18 @@ FUSED_ATTENTION: dict[str, tuple[str, Columns]] = {
     "phi3": ("self_attn.qkv_proj", _end_to_end(_D, KV_HEADS * HEAD)),
 }
 FUSED_MLP = {"glm4": "mlp.gate_up_proj", "phi3": "mlp.gate_up_proj"}
+
+
+def expert_gradient(case: str, module: str, gradients: dict[str, Tensor], expert: int) -> Tensor:
+    """(in, out) of one expert's matrix, out of the gradients of its layer's 3-D weights by name."""
+    if module == "mlp.down":
+        gradient = gradients["down_proj"][expert]
+        return gradient if case == "gpt_oss" else gradient.T
+    fused = gradients["gate_up_proj"][expert]
+    if case == "gpt_oss":  # (in, out), a column of the gate and one of the other in turn
+        return fused[:, 0::2] if module == "mlp.gate" else fused[:, 1::2]
+    half = len(fused) // 2
+    return (fused[:half] if module == "mlp.gate" else fused[half:]).T
 
 
 def columns_of(case: str, module: str) -> tuple[str, list[int]] | None:

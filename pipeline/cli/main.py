@@ -12,6 +12,7 @@ from cyclopts.config import Dict
 
 from pipeline import __version__
 from pipeline.config import RunConfig, flag, read_yaml
+from pipeline.doctor.options import DoctorOptions
 from pipeline.errors import BacklensError
 
 app = App(
@@ -26,6 +27,7 @@ app = App(
 ConfigFile = Annotated[str | None, Parameter(help="A YAML file of options; the command line overrides it.")]
 Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
 DEFAULTS = RunConfig()
+DOCTOR_DEFAULTS = DoctorOptions()
 
 
 @app.command
@@ -59,6 +61,25 @@ def plan(config_file: ConfigFile = None, /, *, options: RunConfig = DEFAULTS, de
     resolved = make_plan(with_demo_defaults(options))
     print_estimate(resolved, estimate(resolved))
     return 0
+
+
+@app.command
+def doctor(
+    *,
+    options: DoctorOptions = DOCTOR_DEFAULTS,
+    json: Annotated[bool, Parameter(negative=(), help="One JSON object instead of a table.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Find the matrices of a model, and check its numbers on this machine.
+
+    Gradients against autograd, the lens against the logits, rows alone and in batches; the exit status is 1 if
+    something failed. For an unknown architecture: what its blocks hold, and a description to edit for --anatomy.
+
+    Example: backlens doctor --model gpt2 --prompts facts.jsonl
+    """
+    from pipeline.cli.diagnosis import print_diagnosis
+
+    return print_diagnosis(options.as_run(), json)
 
 
 @app.command

@@ -22,7 +22,7 @@ def fact_table(name: str, blocks: Sequence[Block]) -> pa.Table:
     columns: dict[str, pa.Array] = {
         "layer": pa.array(np.repeat([block.layer for block in blocks], counts), pa.int16()),
         "module": _modules([block.module for block in blocks], counts),
-        "expert": pa.nulls(sum(counts), pa.int16()),
+        "expert": _experts([block.expert for block in blocks], counts),
     }
     for key in blocks[0].columns:
         values = np.concatenate([block.columns[key] for block in blocks])
@@ -87,6 +87,12 @@ def _modules(names: Sequence[str], counts: Sequence[int]) -> pa.DictionaryArray:
     known = sorted(set(names))
     codes = np.repeat([known.index(name) for name in names], counts)
     return pa.DictionaryArray.from_arrays(pa.array(codes, MODULE.index_type), pa.array(known, pa.string()))
+
+
+def _experts(experts: Sequence[int | None], counts: Sequence[int]) -> pa.Array:
+    """Null for matrices that see every token."""
+    values = np.repeat([-1 if expert is None else expert for expert in experts], counts)
+    return pa.array(values.astype(np.int16), pa.int16(), mask=values < 0)
 
 
 def _projection_arrays(parts: Sequence[Projections], table: Table) -> dict[str, pa.Array]:

@@ -71,7 +71,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
     directory = Directory.at(config.out)
     with DriverLock(directory):
         plan = make_plan(config)
-        weights = weight_hash(model_files(plan.source))
+        weights = weight_hash(model_files(plan.source), plan.source)
         opened = open_run(
             directory,
             fingerprint(plan, weights),

@@ -7,16 +7,15 @@ from a sample of the prompts, and the speed of this machine from a small matrix 
 import itertools
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from pipeline.engine.plan import RunPlan
-from pipeline.models.anatomy import Anatomy, anatomy
-from pipeline.models.layout import READS
-from pipeline.models.load import load_tokenizer
+from pipeline.engine.sizes import MatrixSize, matrices_of
+from pipeline.models.layout import MODULES, READS
+from pipeline.models.load import empty_model, load_tokenizer
 from pipeline.prompts.read import read_prompts
 from pipeline.prompts.record import Prompt
 from pipeline.prompts.tokenize import Example, context_length, tokenize
@@ -57,20 +56,37 @@ def estimate(plan: RunPlan) -> Estimate:
     prompts = round(plan.survey.prompts * readable)
     mean = sum(lengths) / max(len(lengths), 1)
     tokens = round(prompts * mean)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(plan.model_config)
-    parts = anatomy(model)
-    rows = _rows(plan, parts, prompts, lengths, tokens)
-    weights = sum(p.numel() for p in model.parameters())
+    matrices = matrices_of(plan.blocks, plan.wanted, plan.model_config)
+    weights = _weights(plan)
+    rows = _rows(plan, matrices, prompts, tokens)
     return Estimate(
         prompts=prompts,
         tokens=tokens,
         rows=rows,
-        bytes={table: round(count * _row_bytes(table, plan, parts, mean)) for table, count in rows.items()},
-        flops=_flops(plan, parts, weights, prompts, tokens, mean),
-        memory=_memory(plan, parts, weights),
+        bytes={name: round(count * _row_bytes(name, plan, matrices, mean)) for name, count in rows.items()},
+        flops=_flops(plan, matrices, weights, prompts, tokens),
+        memory=_memory(plan, weights),
         flops_per_second=_matrix_rate(),
         replicas=plan.config.replicas,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    all: int
+    per_token: float
+    """Of the blocks, those that a token meets."""
+    inputs: int
+    """Widths of the blocks' matrices' inputs, summed."""
+
+
+def _weights(plan: RunPlan) -> _Weights:
+    every = replace(plan.wanted, layers=tuple(range(len(plan.blocks))), modules=MODULES)
+    sizes = matrices_of(plan.blocks, every, plan.model_config)
+    return _Weights(
+        all=sum(p.numel() for p in empty_model(plan.source, plan.model_config).parameters()),
+        per_token=float(sum(size.wide * size.high * size.chosen for size in sizes)),
+        inputs=sum(size.wide * size.chosen for size in sizes),
     )
 
 
@@ -86,6 +102,7 @@ def _sample_lengths(plan: RunPlan) -> tuple[list[int], float]:
         prepend_bos=config.prepend_bos,
         target_mode=config.target_mode,
         context=context_length(plan.model_config),
+        chat_template=config.chat_template,
     )
     examples = [result for result in results if isinstance(result, Example)]
     forced = [len(e.target_ids) - 1 if config.target_mode == "all" else 0 for e in examples]
@@ -93,71 +110,54 @@ def _sample_lengths(plan: RunPlan) -> tuple[list[int], float]:
     return lengths, len(examples) / len(sample)
 
 
-def _widths(parts: Anatomy, module: str) -> tuple[int, int]:
-    """(in, out) of a module's weight matrix."""
-    matrix = parts.matrices[module]
-    submodule = parts.blocks[0].get_submodule(matrix.path)
-    weight = submodule.weight
-    assert isinstance(weight, torch.Tensor)
-    wide, high = weight.shape if type(submodule).__name__ == "Conv1D" else weight.shape[::-1]
-    return wide, matrix.cut.width(high) if matrix.cut else high
-
-
-def _neurons(plan: RunPlan, parts: Anatomy, module: str) -> int:
-    width = _widths(parts, module)[1 if module in READS else 0]
-    return width if plan.wanted.neurons < 0 else min(plan.wanted.neurons, width)
-
-
-def _rows(plan: RunPlan, parts: Anatomy, prompts: int, lengths: list[int], tokens: int) -> dict[str, int]:
+def _rows(plan: RunPlan, matrices: Sequence[MatrixSize], prompts: int, tokens: int) -> dict[str, int]:
     wanted = plan.wanted
-    per_module = len(wanted.layers) * len(wanted.modules)
-    neurons = sum(_neurons(plan, parts, module) for module in wanted.modules)
-    positions = tokens if wanted.positions == "all" else prompts * (1 if wanted.positions == "last" else 4)
+    mean = tokens / max(prompts, 1)
+    projected = mean if wanted.positions == "all" else 1.0 if wanted.positions == "last" else 4.0
     rows = {
         "prompts": prompts,
-        "layers": prompts * per_module,
-        "neurons": prompts * len(wanted.layers) * neurons,
-        "tokens": positions * per_module,
+        "layers": round(prompts * sum(m.seen_by(mean) for m in matrices)),
+        "neurons": round(prompts * sum(m.seen_by(mean) * m.kept(wanted.neurons) for m in matrices)),
+        "tokens": round(prompts * sum(m.tokens(projected) for m in matrices)),
     }
     return rows | ({"factors": rows["tokens"]} if wanted.save_factors else {})
 
 
-def _row_bytes(table: str, plan: RunPlan, parts: Anatomy, mean_length: float) -> float:
+def _row_bytes(table: str, plan: RunPlan, matrices: Sequence[MatrixSize], mean_length: float) -> float:
     if table == "prompts":
         return 60 + 2.5 * mean_length + 0.5 * plan.survey.characters / max(plan.survey.prompts, 1)
     if table == "factors":
-        widths = [sum(_widths(parts, module)) for module in plan.wanted.modules]
-        return 3.6 * sum(widths) / len(widths)
-    id_bytes = math.log2(parts.vocabulary) / 8
+        return 3.6 * sum((m.wide + m.high) * m.chosen for m in matrices) / sum(m.chosen for m in matrices)
+    id_bytes = math.log2(plan.model_config.vocab_size) / 8
     spectrum = SCORE_BYTES * mean_length if table == "layers" else 0
     return 2 * plan.wanted.top_k * (id_bytes + SCORE_BYTES) + OTHER_BYTES[table] + spectrum
 
 
 def _flops(
-    plan: RunPlan, parts: Anatomy, weights: int, prompts: int, tokens: int, mean_length: float
+    plan: RunPlan, matrices: Sequence[MatrixSize], weights: _Weights, prompts: int, tokens: int
 ) -> dict[str, float]:
     """Two operations per weight forward, two backward to activations; the lens once per shared residual side."""
-    wanted, vocabulary = plan.wanted, parts.vocabulary
-    embedding = parts.head_weight.numel()
-    reads = {module.partition(".")[0] for module in wanted.modules if module in READS}
-    writes = [module for module in wanted.modules if module not in READS]
-    spans = tokens * len(wanted.layers) * (len(reads) + len(writes))
-    mixes = prompts * len(wanted.layers) * sum(1 + _neurons(plan, parts, m) for m in wanted.modules)
+    vocabulary, d_model = plan.model_config.vocab_size, plan.model_config.hidden_size
+    mean = tokens / max(prompts, 1)
+    # gate reads what up reads, k and v what q reads
+    sides = sum(m.chosen for m in matrices if m.module in ("mlp.up", "attn.q") or m.module not in READS)
+    mixes = prompts * sum(m.seen_by(mean) * (1 + m.kept(plan.wanted.neurons)) for m in matrices)
     return {
-        "forward and backward": 4.0 * (weights - embedding) * tokens + 4.0 * embedding * prompts,
-        "lens": 2.0 * spans * parts.d_model * vocabulary + 2.0 * mixes * mean_length * vocabulary,
+        "forward and backward": 4.0 * weights.per_token * tokens + 4.0 * vocabulary * d_model * prompts,
+        "lens": 2.0 * tokens * sides * d_model * vocabulary + 2.0 * mixes * mean * vocabulary,
     }
 
 
-def _memory(plan: RunPlan, parts: Anatomy, weights: int) -> dict[str, int]:
+def _memory(plan: RunPlan, weights: _Weights) -> dict[str, int]:
     sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
     stored = plan.model_config.dtype
     bytes_each = sizes.get(plan.config.dtype, stored.itemsize if isinstance(stored, torch.dtype) else 4)
-    inputs = sum(_widths(parts, m)[0] for m in parts.matrices)
     # autograd keeps about as much again as the modules' inputs (activations, norms, attention)
-    activations = 2 * inputs * len(parts.blocks) * plan.config.batch_tokens * bytes_each
+    activations = 2 * weights.inputs * plan.config.batch_tokens * bytes_each
+    if plan.config.activation_checkpointing:
+        activations //= len(plan.blocks)
     tiles = 3 * (2**30 if torch.cuda.is_available() else 2**25)
-    return {"weights": weights * bytes_each, "activations": activations, "lens tiles": tiles}
+    return {"weights": weights.all * bytes_each, "activations": activations, "lens tiles": tiles}
 
 
 def _matrix_rate(size: int = 1024, seconds: float = 0.3) -> float:

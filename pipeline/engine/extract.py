@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.capture import Batch, Gradient, Outcome, capture, make_batch
+from pipeline.capture import Batch, Gradient, Outcome, Slots, capture, make_batch
 from pipeline.factors import (
     Factors,
     Spectrum,
@@ -71,10 +71,11 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of one table for one layer and module: plain columns, then lists, then projection columns."""
+    """Rows of one table for one weight matrix: plain columns, then lists, then projection columns."""
 
     layer: int
     module: str
+    expert: int | None
     columns: dict[str, np.ndarray]
     lists: dict[str, Ragged] = field(default_factory=dict)
     projections: Projections | None = None
@@ -90,10 +91,12 @@ class Extracted:
     seconds: dict[str, float]
 
 
-def extract(loaded: LoadedModel, lens: Lens, examples: Sequence[Example], wanted: Wanted) -> Extracted:
-    """Compute every row of a batch of prompts."""
+def extract(
+    loaded: LoadedModel, lens: Lens, examples: Sequence[Example], wanted: Wanted, *, recompute: bool = False
+) -> Extracted:
+    """Compute every row of a batch of prompts; `recompute` as in `capture`."""
     batch = make_batch([sequence(example, wanted.target_mode) for example in examples], loaded.model.device)
-    return extract_batch(loaded, lens, examples, batch, wanted)
+    return extract_batch(loaded, lens, examples, batch, wanted, recompute=recompute)
 
 
 def sequence(example: Example, target_mode: TargetMode) -> tuple[Sequence[int], Sequence[int]]:
@@ -103,14 +106,20 @@ def sequence(example: Example, target_mode: TargetMode) -> tuple[Sequence[int], 
 
 @torch.no_grad()
 def extract_batch(
-    loaded: LoadedModel, lens: Lens, examples: Sequence[Example], batch: Batch, wanted: Wanted
+    loaded: LoadedModel,
+    lens: Lens,
+    examples: Sequence[Example],
+    batch: Batch,
+    wanted: Wanted,
+    *,
+    recompute: bool = False,
 ) -> Extracted:
     """As `extract`, for a batch padded by the caller (either side)."""
     started = time.perf_counter()
     extraction = _Extraction(
         lens, batch, wanted, _chosen_positions(examples, batch, wanted.positions), examples
     )
-    outcome = capture(loaded, batch, wanted.layers, wanted.modules, extraction.add)
+    outcome = capture(loaded, batch, wanted.layers, wanted.modules, extraction.add, recompute=recompute)
     seconds = extraction.seconds
     seconds["model"] = time.perf_counter() - started - sum(seconds.values())
     finite = extraction.finite & outcome.loss.isfinite()
@@ -154,10 +163,7 @@ class _Extraction:
         self._wanted = wanted
         self._chosen = chosen
         self._prompt_ids = torch.tensor([example.prompt.prompt_id for example in examples])
-        self._lengths = batch.mask.sum(-1).cpu().numpy()
-        self._rows, columns = chosen.cpu().nonzero(as_tuple=True)
-        self._positions = (batch.mask.cumsum(-1) - 1).cpu()[self._rows, columns]
-        self._token_ids = batch.input_ids.cpu()[self._rows, columns]
+        self._every_token = self._tokens(Slots.every(batch))
 
     @torch.no_grad()
     def add(self, gradients: Sequence[Gradient]) -> None:
@@ -168,7 +174,7 @@ class _Extraction:
         own, mixed = project(
             group.vectors,
             self._lens,
-            self._batch.targets[:, 0],
+            self._batch.targets[gradients[0].slots.prompts, 0],
             min(self._wanted.top_k, self._lens.vocabulary),
         )
         projected = time.perf_counter()
@@ -177,11 +183,24 @@ class _Extraction:
         self.seconds["lens"] += projected - factored
         self.seconds["rows"] += time.perf_counter() - projected
 
+    def _tokens(self, slots: Slots) -> "_Tokens":
+        prompts = slots.prompts[:, None]
+        chosen = self._chosen[prompts, slots.columns] & slots.mask
+        positions = (self._batch.mask.cumsum(-1) - 1)[prompts, slots.columns].clamp_min(0)
+        return _Tokens(
+            slots=slots,
+            chosen=chosen,
+            positions=positions,
+            token_ids=self._batch.input_ids[prompts, slots.columns],
+            prompt_ids=self._prompt_ids[slots.prompts.cpu()],
+        )
+
     def _factor(self, gradients: Sequence[Gradient]) -> "_Group":
+        slots = gradients[0].slots
         for gradient in gradients:
-            self.finite &= _finite(gradient.x, self._batch) & _finite(gradient.vjp, self._batch)
-        x = masked(gradients[0].x, self._batch)
-        parts = [factors_of(gradient, self._batch, x) for gradient in gradients]
+            self.finite[slots.prompts] &= _finite(gradient.x, slots) & _finite(gradient.vjp, slots)
+        x = masked(gradients[0].x, slots)
+        parts = [factors_of(gradient, x) for gradient in gradients]
         residual = parts[0].residual
         residual_gram = gram(residual)
         norm = self._lens.norm
@@ -193,64 +212,62 @@ class _Extraction:
         mix_scale = self._lens.scale(_quadratic(wide, residual_gram), _quadratic(wide, centred_gram)).float()
         squared = residual_gram.diagonal(dim1=-2, dim2=-1)
         scale = self._lens.scale(squared, centred_gram.diagonal(dim1=-2, dim2=-1)).float()
+        tokens = self._every_token if gradients[0].expert is None else self._tokens(slots)
         vectors = Vectors(
             residual=residual,
             scale=scale,
-            wanted=self._chosen & (squared > 0),
+            wanted=tokens.chosen & (squared > 0),
             mixes=mixes_BKT,
             mix_scale=mix_scale,
             mix_wanted=torch.cat([module.mix_wanted for module in modules], dim=1),
         )
-        return _Group(vectors, modules, residual_gram)
+        return _Group(tokens, vectors, modules, residual_gram)
 
     def _emit(self, group: "_Group", own: Selection, mixed: Selection) -> None:
-        token_projections = _projections(own, group.vectors.wanted[self._chosen])
+        token_projections = _projections(own, group.vectors.wanted[group.tokens.chosen])
         per_mix = _projections(mixed, group.vectors.mix_wanted.flatten())
         shape = group.vectors.mix_wanted.shape
         first = 0
         for module in group.modules:
-            self._emit_tokens(module, token_projections)
-            self._emit_layer(module, _rows_of(per_mix, shape, slice(first, first + 1)))
+            self._emit_tokens(module, group.tokens, token_projections)
+            self._emit_layer(module, group.tokens, _rows_of(per_mix, shape, slice(first, first + 1)))
             neurons = module.neurons.shape[1]
             if neurons:
                 projections = _rows_of(per_mix, shape, slice(first + 1, first + 1 + neurons))
-                self._emit_neurons(module, group.residual_gram, projections)
+                self._emit_neurons(module, group, projections)
             first += 1 + neurons
 
-    def _emit_tokens(self, module: "_Module", projections: Projections) -> None:
-        factors = module.factors
-        x, vjp = factors.x[self._chosen], factors.vjp[self._chosen]
+    def _emit_tokens(self, module: "_Module", tokens: "_Tokens", projections: Projections) -> None:
+        factors, chosen = module.factors, tokens.chosen
+        x, vjp = factors.x[chosen], factors.vjp[chosen]
         columns = {
-            "prompt_id": self._prompt_ids[self._rows],
-            "position": self._positions,
-            "token_id": self._token_ids,
+            "prompt_id": tokens.prompt_ids.repeat_interleave(chosen.sum(-1).cpu()),
+            "position": tokens.positions[chosen],
+            "token_id": tokens.token_ids[chosen],
         }
-        block = self._block(
-            module, columns | {"input_norm": x.norm(dim=-1), "vjp_norm": vjp.norm(dim=-1)}, projections
-        )
-        self.blocks["tokens"].append(block)
+        norms = {"input_norm": x.norm(dim=-1), "vjp_norm": vjp.norm(dim=-1)}
+        self.blocks["tokens"].append(self._block(module, columns | norms, projections))
         if self._wanted.save_factors:
             block = self._block(module, {name: columns[name] for name in ("prompt_id", "position")})
             block.lists.update(x=_ragged(x), delta=_ragged(vjp))
             self.blocks["factors"].append(block)
 
-    def _emit_layer(self, module: "_Module", projections: Projections) -> None:
+    def _emit_layer(self, module: "_Module", tokens: "_Tokens", projections: Projections) -> None:
         spectrum = module.spectrum
-        columns = {"prompt_id": self._prompt_ids, "rank": spectrum.rank, "grad_norm": module.grad_norm}
+        columns = {"prompt_id": tokens.prompt_ids, "rank": spectrum.rank, "grad_norm": module.grad_norm}
         block = self._block(module, columns, projections)
         narrowest = min(module.factors.residual.shape[-1], module.factors.other.shape[-1])
-        block.lists["singular_values"] = _ragged(spectrum.values, np.minimum(self._lengths, narrowest))
+        block.lists["singular_values"] = _ragged(spectrum.values, np.minimum(tokens.counts, narrowest))
         self.blocks["layers"].append(block)
 
-    def _emit_neurons(self, module: "_Module", residual_gram: Tensor, projections: Projections) -> None:
+    def _emit_neurons(self, module: "_Module", group: "_Group", projections: Projections) -> None:
         count = module.neurons.shape[1]
-        main = main_positions(module.mixes[:, 1:], residual_gram)
-        index = self._batch.mask.cumsum(-1) - 1  # a column of a left-padded batch is not a position
+        main = main_positions(module.mixes[:, 1:], group.residual_gram)
         columns = {
-            "prompt_id": self._prompt_ids.repeat_interleave(count),
+            "prompt_id": group.tokens.prompt_ids.repeat_interleave(count),
             "neuron": module.neurons.flatten(),
             "grad_norm": module.neuron_norms.flatten(),
-            "main_position": index.gather(1, main).clamp_min(0).flatten(),
+            "main_position": group.tokens.positions.gather(1, main).flatten(),
         }
         self.blocks["neurons"].append(self._block(module, columns, projections))
 
@@ -260,7 +277,24 @@ class _Extraction:
     ) -> Block:
         factors = module.factors
         arrays = {name: column.cpu().numpy() for name, column in columns.items()}
-        return Block(factors.layer, factors.module, arrays, projections=projections)
+        return Block(factors.layer, factors.module, factors.expert, arrays, projections=projections)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """What the tables say of the tokens in some slots."""
+
+    slots: Slots
+    chosen: Bool[Tensor, "row slot"]
+    """Tokens that get a row in `tokens`."""
+    positions: Int[Tensor, "row slot"]
+    """A column of a left-padded batch is not a position."""
+    token_ids: Int[Tensor, "row slot"]
+    prompt_ids: Int[Tensor, " row"]
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self.slots.mask.sum(-1).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -295,13 +329,14 @@ class _Module:
 
 @dataclass(frozen=True)
 class _Group:
+    tokens: _Tokens
     vectors: Vectors
     modules: list[_Module]
     residual_gram: Float[Tensor, "prompt position position"]
 
 
-def _finite(values: Float[Tensor, "prompt position width"], batch: Batch) -> Bool[Tensor, " prompt"]:
-    return values.masked_fill(~batch.mask[..., None], 0).isfinite().flatten(1).all(-1)
+def _finite(values: Float[Tensor, "row slot width"], slots: Slots) -> Bool[Tensor, " row"]:
+    return values.masked_fill(~slots.mask[..., None], 0).isfinite().flatten(1).all(-1)
 
 
 def _ragged(values: Float[Tensor, "row value"], lengths: np.ndarray | None = None) -> Ragged:

@@ -1,5 +1,6 @@
 """A configuration resolved against the model's configuration and the prompts: what will run, and its fingerprint."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,11 +9,22 @@ from transformers import PretrainedConfig
 
 from pipeline.config import RunConfig
 from pipeline.engine.extract import Wanted
+from pipeline.engine.sizes import MatrixSize, matrices_of
 from pipeline.engine.worker import Job
 from pipeline.errors import BacklensError
-from pipeline.models.layout import LAYOUTS, MODULES
-from pipeline.models.load import ModelSource, load_config, load_tokenizer, tokenizer_hash
+from pipeline.models.anatomy import Block, describe_blocks, layout_of, modules_of
+from pipeline.models.layout import MODULES
+from pipeline.models.layout_file import read_layout
+from pipeline.models.load import (
+    ModelSource,
+    empty_model,
+    load_config,
+    load_tokenizer,
+    refuse_pickle,
+    tokenizer_hash,
+)
 from pipeline.prompts.survey import Survey, survey
+from pipeline.prompts.written import chat_template
 from pipeline.store.files import Directory
 from pipeline.store.rundir import FingerprintValue
 from pipeline.store.rundir import Plan as ShardPlan
@@ -33,6 +45,8 @@ class RunPlan:
     survey: Survey
     shards: ShardPlan
     wanted: Wanted
+    blocks: tuple[Block, ...]
+    """The model's blocks, without weights."""
 
     @property
     def model_facts(self) -> dict[str, Any]:
@@ -45,6 +59,7 @@ class RunPlan:
             "vocabulary": int(config.vocab_size),
             "revision": self.source.revision or getattr(config, "_commit_hash", None),
             "modules": list(self.wanted.modules),
+            "not_covered": {path: what for block in self.blocks for path, what in block.not_covered.items()},
         }
 
     def job(self, directory: Directory) -> Job:
@@ -53,7 +68,9 @@ class RunPlan:
             wanted=self.wanted,
             scaling=self.config.scaling,
             prepend_bos=self.config.prepend_bos,
+            chat_template=self.config.chat_template,
             batch_tokens=self.config.batch_tokens,
+            activation_checkpointing=self.config.activation_checkpointing,
             on_error=self.config.on_error,
             directory=directory,
         )
@@ -77,18 +94,17 @@ def make_plan(config: RunConfig) -> RunPlan:
     Raises BacklensError when model, prompts, layers or modules are not to be had, or, with `--on-error fail`,
     when a prompt cannot be read.
     """
-    assert config.model is not None
     assert config.prompts is not None
-    source = ModelSource(
-        config.model, config.revision, config.dtype, config.attention, config.trust_remote_code
-    )
+    source = model_source(config)
     model_config = load_config(source)
-    family = str(model_config.model_type)
-    if family not in LAYOUTS:
-        raise BacklensError(f"model: family '{family}' is not known (known: {', '.join(sorted(LAYOUTS))})")
+    refuse_pickle(source)
+    if config.chat_template:
+        chat_template(load_tokenizer(source))
+    layout = source.layout or layout_of(model_config)
+    blocks = describe_blocks(empty_model(source, model_config), layout)
     wanted = Wanted(
         layers=parse_layers(config.layers, int(model_config.num_hidden_layers)),
-        modules=parse_modules(config.modules, tuple(LAYOUTS[family].matrices)),
+        modules=parse_modules(config.modules, modules_of(blocks)),
         positions=config.positions,
         top_k=config.top_k,
         target_mode=config.target_mode,
@@ -102,17 +118,34 @@ def make_plan(config: RunConfig) -> RunPlan:
         raise BacklensError(f"{found.first_rejected.message} (--on-error fail)")
     if not found.prompts:
         raise BacklensError(f"prompts: {config.prompts} holds no prompts")
-    size = config.shard_prompts or default_shard_prompts(found, wanted, int(model_config.hidden_size))
+    size = config.shard_prompts or default_shard_prompts(
+        found, wanted, matrices_of(blocks, wanted, model_config)
+    )
     shards = ShardPlan(found.prompts, -(-found.prompts // size), size)
-    return RunPlan(config, source, model_config, found, shards, wanted)
+    return RunPlan(config, source, model_config, found, shards, wanted, blocks)
+
+
+def model_source(config: RunConfig) -> ModelSource:
+    """Which model a configuration names, and how to load it."""
+    assert config.model is not None
+    return ModelSource(
+        config.model,
+        config.revision,
+        config.dtype,
+        config.attention,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+        layout=read_layout(config.anatomy) if config.anatomy is not None else None,
+    )
 
 
 def fingerprint(plan: RunPlan, weights: str) -> dict[str, FingerprintValue]:
     """Everything that changes results, in the words of the command line; `weights` is the model's weight hash."""
     config = plan.config
-    return {
+    tokenizer = load_tokenizer(plan.source)
+    values: dict[str, FingerprintValue] = {
         "model": f"weights {weights[:16]}",
-        "tokenizer": tokenizer_hash(load_tokenizer(plan.source))[:16],
+        "tokenizer": tokenizer_hash(tokenizer)[:16],
         "prompts": f"content {plan.survey.digest[:16]}",
         "number of prompts": plan.survey.prompts,
         "dtype": config.dtype,
@@ -128,13 +161,19 @@ def fingerprint(plan: RunPlan, weights: str) -> dict[str, FingerprintValue]:
         "save-factors": config.save_factors,
         "shard-prompts": plan.shards.shard_prompts,
     }
+    if plan.source.layout is not None:
+        values["anatomy"] = hashlib.sha256(repr(plan.source.layout).encode()).hexdigest()[:16]
+    if config.chat_template:
+        values["chat-template"] = hashlib.sha256(chat_template(tokenizer).encode()).hexdigest()[:16]
+    return values
 
 
-def default_shard_prompts(found: Survey, wanted: Wanted, d_model: int) -> int:
+def default_shard_prompts(found: Survey, wanted: Wanted, matrices: Sequence[MatrixSize]) -> int:
     """By the rows that a prompt is expected to make; a function of the input alone, so that a resume agrees."""
     tokens = 1 + found.characters / CHARACTERS_PER_TOKEN / max(1, found.prompts - found.rejected)
-    neurons = wanted.neurons if wanted.neurons >= 0 else 4 * d_model
-    rows = (tokens + neurons) * len(wanted.layers) * len(wanted.modules)
+    rows = sum(
+        matrix.tokens(tokens) + matrix.seen_by(tokens) * matrix.kept(wanted.neurons) for matrix in matrices
+    )
     return max(1, min(MOST_SHARD_PROMPTS, int(SHARD_ROWS / rows)))
 
 

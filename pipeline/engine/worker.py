@@ -35,7 +35,9 @@ class Job:
     wanted: Wanted
     scaling: Scaling
     prepend_bos: PrependBos
+    chat_template: bool
     batch_tokens: int
+    activation_checkpointing: bool
     on_error: Literal["record", "fail"]
     directory: Directory
 
@@ -94,6 +96,7 @@ class Worker:
             prepend_bos=self._job.prepend_bos,
             target_mode=self._job.wanted.target_mode,
             context=self._context,
+            chat_template=self._job.chat_template,
         )
         rejected = [record for record in (*shard.records, *results) if isinstance(record, Rejected)]
         self._refuse(rejected)
@@ -104,7 +107,13 @@ class Worker:
         computed = _Computed()
         for indices in pack(lengths, self._job.batch_tokens):
             batch = [examples[index] for index in indices]
-            extracted = extract(self._loaded, self._lens, batch, self._job.wanted)
+            extracted = extract(
+                self._loaded,
+                self._lens,
+                batch,
+                self._job.wanted,
+                recompute=self._job.activation_checkpointing,
+            )
             computed.examples += batch
             computed.outcomes.append(extracted.outcome)
             computed.overflowed += [

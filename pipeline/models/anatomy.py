@@ -1,34 +1,59 @@
-"""A loaded model's parts, found through its layout and checked to be complete."""
+"""A loaded model's parts: found by structure and by its layout, and checked to be complete."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.errors import BacklensError
-from pipeline.models.layout import LAYOUTS, Cut, Layout
+from pipeline.models.experts import expert_matrices
+from pipeline.models.layout import LAYOUTS, MODULES, Cut, Layout
+from pipeline.models.structure import find_blocks, find_tail, matrix_paths
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where a module is in every block of this model."""
+    """Where a module is in a block: a submodule (or, in experts, a 3-D weight), or a part of its output."""
 
     path: str
     cut: Cut | None
-    """Its part of the submodule's output; None for all of it."""
+    """Its part of the output; None for all of it."""
 
     def part_of(self, output: Tensor) -> Tensor:
         return output if self.cut is None else self.cut(output)
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The routed experts of a block."""
+
+    module: nn.Module
+    matrices: Mapping[str, Located]
+    """By module name; paths are names of 3-D weights of `module`."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block and its matrices."""
+
+    module: nn.Module
+    matrices: Mapping[str, Located]
+    """By module name (`mlp.up` …): those that see every token. A shared expert's are among them."""
+    experts: Experts | None
+    not_covered: Mapping[str, str]
+    """Paths of matrices that no module name stands for, and what they are."""
+
+    @property
+    def modules(self) -> frozenset[str]:
+        return frozenset((*self.matrices, *(self.experts.matrices if self.experts else ())))
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The blocks' matrices, and what turns the residual stream into logits."""
 
-    blocks: tuple[nn.Module, ...]
-    matrices: Mapping[str, Located]
-    """By module name (`mlp.up` …)."""
+    blocks: tuple[Block, ...]
     embeddings: nn.Module
     final_norm: nn.Module | None
     """None where the head reads the last block's output as it is."""
@@ -42,6 +67,10 @@ class Anatomy:
     """The model's logits are softcap · tanh(logits / softcap); the lens is before that."""
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        return modules_of(self.blocks)
+
+    @property
     def vocabulary(self) -> int:
         return self.head_weight.shape[0]
 
@@ -53,61 +82,85 @@ class Anatomy:
         return weight
 
 
-def anatomy(model: PreTrainedModel) -> Anatomy:
-    """Find the parts of `model`.
+def layout_of(config: PretrainedConfig) -> Layout:
+    """The layout known for a model's family. Raises BacklensError when there is none."""
+    family = str(config.model_type)
+    layout = LAYOUTS.get(family)
+    if layout is None:
+        raise BacklensError(
+            f"model: family '{family}' is not known (known: {', '.join(sorted(LAYOUTS))}); `backlens doctor --model …` "
+            "prints a description of its blocks to edit and give as --anatomy"
+        )
+    return layout
+
+
+def anatomy(model: PreTrainedModel, layout: Layout | None = None) -> Anatomy:
+    """Find the parts of `model`, by the layout of its family unless one is given; runs a few tokens through it.
 
     Raises BacklensError for a family without a layout, and when a block holds a matrix that the layout does not
     name: a table that silently left out part of the model would be worse than none.
     """
-    family = str(model.config.model_type)
-    layout = LAYOUTS.get(family)
-    if layout is None:
-        raise BacklensError(f"model: family '{family}' is not known (known: {', '.join(sorted(LAYOUTS))})")
-    blocks = tuple(_submodule(model, layout.blocks, family).children())
-    for index, block in enumerate(blocks):
-        _check_complete(block, index, layout, family)
+    config = model.config
+    layout = layout or layout_of(config)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embeddings is None or head is None:
-        raise BacklensError(f"model: this {family} has no language-model head; load a causal language model")
-    config = model.config
+        raise BacklensError(
+            f"model: this {config.model_type} has no language-model head; load a causal language model"
+        )
+    blocks = describe_blocks(model, layout)
+    tail = find_tail(model, [block.module for block in blocks], head)
     return Anatomy(
         blocks=blocks,
-        matrices={
-            name: Located(matrix.path, matrix.cut(config) if matrix.cut else None)
-            for name, matrix in layout.matrices.items()
-        },
         embeddings=embeddings,
-        final_norm=_optional(model, layout.final_norm, family),
-        project_out=_optional(model, layout.project_out, family) if layout.project_out else None,
+        final_norm=tail.final_norm,
+        project_out=tail.project_out,
         head=head,
-        d_model=int(config.hidden_size),
-        logit_scale=layout.logit_scale(config) if layout.logit_scale else 1.0,
+        d_model=int(config.get_text_config().hidden_size),
+        logit_scale=layout.logit_scale_in(config),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
 
 
-def _optional(model: nn.Module, path: str, family: str) -> nn.Module | None:
-    """A part that some models of a family leave out: OPT-350m has no final norm, the others no project_out."""
-    parent, _, name = path.rpartition(".")
-    if getattr(_submodule(model, parent, family), name, None) is None:
-        return None
-    return _submodule(model, path, family)
+def describe_blocks(model: PreTrainedModel, layout: Layout) -> tuple[Block, ...]:
+    """Every block's matrices by module name. Weights are not looked at: a model on the meta device will do.
+
+    Raises BacklensError when a block holds a matrix that the layout does not name, or none that it does.
+    """
+    return tuple(
+        _describe(module, index, layout, model.config) for index, module in enumerate(find_blocks(model))
+    )
 
 
-def _submodule(model: nn.Module, path: str, family: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise BacklensError(f"model: a {family} should have '{path}', this one does not ({error})") from error
+def modules_of(blocks: Collection[Block]) -> tuple[str, ...]:
+    """The modules that any block has, in the order of MODULES."""
+    there = {module for block in blocks for module in block.modules}
+    return tuple(module for module in MODULES if module in there)
 
 
-def _check_complete(block: nn.Module, index: int, layout: Layout, family: str) -> None:
-    known = {matrix.path for matrix in layout.matrices.values()}
-    found = {name.rpartition(".")[0] for name, weight in block.named_parameters() if weight.ndim > 1}
-    if found != known:
-        missing, unknown = sorted(known - found), sorted(found - known)
-        raise BacklensError(
-            f"model: block {index} is not a {family} block as we know it"
-            + (f"; it lacks {', '.join(missing)}" if missing else "")
-            + (f"; it also has {', '.join(unknown)}, which no module name covers" if unknown else "")
-        )
+def _describe(block: nn.Module, index: int, layout: Layout, config: PretrainedConfig) -> Block:
+    paths = matrix_paths(block)
+    matrices = {
+        name: Located(matrix.path, matrix.cut_in(config))
+        for name in layout.matrices
+        for matrix in layout.alternatives(name)
+        if matrix.path in paths
+    }
+    experts = None
+    if layout.experts is not None and layout.experts in paths:
+        module = block.get_submodule(layout.experts)
+        experts = Experts(module, {n: Located(*at) for n, at in expert_matrices(module).items()})
+    not_covered = {path: what for path, what in layout.not_covered.items() if path in paths}
+    known = {matrix.path for matrix in matrices.values()} | not_covered.keys() | {layout.experts}
+    unknown = [path for path in paths if path not in known]
+    if unknown or not matrices:
+        raise BacklensError(_incomplete(index, unknown, str(config.model_type)))
+    return Block(block, matrices, experts, not_covered)
+
+
+def _incomplete(index: int, unknown: Collection[str], family: str) -> str:
+    problem = f"model: block {index} is not a {family} block as we know it"
+    if unknown:
+        problem += f": no module name covers its {', '.join(unknown)}"
+    else:
+        problem += ": it has none of the matrices that we know"
+    return f"{problem}; `backlens doctor --model …` prints a description to edit and give as --anatomy"

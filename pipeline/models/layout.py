@@ -2,11 +2,12 @@
 
 A layout is looked up by `config.model_type` and checked against the model it is used on (`anatomy.py`), so a
 wrong or incomplete description is refused, never half used. To add a family, name its layout in `LAYOUTS`; to
-add a layout, describe its block in the words of `MODULES`.
+add a layout, describe its block in the words of `MODULES`. What structure alone says for certain (the blocks,
+the final norm, the head) is not described here but found (`structure.py`).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -46,20 +47,31 @@ class Matrix:
     """One weight matrix: a submodule of the block, or a part of a fused submodule's output."""
 
     path: str
-    cut: CutOf | None = None
+    cut: Cut | CutOf | None = None
+
+    def cut_in(self, config: PretrainedConfig) -> Cut | None:
+        return self.cut(config) if callable(self.cut) and not isinstance(self.cut, Cut) else self.cut
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A family's structure, as paths: `blocks` and `final_norm` from the model, matrices from a block."""
+    """A family's block, as paths from the block."""
 
-    blocks: str
-    final_norm: str
-    matrices: Mapping[str, Matrix]
-    project_out: str | None = None
-    """A linear map between the final norm and the head, where a model of the family has one."""
-    logit_scale: Callable[[PretrainedConfig], float] | None = None
+    matrices: Mapping[str, Matrix | tuple[Matrix, ...]]
+    """By module name; several where blocks differ (a dense block, one with a shared expert): each has one of them."""
+    experts: str | None = None
+    """A submodule with the up (and gate) and down matrices of routed experts as 3-D weights."""
+    not_covered: Mapping[str, str] = field(default_factory=dict)
+    """Matrices that no module name stands for, and what they are; their gradients are not in the tables."""
+    logit_scale: float | Callable[[PretrainedConfig], float] = 1.0
     """What the head's output is multiplied by."""
+
+    def alternatives(self, module: str) -> tuple[Matrix, ...]:
+        matrix = self.matrices[module]
+        return (matrix,) if isinstance(matrix, Matrix) else matrix
+
+    def logit_scale_in(self, config: PretrainedConfig) -> float:
+        return self.logit_scale(config) if callable(self.logit_scale) else self.logit_scale
 
 
 def part(index: int, of: int) -> CutOf:
@@ -124,7 +136,11 @@ def _mlp(up: str, down: str, gate: str | None = None) -> dict[str, Matrix]:
     return matrices | ({"mlp.gate": Matrix(gate)} if gate else {})
 
 
-_GATED = _mlp("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj")
+def _gated(prefix: str) -> dict[str, Matrix]:
+    return _mlp(f"{prefix}.up_proj", f"{prefix}.down_proj", f"{prefix}.gate_proj")
+
+
+_GATED = _gated("mlp")
 _GATE_AND_UP = {
     "mlp.gate": Matrix("mlp.gate_up_proj", part(0, of=2)),
     "mlp.up": Matrix("mlp.gate_up_proj", part(1, of=2)),
@@ -144,57 +160,54 @@ def _interleaved(name: str) -> CutOf:
     return per_head(_IN_ORDER[name])
 
 
-GPT2 = Layout(
-    "transformer.h",
-    "transformer.ln_f",
-    _mlp("mlp.c_fc", "mlp.c_proj") | _fused("attn.c_attn", _thirds, "attn.c_proj"),
-)
-BIGCODE = replace(
-    GPT2, matrices=_mlp("mlp.c_fc", "mlp.c_proj") | _fused("attn.c_attn", bigcode, "attn.c_proj")
-)
-GPT_NEO = replace(GPT2, matrices=_mlp("mlp.c_fc", "mlp.c_proj") | _separate("attn.attention", "out_proj"))
-GPTJ = replace(GPT2, matrices=_mlp("mlp.fc_in", "mlp.fc_out") | _separate("attn", "out_proj"))
-GPT_NEOX = Layout(
-    "gpt_neox.layers",
-    "gpt_neox.final_layer_norm",
-    _BLOOM_MLP | _fused("attention.query_key_value", _interleaved, "attention.dense"),
-)
-BLOOM = Layout(
-    "transformer.h",
-    "transformer.ln_f",
-    _BLOOM_MLP | _fused("self_attention.query_key_value", _interleaved, "self_attention.dense"),
-)
-FALCON = replace(
-    BLOOM, matrices=_BLOOM_MLP | _fused("self_attention.query_key_value", falcon, "self_attention.dense")
-)
-MPT = Layout(
-    "transformer.blocks",
-    "transformer.norm_f",
-    _mlp("ffn.up_proj", "ffn.down_proj") | _fused("attn.Wqkv", _thirds, "attn.out_proj"),
-)
-OPT = Layout(
-    "model.decoder.layers",
-    "model.decoder.final_layer_norm",
-    _mlp("fc1", "fc2") | _separate("self_attn", "out_proj"),
-    project_out="model.decoder.project_out",
-)
-LLAMA = Layout("model.layers", "model.norm", _GATED | _LLAMA_ATTENTION)
+def _either(*descriptions: Mapping[str, Matrix]) -> dict[str, tuple[Matrix, ...]]:
+    names = dict.fromkeys(name for description in descriptions for name in description)
+    return {name: tuple(d[name] for d in descriptions if name in d) for name in names}
+
+
+GPT2 = Layout(_mlp("mlp.c_fc", "mlp.c_proj") | _fused("attn.c_attn", _thirds, "attn.c_proj"))
+BIGCODE = Layout(_mlp("mlp.c_fc", "mlp.c_proj") | _fused("attn.c_attn", bigcode, "attn.c_proj"))
+GPT_NEO = Layout(_mlp("mlp.c_fc", "mlp.c_proj") | _separate("attn.attention", "out_proj"))
+GPTJ = Layout(_mlp("mlp.fc_in", "mlp.fc_out") | _separate("attn", "out_proj"))
+GPT_NEOX = Layout(_BLOOM_MLP | _fused("attention.query_key_value", _interleaved, "attention.dense"))
+BLOOM = Layout(_BLOOM_MLP | _fused("self_attention.query_key_value", _interleaved, "self_attention.dense"))
+FALCON = Layout(_BLOOM_MLP | _fused("self_attention.query_key_value", falcon, "self_attention.dense"))
+MPT = Layout(_mlp("ffn.up_proj", "ffn.down_proj") | _fused("attn.Wqkv", _thirds, "attn.out_proj"))
+OPT = Layout(_mlp("fc1", "fc2") | _separate("self_attn", "out_proj"))
+LLAMA = Layout(_GATED | _LLAMA_ATTENTION)
 COHERE = replace(LLAMA, logit_scale=lambda config: config.logit_scale)
 GRANITE = replace(LLAMA, logit_scale=lambda config: 1 / config.logits_scaling)
-GLM4 = replace(LLAMA, matrices=_GATE_AND_UP | _LLAMA_ATTENTION)
-PHI3 = replace(
-    LLAMA, matrices=_GATE_AND_UP | _fused("self_attn.qkv_proj", heads_end_to_end, "self_attn.o_proj")
+GLM4 = Layout(_GATE_AND_UP | _LLAMA_ATTENTION)
+PHI3 = Layout(_GATE_AND_UP | _fused("self_attn.qkv_proj", heads_end_to_end, "self_attn.o_proj"))
+PHI = Layout(_mlp("mlp.fc1", "mlp.fc2") | _separate("self_attn", "dense"))
+STARCODER2 = Layout(_mlp("mlp.c_fc", "mlp.c_proj") | _LLAMA_ATTENTION)
+
+_ROUTER = {"mlp.gate": "the router"}
+MIXTRAL = Layout(_LLAMA_ATTENTION, "mlp.experts", _ROUTER)
+QWEN3_MOE = Layout(_GATED | _LLAMA_ATTENTION, "mlp.experts", _ROUTER)
+QWEN2_MOE = Layout(
+    _either(_GATED, _gated("mlp.shared_expert")) | _LLAMA_ATTENTION,
+    "mlp.experts",
+    _ROUTER | {"mlp.shared_expert_gate": "one number a token: how much of the shared expert is added"},
 )
-PHI = Layout(
-    "model.layers",
-    "model.final_layernorm",
-    _mlp("mlp.fc1", "mlp.fc2") | _separate("self_attn", "dense"),
+GPT_OSS = Layout(_LLAMA_ATTENTION, "mlp.experts", {"mlp.router": "the router"})
+DEEPSEEK = Layout(
+    _either(_GATED, _gated("mlp.shared_experts"))
+    | {name: _LLAMA_ATTENTION[name] for name in ("attn.q", "attn.o")},
+    "mlp.experts",
+    _ROUTER
+    | {
+        "self_attn.q_a_proj": "compresses the residual stream for the queries",
+        "self_attn.q_b_proj": "queries from their compressed form, not from the residual stream",
+        "self_attn.kv_a_proj_with_mqa": "compresses the residual stream for keys and values",
+        "self_attn.kv_b_proj": "keys and values from their compressed form, not from the residual stream",
+    },
 )
-STARCODER2 = replace(LLAMA, matrices=_mlp("mlp.c_fc", "mlp.c_proj") | _LLAMA_ATTENTION)
 
 LAYOUTS: Mapping[str, Layout] = {
     "bloom": BLOOM,
     "cohere": COHERE,
+    "deepseek_v3": DEEPSEEK,
     "falcon": FALCON,
     "gemma": LLAMA,
     "gemma2": LLAMA,
@@ -204,18 +217,23 @@ LAYOUTS: Mapping[str, Layout] = {
     "gpt_bigcode": BIGCODE,
     "gpt_neo": GPT_NEO,
     "gpt_neox": GPT_NEOX,
+    "gpt_oss": GPT_OSS,
     "gptj": GPTJ,
     "granite": GRANITE,
     "llama": LLAMA,
     "mistral": LLAMA,
+    "mixtral": MIXTRAL,
     "mpt": MPT,
     "olmo": LLAMA,
     "olmo2": LLAMA,
+    "olmoe": MIXTRAL,
     "opt": OPT,
     "phi": PHI,
     "phi3": PHI3,
     "qwen2": LLAMA,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3": LLAMA,
+    "qwen3_moe": QWEN3_MOE,
     "stablelm": LLAMA,
     "starcoder2": STARCODER2,
 }

@@ -1,8 +1,10 @@
 """Models and tokenizers from a path or the hub, ready for a backward pass that stops at activations."""
 
+import copy
 import hashlib
 import logging
 import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +12,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,9 +26,13 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import BacklensError
 from pipeline.models.anatomy import Anatomy, anatomy
+from pipeline.models.layout import Layout
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["exact", "fast"]
+
+_PICKLES = "pytorch_model*.bin"
+"""The weights that transformers reads where there are no safetensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,9 @@ class ModelSource:
     dtype: Dtype = "auto"
     attention: Attention = "exact"
     trust_remote_code: bool = False
+    allow_pickle: bool = False
+    layout: Layout | None = None
+    """Where its blocks keep their matrices; None for what is known of its family."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         return AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise _unreadable(source, error) from error
 
 
@@ -72,53 +82,95 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise _unreadable(source, error) from error
 
 
 def load_model(source: ModelSource, device: torch.device) -> LoadedModel:
-    """Load weights (safetensors only), freeze them, and find the model's parts.
+    """Load weights (safetensors, unless pickles are allowed), freeze them, and find the model's parts.
 
     `exact` attention is the eager one: memory-efficient kernels make gradients depend on padding and batch
     (DESIGN §8). Evaluation mode is forced because a model saved in train mode would run with dropout.
     """
     quiet_transformers()
     tokenizer = load_tokenizer(source)
+    # Else transformers has a service of the hub open a pull request with safetensors, in a thread of this process.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype),
-            use_safetensors=True,
+            # None takes pickles only where there are no safetensors; torch unpickles tensors and nothing else.
+            use_safetensors=None if source.allow_pickle else True,
             **({"attn_implementation": "eager"} if source.attention == "exact" else {}),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unreadable(source, error) from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise BacklensError(
+            f"model: the pickle weights of {source.path} are broken or hold more than tensors; fetch them again, or "
+            "convert them with save_pretrained"
+        ) from error
     model.eval().requires_grad_(False)
     nn.Module.to(model, device)
-    return LoadedModel(model, tokenizer, anatomy(model))
+    return LoadedModel(model, tokenizer, anatomy(model, source.layout))
+
+
+def empty_model(source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
+    """The model's modules without weights, on the meta device; quantized ones as they were before."""
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+
+
+def refuse_pickle(source: ModelSource) -> None:
+    """Raises BacklensError if a local folder has its weights in pickles only, and they are not allowed."""
+    folder = Path(source.path)
+    if source.allow_pickle or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for path in folder.glob(_PICKLES))
+    if pickles:
+        raise BacklensError(
+            f"model: {source.path} holds only pickle weights ({pickles[0]}), which can run code when they are read; "
+            "convert it with save_pretrained, or pass --allow-pickle if you trust it"
+        )
 
 
 def model_files(source: ModelSource) -> Path:
     """The local folder of the model's files; a hub id is downloaded to the hub's cache first."""
     if os.path.isdir(source.path):
         return Path(source.path)
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja"]
+    if source.allow_pickle:
+        patterns.append(_PICKLES)
     try:
-        return Path(
-            snapshot_download(
-                source.path,
-                revision=source.revision,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja"],
-            )
-        )
+        folder = Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise _unreadable(source, error) from error
+    if not source.allow_pickle and not any(folder.glob("*.safetensors")):
+        raise BacklensError(
+            f"model: '{source.path}' has no safetensors weights on the hub; pickle weights can run code when they are "
+            "read: convert it with save_pretrained, or pass --allow-pickle if you trust it"
+        )
+    return folder
 
 
-def weight_hash(folder: Path) -> str:
-    """SHA-256 over every weight file and the configuration, by name: any changed weight is another model."""
-    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+def weight_hash(folder: Path, source: ModelSource) -> str:
+    """SHA-256 over the configuration and every file that weights or code are read from, by name.
+
+    Any changed weight is another model.
+    """
+    patterns = ["*.safetensors"]
+    if source.allow_pickle:
+        patterns.append(_PICKLES)
+    if source.trust_remote_code:
+        patterns.append("*.py")
+    files = [*sorted(file for pattern in patterns for file in folder.glob(pattern)), folder / "config.json"]
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -134,7 +186,13 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _unreadable(source: ModelSource, error: Exception) -> BacklensError:
-    if os.path.isdir(source.path):
+    if "trust_remote_code" in str(error):  # of several messages, all with the argument to pass
+        return BacklensError(
+            f"model: {source.path} needs Python code that it brings with it, which is not run unasked; "
+            "read that code and pass --trust-remote-code if you trust it"
+        )
+    there = isinstance(error, ImportError | SafetensorError)
+    if there or os.path.isdir(source.path):
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return BacklensError(f"model: {source.path} cannot be loaded: {first_line}")
     return BacklensError(

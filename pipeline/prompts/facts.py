@@ -72,7 +72,7 @@ def _counterfact_prompt(row: Row, fields: PromptFields) -> Prompt:
     return Prompt(
         row.prompt_id,
         checked_prompt(prompt, f"requested_rewrite.{prompt_name}"),
-        _with_space(checked_target(target, f"requested_rewrite.{target_name}.str")),
+        _with_space(prompt, checked_target(target, f"requested_rewrite.{target_name}.str")),
         row.where,
         id=optional_text(row.values, id_name),
         subject=optional_text(rewrite, subject_name),
@@ -91,11 +91,12 @@ def _zsre_prompt(row: Row, fields: PromptFields) -> Prompt:
         raise UnfitError("missing-field", f"field {target_name!r} is an empty list; give it an answer")
     else:
         target = text(row.values, target_name, "target")
+    prompt = checked_prompt(text(row.values, prompt_name, "prompt"), prompt_name)
     used = {prompt_name, subject_name, id_name, "relation"}
     return Prompt(
         row.prompt_id,
-        checked_prompt(text(row.values, prompt_name, "prompt"), prompt_name),
-        _with_space(checked_target(target, target_name)),
+        prompt,
+        _with_space(prompt, checked_target(target, target_name)),
         row.where,
         id=optional_text(row.values, id_name),
         subject=optional_text(row.values, subject_name),
@@ -118,9 +119,9 @@ def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     raise UnfitError("missing-field", no_field(name, "target", values))
 
 
-def _with_space(target: str) -> str:
+def _with_space(prompt: str, target: str) -> str:
     """These targets are bare words that continue a prompt; the space between belongs to the target."""
-    return target if target.startswith(" ") else " " + target
+    return target if target.startswith(" ") or prompt[-1].isspace() else " " + target
 
 
 def array_rows(source: Source) -> Iterator[Row | Rejected]:

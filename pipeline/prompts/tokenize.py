@@ -1,6 +1,8 @@
 """From prompts to token ids: where the loss is taken, what the target is, which tokens the subject is.
 
-The last token of a prompt is the position of the loss, so nothing may come after the user's own text.
+The last token of a prompt is the position of the loss, so nothing may come after the user's own text. Prompt and
+target are read as one text; where a token of it reaches over the border between them, `_divided_at_border` says
+what becomes of it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,13 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import BacklensError
 from pipeline.prompts.record import Prompt, Rejected
+from pipeline.prompts.written import Span, Written, as_chat, as_it_stands
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 PrependBos = Literal["auto", "true", "false"]
 TargetMode = Literal["first", "all"]
-Span = tuple[int, int]
+
+_CARRIERS = ("\n", "a", ".", "0")
+"""Texts to put before a target, so that it is not at the beginning; the first that keeps its own tokens serves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +52,32 @@ def tokenize(
     prepend_bos: PrependBos,
     target_mode: TargetMode,
     context: int | None,
+    chat_template: bool = False,
 ) -> list[Example | Rejected]:
-    """One result for each prompt, in order. The tokenizer is left as it was."""
+    """One result for each prompt, in order. The tokenizer is left as it was.
+
+    Raises BacklensError when the tokenizer lacks the beginning-of-sequence token or the chat template asked for.
+    """
     if not prompts:
         return []
     with _settings_kept(tokenizer):
-        lead = _lead(tokenizer, prepend_bos, prompts)
-        alone = _encoded(tokenizer, [prompt.prompt for prompt in prompts])
-        joint = _encoded(tokenizer, [prompt.prompt + prompt.target for prompt in prompts])
+        written = as_chat(prompts, tokenizer) if chat_template else [as_it_stands(p) for p in prompts]
+        # A chat template writes the special tokens itself.
+        lead = _lead(tokenizer, prepend_bos, () if chat_template else _default_lead(tokenizer, prompts))
+        # "<s>" written out in the text
+        drop_bos = prepend_bos == "true" or (chat_template and prepend_bos == "false")
+        divided = iter(_divided([one for one in written if isinstance(one, Written)], tokenizer))
         results: list[Example | Rejected] = []
-        for prompt, own, both in zip(prompts, alone, joint, strict=True):
-            body = own.ids
-            if prepend_bos == "true":
-                body = _without_leading(own.ids, tokenizer.bos_token_id)  # "<s>" written out in the text
-            shift = len(lead) - (len(own.ids) - len(body))
-            start, end = _subject_positions(prompt, own, shift, tokenizer)
-            target_ids = _target_ids(prompt, own.ids, both.ids, tokenizer)
-            example = Example(prompt, lead + body, target_ids, start, end)
-            results.append(_refusal(example, own.ids, target_mode, context) or example)
+        for one in written:
+            if isinstance(one, Rejected):
+                results.append(one)
+                continue
+            parts = next(divided)
+            own_ids = parts.own.ids
+            body = _without_leading(own_ids, tokenizer.bos_token_id) if drop_bos else own_ids
+            start, end = _subject_positions(one, parts, len(lead) - (len(own_ids) - len(body)), tokenizer)
+            example = Example(one.prompt, lead + body, parts.target_ids, start, end)
+            results.append(_refusal(example, own_ids, target_mode, context) or example)
         return results
 
 
@@ -99,10 +112,9 @@ def _rejected(example: Example, code: str, problem: str) -> Rejected:
 
 
 def _lead(
-    tokenizer: "PreTrainedTokenizerBase", prepend_bos: PrependBos, prompts: Sequence[Prompt]
+    tokenizer: "PreTrainedTokenizerBase", prepend_bos: PrependBos, lead: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """The ids put before every prompt."""
-    lead = _default_lead(tokenizer, prompts)
+    """The ids put before every prompt; `lead` if the user does not say otherwise."""
     if prepend_bos == "auto":
         return lead
     bos = tokenizer.bos_token_id
@@ -140,26 +152,82 @@ def _without_leading(ids: tuple[int, ...], bos: Any) -> tuple[int, ...]:
     return ids[start:]
 
 
-def _target_ids(
-    prompt: Prompt, own_ids: tuple[int, ...], joint_ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase"
+@dataclass(frozen=True, slots=True)
+class _Divided:
+    """A text's tokens: those of the prompt, and those of the target."""
+
+    text: str
+    """What the prompt's tokens spell."""
+    own: _Encoded
+    target_ids: tuple[int, ...]
+
+
+def _divided(written: Sequence[Written], tokenizer: "PreTrainedTokenizerBase") -> list[_Divided]:
+    if not written:
+        return []
+    alone = _encoded(tokenizer, [one.text for one in written])
+    joint = _encoded(tokenizer, [one.text + one.target for one in written])
+    return [
+        _divided_at_border(one, own, both.ids, tokenizer)
+        for one, own, both in zip(written, alone, joint, strict=True)
+    ]
+
+
+def _divided_at_border(
+    written: Written, own: _Encoded, joint_ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase"
+) -> _Divided:
+    """The tokens of both as one text, as the model would have seen it, cut where the prompt ends.
+
+    A token may reach over that border. If it takes only white space from the prompt ("is " + "Paris" is read as
+    "is", " Paris"), the space goes to the target, which is lm-evaluation-harness's rule too: a model that has read a
+    space by itself expects no word after it. Else ("Fr" + "ance") the prompt keeps its tokens.
+    """
+    if joint_ids[: len(own.ids)] == own.ids:
+        return _Divided(written.text, own, joint_ids[len(own.ids) :])
+    for moved in range(1, written.movable + 1):
+        text = written.text[:-moved]
+        (kept,) = _encoded(tokenizer, [text])
+        if kept.ids and joint_ids[: len(kept.ids)] == kept.ids:
+            return _Divided(text, kept, joint_ids[len(kept.ids) :])
+    return _Divided(written.text, own, _continuation(written.target, own.ids, tokenizer))
+
+
+def _continuation(
+    target: str, own_ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, ...]:
-    """What follows the prompt's ids when both are written as one text, as the model would have seen it."""
-    if joint_ids[: len(own_ids)] == own_ids:
-        return joint_ids[len(own_ids) :]
-    # A token reaches over the border; the prompt must keep its own ids, so the target is taken by itself.
-    return tuple(_call(tokenizer, [prompt.target])["input_ids"][0])
+    """The target's own tokens as they are in the middle of a text.
+
+    At its beginning, SentencePiece and its like put a space there that nobody wrote.
+    """
+    candidates: list[tuple[int, ...]] = []
+    for carrier in _CARRIERS:
+        before, through = (tuple(ids) for ids in _call(tokenizer, [carrier, carrier + target])["input_ids"])
+        if before and through[: len(before)] == before:
+            candidates.append(through[len(before) :])
+    candidates.append(tuple(_call(tokenizer, [target])["input_ids"][0]))
+    wanted = _spelled(tokenizer, own_ids) + target
+    spelling = (ids for ids in candidates if _spelled(tokenizer, own_ids + ids) == wanted)
+    # A tokenizer that changes texts (to lower case, say) spells nothing as it was written.
+    return next(spelling, candidates[0])
+
+
+def _spelled(tokenizer: "PreTrainedTokenizerBase", ids: tuple[int, ...]) -> str:
+    text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def _subject_positions(
-    prompt: Prompt, own: _Encoded, shift: int, tokenizer: "PreTrainedTokenizerBase"
+    written: Written, divided: _Divided, shift: int, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, int] | tuple[None, None]:
     """The tokens of the subject's first occurrence, `shift` places right of their place in the text."""
-    start = prompt.prompt.find(prompt.subject) if prompt.subject else -1
-    if not prompt.subject or start < 0:
+    subject, own = written.prompt.subject, divided.own
+    start = written.text.find(subject, *written.own) if subject else -1
+    if not subject or start < 0:
         return None, None
-    end = start + len(prompt.subject)
+    end = start + len(subject)
     if own.offsets is None:
-        span = _span_by_prefixes(prompt.prompt, (start, end), own.ids, tokenizer)
+        span = _span_by_prefixes(divided.text, (start, end), own.ids, tokenizer)
     else:
         span = _span_by_offsets((start, end), own.offsets)
     # Below zero: the subject is a written-out bos that was taken away.
@@ -182,10 +250,16 @@ def _span_by_prefixes(
 ) -> Span | None:
     """Without offsets: count the tokens before the subject and up to its end, where tokens end there."""
     start, end = characters
-    before, through = (tuple(tokens) for tokens in _call(tokenizer, [text[:start], text[:end]])["input_ids"])
-    if ids[: len(through)] != through or ids[: len(before)] != before or len(before) >= len(through):
+    texts = [
+        text[:end],
+        text[:start],
+        text[:start].rstrip(),
+    ]  # the space before may be part of its first token
+    through, *befores = (tuple(tokens) for tokens in _call(tokenizer, texts)["input_ids"])
+    if ids[: len(through)] != through:
         return None
-    return len(before), len(through)
+    counts = [len(before) for before in befores if ids[: len(before)] == before]
+    return (counts[0], len(through)) if counts and counts[0] < len(through) else None
 
 
 def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[_Encoded]:

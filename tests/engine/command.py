@@ -29,10 +29,10 @@ QUIET = {
 
 KEYS = {
     "prompts": ("prompt_id",),
-    "layers": ("layer", "module", "prompt_id"),
-    "neurons": ("layer", "module", "prompt_id", "neuron"),
-    "tokens": ("layer", "module", "prompt_id", "position"),
-    "factors": ("layer", "module", "prompt_id", "position"),
+    "layers": ("layer", "module", "expert", "prompt_id"),
+    "neurons": ("layer", "module", "expert", "prompt_id", "neuron"),
+    "tokens": ("layer", "module", "expert", "prompt_id", "position"),
+    "factors": ("layer", "module", "expert", "prompt_id", "position"),
     "failures": ("prompt_id",),
 }
 """What no two rows of a table may share."""

@@ -128,7 +128,7 @@ def test_a_batch_may_be_padded_on_either_side(
     lens = make_lens(loaded.anatomy, "raw")
     wanted = Wanted(
         layers=(0, 1, 2),
-        modules=tuple(loaded.anatomy.matrices),
+        modules=loaded.anatomy.modules,
         positions=positions,  # pyright: ignore[reportArgumentType]
         target_mode=target_mode,  # pyright: ignore[reportArgumentType]
         top_k=5,

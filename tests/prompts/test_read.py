@@ -605,6 +605,11 @@ def test_a_leading_space_is_not_added_twice(tmp_path: Path):
     assert only_prompt(path).target == " Rome"
 
 
+def test_a_space_at_the_end_of_the_prompt_is_not_doubled(tmp_path: Path):
+    path = write_array(tmp_path / "facts.json", [{**ZSRE, "src": "He attended ", "answers": ["Rome"]}])
+    assert (only_prompt(path).prompt, only_prompt(path).target) == ("He attended ", "Rome")
+
+
 def test_zsre_is_recognised(tmp_path: Path):
     path = write_array(tmp_path / "zsre.json", [ZSRE])
     prompt = only_prompt(path)

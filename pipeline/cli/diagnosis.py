@@ -1,0 +1,95 @@
+"""What `backlens doctor` prints: its table, or the blocks that it does not know and a description to edit."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.config import RunConfig
+from pipeline.doctor.check import Check
+from pipeline.doctor.examine import Diagnosis, Note, examine
+from pipeline.models.draft import SeenBlock
+
+COLOURS = {"pass": "green", "FAIL": "bold red", "info": "cyan", "skip": "dim"}
+
+
+def print_diagnosis(config: RunConfig, as_json: bool) -> int:
+    """Examine the model, print what was found, and return the exit status."""
+    with _shown_notes() as note:
+        diagnosis = examine(config, note)
+    if as_json:
+        print(json.dumps(diagnosis.as_json(), ensure_ascii=False, indent=2))
+    else:
+        _print(diagnosis)
+    return 0 if diagnosis.healthy else 1
+
+
+@contextmanager
+def _shown_notes() -> Iterator[Note]:
+    """On standard error: the last one beside a spinner on a terminal, a line each elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda text: print(text, file=sys.stderr, flush=True)
+        return
+    with Console(stderr=True).status("loading the model") as status:
+        yield status.update
+
+
+def _print(diagnosis: Diagnosis) -> None:
+    # Off a terminal there is no width to fit into: a narrow default would fold every cell.
+    console = Console(width=None if sys.stdout.isatty() else 400, highlight=False)
+    console.print(
+        f"{diagnosis.model}: {diagnosis.family}, on {diagnosis.device}", markup=False, soft_wrap=True
+    )
+    console.print(_table(diagnosis.checks))
+    if diagnosis.draft is not None:
+        for block in diagnosis.blocks:
+            print(_block(block))
+        print("\nA description to edit:\n")
+        print(diagnosis.draft.text)
+        print(f"Then: backlens doctor --model {diagnosis.model} --anatomy FILE")
+    failed = [check.name for check in diagnosis.checks if check.passed is False]
+    print(f"failed: {', '.join(failed)}" if failed else "nothing failed")
+
+
+def _table(checks: tuple[Check, ...]) -> Table:
+    table = Table("check", "result", "measured", "at most", "what was measured, and what to do")
+    for column in table.columns[2:4]:
+        column.justify = "right"
+    table.columns[4].overflow = "fold"
+    for check in checks:
+        remedy = f"\n→ {check.remedy}" if check.remedy and check.status != "pass" else ""
+        table.add_row(
+            check.name,
+            Text(check.status, style=COLOURS[check.status]),
+            _number(check.measured),
+            _number(check.limit),
+            Text(check.detail + remedy),
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def _block(block: SeenBlock) -> str:
+    matrices = "".join(f"\n  {matrix.path}: {matrix.shape}" for matrix in block.matrices)
+    return f"\n{_layers(block.layers)}:{matrices}"
+
+
+def _layers(layers: tuple[int, ...]) -> str:
+    """`layers 0-2, 5`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    spans = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"{'layer' if len(layers) == 1 else 'layers'} {spans}"

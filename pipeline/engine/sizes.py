@@ -1,0 +1,74 @@
+"""How large the weight matrices are whose gradients are wanted, and how many tokens reach each."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import Conv1D, PretrainedConfig
+
+from pipeline.engine.extract import Wanted
+from pipeline.models.anatomy import Block, Located
+from pipeline.models.layout import READS
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixSize:
+    """One module of one layer; for experts, all of a layer's together."""
+
+    module: str
+    wide: int
+    """Width of the input."""
+    high: int
+    """Width of the output."""
+    experts: int = 1
+    chosen: int = 1
+    """Experts that a token is routed to."""
+
+    @property
+    def neurons(self) -> int:
+        return self.high if self.module in READS else self.wide
+
+    def kept(self, neurons: int) -> int:
+        """Neurons kept of a matrix when so many are asked for (−1: all)."""
+        return self.neurons if neurons < 0 else min(neurons, self.neurons)
+
+    def tokens(self, tokens: float) -> float:
+        """Rows that so many tokens make: one for every expert they are routed to."""
+        return tokens * self.chosen
+
+    def seen_by(self, tokens: float) -> float:
+        """Matrices that a prompt of so many tokens is expected to reach, were its tokens routed at random."""
+        return self.experts * (1 - (1 - self.chosen / self.experts) ** tokens)
+
+
+def matrices_of(blocks: Sequence[Block], wanted: Wanted, config: PretrainedConfig) -> list[MatrixSize]:
+    """The wanted matrices of the wanted layers."""
+    return [
+        size
+        for layer in wanted.layers
+        for size in _sizes(blocks[layer], config)
+        if size.module in wanted.modules
+    ]
+
+
+def _sizes(block: Block, config: PretrainedConfig) -> Iterator[MatrixSize]:
+    for module, located in block.matrices.items():
+        yield MatrixSize(module, *_widths(block.module.get_submodule(located.path), located))
+    if block.experts is not None:
+        chosen = int(config.get_text_config().num_experts_per_tok)
+        transposed = bool(block.experts.module.is_transposed)
+        for module, located in block.experts.matrices.items():
+            weight = getattr(block.experts.module, located.path)
+            wide, high = weight.shape[1:] if transposed else weight.shape[:0:-1]
+            yield MatrixSize(module, wide, _cut(high, located), len(weight), chosen)
+
+
+def _widths(submodule: nn.Module, located: Located) -> tuple[int, int]:
+    weight = submodule.weight
+    assert isinstance(weight, Tensor)
+    wide, high = weight.shape if isinstance(submodule, Conv1D) else weight.shape[::-1]
+    return wide, _cut(high, located)
+
+
+def _cut(high: int, located: Located) -> int:
+    return located.cut.width(high) if located.cut else high

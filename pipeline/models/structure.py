@@ -1,0 +1,118 @@
+"""What a model's structure says for certain, without a description: its blocks, and what follows the last one."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.errors import BacklensError
+
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What turns the last block's output into the head's input."""
+
+    final_norm: nn.Module | None
+    """None where there is none (OPT-350m)."""
+    project_out: nn.Module | None
+    """A linear map between the final norm and the head."""
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Whether the module itself computes with a weight matrix, in whatever form it is stored.
+
+    Quantized matrices are packed into parameters or buffers of other shapes, but their modules still state a width in
+    and out.
+    """
+    stated = hasattr(module, "in_features") and hasattr(module, "out_features")
+    return stated or any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+
+
+def matrix_paths(block: nn.Module) -> list[str]:
+    """Paths from the block to every module that holds a weight matrix, in the block's own order."""
+    return [path for path, module in block.named_modules() if has_matrix(module)]
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The modules of the one ModuleList that is as long as the model is deep and holds weight matrices.
+
+    Raises BacklensError when there is no such list, or more than one.
+    """
+    depth = int(model.config.get_text_config().num_hidden_layers)
+    lists = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and all(map(matrix_paths, module))
+    }
+    if len(lists) != 1:
+        found = ", ".join(lists) or "none"
+        raise BacklensError(
+            f"model: its {depth} blocks should be the one list of {depth} modules with weight matrices; found: {found}"
+        )
+    return tuple(next(iter(lists.values())))
+
+
+@contextmanager
+def graph_from_embeddings(model: PreTrainedModel) -> Iterator[None]:
+    """Start autograd's graph at the embeddings' output; it keeps embedding scales and offloading hooks working."""
+    embeddings = model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True))
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+
+
+def probe(model: PreTrainedModel) -> Tensor:
+    """The logits of a few tokens, (token, vocabulary).
+
+    With a graph, as in a real pass: quantized layers may change for good to kernels that have no backward pass when
+    they first see an input without one (bitsandbytes in 4 bits on a CPU does).
+    """
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device)[None]
+    with graph_from_embeddings(model):
+        return model(input_ids=ids, use_cache=False).logits[0].detach()
+
+
+def find_tail(model: PreTrainedModel, blocks: Sequence[nn.Module], head: nn.Module) -> Tail:
+    """Run a few tokens and see which modules act between the last block and the head.
+
+    Raises BacklensError when there is more than a norm and a linear map behind it.
+    """
+    inside = {id(module) for block in blocks for module in block.modules()}
+    acted: list[nn.Module] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # dropout and the like pass their input on, and are nothing to a model in evaluation mode
+        if args and isinstance(output, Tensor) and output is not args[0] and not _equal(args[0], output):
+            acted.append(module)
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if id(module) not in inside and module is not head and not list(module.children()):
+                hooks.callback(module.register_forward_hook(note).remove)
+        hooks.callback(blocks[-1].register_forward_hook(lambda *_: acted.clear()).remove)
+        probe(model)
+    return _as_tail(acted)
+
+
+def _as_tail(acted: Sequence[nn.Module]) -> Tail:
+    linear = [module for module in acted if has_matrix(module)]
+    norms = [module for module in acted if not has_matrix(module)]
+    if len(norms) > 1 or len(linear) > 1 or list(acted) != norms + linear:
+        names = ", ".join(type(module).__name__ for module in acted)
+        raise BacklensError(
+            f"model: between its last block and its head we know a norm, then a linear map; this model has {names}"
+        )
+    return Tail(norms[0] if norms else None, linear[0] if linear else None)
+
+
+def _equal(before: Any, after: Tensor) -> bool:
+    return isinstance(before, Tensor) and before.shape == after.shape and torch.equal(before, after)

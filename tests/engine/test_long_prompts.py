@@ -1,0 +1,83 @@
+"""A prompt as long as the model's context, in bounded memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset
+import pytest
+from transformers import LlamaConfig
+
+from tests.tiny import LLAMA_SHAPE, byte_tokenizer, random_model
+
+LENGTH = 1500
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("long")
+    shape: dict[str, Any] = LLAMA_SHAPE | {"num_hidden_layers": 12, "max_position_embeddings": LENGTH}
+    random_model(LlamaConfig(vocab_size=300, **shape)).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    prompt = ("The sea, the sea. " * LENGTH)[:LENGTH]
+    record = {"prompt": prompt, "target": "y", "subject": "sea"}
+    (folder / "prompts.jsonl").write_text(json.dumps(record))
+    return folder
+
+
+def run(folder: Path, out: str, *options: str) -> int:
+    """Peak resident memory, in MiB."""
+    command = [
+        Path(sys.executable).with_name("backlens"),
+        "run",
+        "--executor",
+        "local",
+        "--out",
+        folder / out,
+    ]
+    command += [
+        "--model",
+        folder / "model",
+        "--prompts",
+        folder / "prompts.jsonl",
+        "--neurons",
+        "2",
+        *options,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return usage.ru_maxrss // 1024
+
+
+@pytest.mark.slow
+def test_checkpointing_bounds_memory_and_changes_no_row(folder: Path) -> None:
+    options = ["--layers", "0,11", "--positions", "last"]
+    whole, checkpointed = (
+        run(folder, "whole", *options),
+        run(folder, "again", *options, "--activation-checkpointing"),
+    )
+    # eager attention keeps a matrix of length × length × heads for each of 12 layers: 36 MB each
+    assert checkpointed <= whole - 300, (whole, checkpointed)
+    for name in ("tokens", "layers", "neurons"):
+        one, other = (pyarrow.dataset.dataset(folder / out / name).to_table() for out in ("whole", "again"))
+        assert one.num_rows
+        assert one.select(["layer", "module", "top_ids", "target_rank"]).equals(
+            other.select(["layer", "module", "top_ids", "target_rank"])
+        )
+
+
+@pytest.mark.slow
+def test_positions_limit_the_rows_of_tokens(folder: Path) -> None:
+    run(folder, "few", "--layers", "5", "--positions", "subject+last", "--activation-checkpointing")
+    rows = (
+        pyarrow.dataset.dataset(folder / "few" / "tokens")
+        .to_table(columns=["module", "position"])
+        .to_pylist()
+    )
+    positions = {row["position"] for row in rows}
+    assert positions == {4, 5, 6, LENGTH - 1}
+    assert len(rows) == 4 * 3
