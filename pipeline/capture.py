@@ -155,7 +155,7 @@ def capture(
     the forward pass keeps only the blocks' inputs, and the backward pass computes each block once more: a third more
     work, for the memory of one block instead of all.
 
-    Raises BacklensError when a matrix's VJP does not arrive: some kernels for quantized weights have no backward pass.
+    Raises BacklensError when a matrix's VJP does not arrive.
     """
     awaited: set[tuple[int, str]] = set()
     with ExitStack() as hooks:
@@ -189,8 +189,8 @@ def capture(
     if awaited:
         layer, module = min(awaited)
         raise BacklensError(
-            f"model: no gradient reached {module} of layer {layer}: its kernel has no backward pass; "
-            "load the weights in another form (e.g. --dtype bfloat16, unquantized)"
+            f"model: {module} of layer {layer} was used, but the loss passes no gradient back to it; "
+            "this model computes something that we do not know"
         )
     return outcome
 

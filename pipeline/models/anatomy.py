@@ -158,7 +158,7 @@ def _describe(block: nn.Module, index: int, layout: Layout, config: PretrainedCo
 
 
 def _incomplete(index: int, unknown: Collection[str], family: str) -> str:
-    problem = f"model: block {index} is not a {family} block as we know it"
+    problem = f"model: block {index} of this {family} is not as we know it"
     if unknown:
         problem += f": no module name covers its {', '.join(unknown)}"
     else:

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import BacklensError
 from pipeline.models.anatomy import Anatomy, anatomy
 from pipeline.models.layout import Layout
+from pipeline.models.structure import verify_backward
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["exact", "fast"]
@@ -117,7 +118,9 @@ def load_model(source: ModelSource, device: torch.device) -> LoadedModel:
         ) from error
     model.eval().requires_grad_(False)
     nn.Module.to(model, device)
-    return LoadedModel(model, tokenizer, anatomy(model, source.layout))
+    parts = anatomy(model, source.layout)
+    verify_backward(model, [block.module for block in parts.blocks])
+    return LoadedModel(model, tokenizer, parts)
 
 
 def empty_model(source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:

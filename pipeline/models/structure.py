@@ -1,8 +1,10 @@
 """What a model's structure says for certain, without a description: its blocks, and what follows the last one."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,6 +81,33 @@ def probe(model: PreTrainedModel) -> Tensor:
     ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device)[None]
     with graph_from_embeddings(model):
         return model(input_ids=ids, use_cache=False).logits[0].detach()
+
+
+def verify_backward(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
+    """Take a gradient through each matrix of the blocks alone.
+
+    Raises BacklensError where none passes: a kernel for quantized weights without a backward pass would leave its
+    part out of every gradient below it, and say nothing.
+    """
+
+    def note(path: str, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+            return
+        ones = torch.ones_like(output)
+        passed = torch.autograd.grad(output, args[0], ones, retain_graph=True, allow_unused=True)[0]
+        if passed is None:
+            raise BacklensError(
+                f"model: no gradient passes through {path} ({type(_module).__name__}): its kernel has no backward pass "
+                "here; load the weights in another form (unquantized, e.g. --dtype bfloat16)"
+            )
+
+    with ExitStack() as hooks:
+        for index, block in enumerate(blocks):
+            for path in matrix_paths(block):
+                hook = partial(note, f"{path} of block {index}")
+                hooks.callback(block.get_submodule(path).register_forward_hook(hook).remove)
+        with warnings.catch_warnings(action="ignore"):  # of torch, of the same
+            probe(model)
 
 
 def find_tail(model: PreTrainedModel, blocks: Sequence[nn.Module], head: nn.Module) -> Tail:

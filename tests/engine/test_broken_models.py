@@ -1,0 +1,142 @@
+"""Models that are almost one we know are refused by the command, with a line that says what is in the way."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from tests.engine.command import called, error_line
+from tests.families import MODERN
+from tests.tiny import byte_tokenizer, random_model
+
+CODE = '''
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+
+
+class Squared(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).square()
+
+
+class Running(nn.Module):
+    """A norm that remembers what it has seen."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.register_buffer("size", torch.ones(1))
+
+    def forward(self, x):
+        self.size = 0.9 * self.size + 0.1 * x.detach().abs().mean()
+        return x / self.size * self.weight
+
+
+class OddModel(LlamaForCausalLM):
+    config_class = OddConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.flaw == "matrix":
+            self.model.layers[1].mlp.adapter = nn.Linear(config.hidden_size, 4)
+        if config.flaw == "head":
+            self.lm_head = Squared(config.hidden_size, config.vocab_size, bias=False)
+        if config.flaw == "norm":
+            self.model.norm = Running(config.hidden_size)
+'''
+
+LAYOUT = """
+matrices:
+  mlp.up: mlp.up_proj
+  mlp.gate: mlp.gate_proj
+  mlp.down: mlp.down_proj
+  attn.q: self_attn.q_proj
+  attn.k: self_attn.k_proj
+  attn.v: self_attn.v_proj
+  attn.o: self_attn.o_proj
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("odd")
+    random_model(LlamaConfig(**MODERN)).save_pretrained(folder / "sound")
+    byte_tokenizer().save_pretrained(folder / "sound")
+    (folder / "layout.yaml").write_text(LAYOUT)
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "The sea", "target": " is"}))
+    return folder
+
+
+def odd(folder: Path, flaw: str) -> Path:
+    """The sound model's weights under code of its own."""
+    model = folder / flaw
+    shutil.copytree(folder / "sound", model)
+    config = json.loads((model / "config.json").read_text())
+    code = {"AutoConfig": "modeling_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddModel"}
+    config |= {"model_type": "odd", "architectures": ["OddModel"], "auto_map": code, "flaw": flaw}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "modeling_odd.py").write_text(CODE)
+    return model
+
+
+def run(folder: Path, model: Path, out: Path, *options: object):
+    prompts = folder / "prompts.jsonl"
+    arguments = ["run", "--model", model, "--prompts", prompts, "--out", out, "--executor", "local"]
+    return called(*arguments, "--trust-remote-code", *options)
+
+
+def test_a_described_architecture_that_is_sound_runs(folder: Path, tmp_path: Path) -> None:
+    finished = run(folder, odd(folder, "none"), tmp_path / "out", "--anatomy", folder / "layout.yaml")
+    assert finished.status == 0, finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("flaw", "says"),
+    [
+        ("matrix", "block 1 of this odd is not as we know it: no module name covers its mlp.adapter"),
+        ("head", "the lens does not give this model's logits"),
+        ("norm", "the final norm (Running) is not affine up to a scalar per vector"),
+    ],
+)
+def test_a_flaw_is_named(folder: Path, flaw: str, says: str, tmp_path: Path) -> None:
+    refused = run(folder, odd(folder, flaw), tmp_path / "out", "--anatomy", folder / "layout.yaml")
+    assert refused.status == 2
+    assert says in refused.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("out/_commits/*.json"))
+
+
+def test_an_unknown_architecture_is_sent_to_the_doctor(folder: Path, tmp_path: Path) -> None:
+    model = folder / "none"
+    refused = run(folder, model if model.exists() else odd(folder, "none"), tmp_path / "out")
+    assert refused.status == 2
+    assert "family 'odd' is not known" in error_line(refused)
+    assert "backlens doctor" in error_line(refused)
+
+
+@pytest.mark.parametrize(
+    ("layout", "says"),
+    [
+        ("matrices: {mlp.upp: mlp.up_proj}", "unknown module 'mlp.upp'; did you mean 'mlp.up'?"),
+        ("matrixes: {}", "unknown key 'matrixes'; did you mean 'matrices'?"),
+        ("[1, 2]", "a mapping is expected"),
+        ("matrices: {attn.q: {path: attn.c_attn, groups: 1, pieces: 3, start: 2, stop: 2}}", "start < stop"),
+        ("matrices: {attn.q: {path: attn.c_attn, groups: 1}}", "attn.q: give path, and the whole numbers"),
+        ("matrices: {mlp.up: mlp.up_proj}\nlogit-scale: big", "logit-scale: give a number"),
+        ("matrices: {mlp.up: mlp.up_proj}", "no module name covers its self_attn.q_proj"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_description_is_refused_by_what_is_wrong_with_it(
+    folder: Path, layout: str, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "layout.yaml").write_text(layout)
+    refused = run(folder, folder / "sound", tmp_path / "out", "--anatomy", tmp_path / "layout.yaml")
+    assert refused.status == 2
+    assert says in error_line(refused)
