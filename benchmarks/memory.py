@@ -7,37 +7,14 @@ it in a process of its own, and prints that process's peak resident memory.
 """
 
 import argparse
-import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from tests.tiny import byte_tokenizer
-
-
-def make_model(folder: Path) -> int:
-    """Save the model and return the size of its weights in bytes."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None))
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def write_prompts(file: Path, count: int) -> None:
-    """Prompts of 8 to 16 tokens; the byte tokenizer makes every character one."""
-    generator = random.Random(0)
-    with file.open("w") as stream:
-        for _ in range(count):
-            text = "".join(generator.choices("abcdefghijklmnop ", k=generator.randint(7, 15))) + "x"
-            stream.write(json.dumps({"prompt": text, "target": " y"}) + "\n")
+from benchmarks.shape import make_model, write_prompts
 
 
 def peak_of(command: list[str]) -> tuple[int, float]:

@@ -101,6 +101,8 @@ class RunConfig:
 
     scaling: Annotated[Literal["raw", "unit"], LENS] = "raw"
     """raw: the final norm as it is. unit: vectors are divided by their length first."""
+    screening: Annotated[Literal["float32", "bfloat16"], LENS] = "float32"
+    """The products that pick tokens to be scored exactly; lists and ranks are the same. bfloat16 is for GPUs."""
 
     batch_tokens: Annotated[int, BATCH, WHOLE] = 512
     """Tokens in a batch, padding included. More suits a GPU; a CPU is busy with 512."""

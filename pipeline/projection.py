@@ -1,12 +1,14 @@
 """Exact top-k, bottom-k, target score and target rank of many vectors through the lens.
 
-All vectors of a group are projected together, a tile of the vocabulary at a time. Vectors that are sums of
-others (a neuron's gradient, a singular direction) never meet the unembedding: their scores are the same sums of
-their terms' scores (see `lens.py`).
+All vectors of a group are projected together, a tile of the vocabulary at a time. A pass in float32 with a proven
+error (`screening.py`) settles nearly every token: those certainly outside a list, and those certainly above or
+below the target. The few others are scored again as scores are defined, in float64 rounded to float32; so lists and
+ranks are those of a full sort of these scores, and do not depend on how the work was cut. Rows that leave too many
+tokens in doubt (all scores equal, lengths near overflow) are scored over the whole vocabulary that way.
 
-Order is total: by score, then by smaller token id, so a list is the same however the work was cut.
+Order is total: by score, then by smaller token id.
 
-Shapes: B prompts, T positions, K mixes a prompt, N rows selected, V vocabulary, D d_model.
+Shapes: B prompts, T positions, K mixes a prompt, R rows screened, V vocabulary, D d_model.
 """
 
 from collections.abc import Sequence
@@ -17,12 +19,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.lens import Lens
+from pipeline.screening import Exact, Precision, Prepared, Run, Screen, Spread, prepare
+from pipeline.selection import GROUP, Candidates, Extremes, Pairs, extremes, first_of_rows
 
-GROUP = 64
-"""Scores whose maximum is taken first: only the groups with the k + 1 largest maxima can hold the top k."""
+__all__ = ["GROUP", "Selection", "Vectors", "extremes", "project"]
 
 BLOCK = 1024
-"""Scores counted together (see `count_above`); tiles are whole blocks."""
+"""Narrowest tile."""
+
+SMALL = 2048
+"""Vocabularies up to this size are scored in float64 at once."""
+
+ROWS, WIDTH = 256, 8192
+"""Rows and tokens scored in float64 at once."""
+
+MANY = 2000
+"""Tokens in doubt from which scoring a row's whole vocabulary is the cheaper way."""
 
 
 @dataclass(frozen=True)
@@ -55,44 +67,43 @@ class Selection:
     target_rank: Int[Tensor, " vector"]
     """Tokens with a strictly larger score."""
 
+    def __getitem__(self, rows: Tensor | slice) -> "Selection":
+        return Selection(*(getattr(self, name)[rows] for name in Selection.__dataclass_fields__))
+
 
 def project(
-    vectors: Vectors, lens: Lens, targets: Int[Tensor, " prompt"], k: int, tile_bytes: int | None = None
+    vectors: Vectors,
+    lens: Lens,
+    targets: Int[Tensor, " prompt"],
+    k: int,
+    tile_bytes: int | None = None,
+    prepared: Prepared | None = None,
+    precision: Precision = "float32",
 ) -> tuple[Selection, Selection]:
     """Project the wanted residual vectors and mixes; each selection's rows are in (prompt, position | mix) order.
 
     `tile_bytes` bounds the scores held at once; the default suits the cache of a CPU or the memory of a GPU. Prompts
     are taken a few at a time where a tile of one block for all of them would be larger (every neuron as a mix).
+    `prepared` is `prepare(lens)`, looked up when it is not given. `precision` is that of the products which screen:
+    the result is the same. bfloat16 is for GPUs, whose tensor cores multiply it many times as fast.
     """
+    prepared = prepared or prepare(lens)
     if tile_bytes is None:
-        tile_bytes = 2**30 if lens.unembedding.is_cuda else 2**25
+        tile_bytes = 2**30 if lens.unembedding.is_cuda else 3 * 2**22
     rows = vectors.residual.shape[1] + vectors.mixes.shape[1]
     size = max(1, tile_bytes // (4 * BLOCK * rows))
-    parts = [
-        _project_prompts(vectors[start : start + size], lens, targets[start : start + size], k, tile_bytes)
-        for start in range(0, len(targets), size)
-    ]
+    parts = []
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
+        spread = spread_of(vectors[part], lens, targets[part])
+        sweep = _Sweep(spread, lens, k)
+        if lens.vocabulary > SMALL:
+            sweep.screen(Screen(spread, lens, prepared, precision), tile_bytes)
+        own = int(spread.wanted[: len(spread.base)].sum())
+        selection = sweep.selection()
+        parts.append((selection[:own], selection[own:]))
     own, mixed = zip(*parts, strict=True)
     return _concatenated(own), _concatenated(mixed)
-
-
-def _project_prompts(
-    vectors: Vectors, lens: Lens, targets: Int[Tensor, " prompt"], k: int, tile_bytes: int
-) -> tuple[Selection, Selection]:
-    spread = _Spread(vectors, lens)
-    target_scores = spread.target_scores(lens, targets)
-    sets = [
-        _RowSet(targets.repeat_interleave(wanted.sum(-1)), scores, k)
-        for wanted, scores in zip((vectors.wanted, vectors.mix_wanted), target_scores, strict=True)
-    ]
-    blocks = tile_bytes // (4 * max(spread.rows, 1)) // BLOCK
-    width = min(max(blocks, 1) * BLOCK, lens.vocabulary)
-    for start in range(0, lens.vocabulary, width):
-        stop = min(start + width, lens.vocabulary)
-        for rows, scores_NV in zip(sets, spread.tile(lens, start, stop), strict=True):
-            rows.add(scores_NV, start)
-    own, mixed = sets
-    return own.selection(), mixed.selection()
 
 
 def _concatenated(parts: Sequence[Selection]) -> Selection:
@@ -103,156 +114,174 @@ def _concatenated(parts: Sequence[Selection]) -> Selection:
     )
 
 
-class _Spread:
-    """Scores of the wanted vectors, a tile at a time, from one product with the unembedding.
+def spread_of(vectors: Vectors, lens: Lens, targets: Int[Tensor, " prompt"]) -> Spread:
+    """The rows of a batch: residual vectors that are wanted or mixed, then every mix.
 
-    The product is of the residual vectors that are wanted or mixed, each with its own s(v). A mix Σ aᵢ vᵢ then has
-    the coefficients aᵢ · s(mix) / s(vᵢ), so that no pass over its scores is needed to scale them.
+    Base rows carry their own s(v). A mix Σ aᵢ vᵢ then has the coefficients aᵢ · s(mix) / s(vᵢ), so that no pass over
+    its scores is needed to scale them.
     """
-
-    def __init__(self, vectors: Vectors, lens: Lens) -> None:
-        used = (vectors.wanted | (vectors.mixes != 0).any(1)) & (vectors.residual != 0).any(-1)
-        self._used = used
-        self._wanted = vectors.wanted[used]
-        self._mix_wanted = vectors.mix_wanted
-        self._base_UD = lens.linear(vectors.residual[used]) * vectors.scale[used][:, None]
-        ratio_BKT = vectors.mix_scale[..., None] / vectors.scale[:, None]
-        keep = used[:, None] & vectors.mix_wanted[..., None]
-        self._mixes_BKT = (vectors.mixes * ratio_BKT).masked_fill(~keep, 0.0)
-        self.rows = len(self._base_UD) + vectors.mix_wanted.numel()
-
-    def tile(
-        self, lens: Lens, start: int, stop: int
-    ) -> tuple[Float[Tensor, "own tile"], Float[Tensor, "mix tile"]]:
-        constant = lens.constant[start:stop]
-        own_NV, mixed_MV = self._apply(self._base_UD @ lens.tile(start, stop).mT)
-        return own_NV.add_(constant), mixed_MV.add_(constant)
-
-    def target_scores(
-        self, lens: Lens, targets: Int[Tensor, " prompt"]
-    ) -> tuple[Float[Tensor, " own"], Float[Tensor, " mix"]]:
-        """Each vector's score of its prompt's target."""
-        own_targets = targets.repeat_interleave(self._used.sum(-1))
-        scores = self._apply((self._base_UD * lens.rows(own_targets)).sum(-1, keepdim=True))
-        constants = (
-            lens.constant[own_targets[self._wanted]],
-            lens.constant[targets].repeat_interleave(self._mix_wanted.sum(-1)),
-        )
-        own, mixed = (s.squeeze(-1) + c for s, c in zip(scores, constants, strict=True))
-        return own, mixed
-
-    def _apply(
-        self, values_UV: Float[Tensor, "used value"]
-    ) -> tuple[Float[Tensor, "own value"], Float[Tensor, "mix value"]]:
-        if self._used.all():
-            padded_BTV = values_UV.view(*self._used.shape, -1)
-        else:
-            padded_BTV = values_UV.new_zeros(*self._used.shape, values_UV.shape[-1])
-            padded_BTV[self._used] = values_UV
-        mixed_MV = (self._mixes_BKT @ padded_BTV).flatten(0, 1)
-        return _rows(values_UV, self._wanted), _rows(mixed_MV, self._mix_wanted.flatten())
+    used = (vectors.wanted | (vectors.mixes != 0).any(1)) & (vectors.residual != 0).any(-1)
+    wanted = vectors.wanted & used
+    scale = vectors.scale.double()
+    base = lens.linear(vectors.residual[used].double()) * scale[used][:, None]
+    ratio_BKT = vectors.mix_scale.double()[..., None] / scale[:, None]
+    keep = used[:, None] & vectors.mix_wanted[..., None]
+    mixes_BKT = (vectors.mixes * ratio_BKT).masked_fill(~keep, 0.0)
+    runs = _runs(mixes_BKT, used)
+    kept = vectors.mixes.shape[1]
+    spread = Spread(
+        base,
+        runs,
+        base,
+        torch.cat([targets.repeat_interleave(used.sum(-1)), targets.repeat_interleave(kept)]),
+        torch.cat([wanted[used], vectors.mix_wanted.flatten()]),
+    )
+    wide = torch.cat([base, *(part.flatten(0, 1) for part in spread.mixed(base))])
+    return Spread(base, runs, wide, spread.targets, spread.wanted)
 
 
-def _rows(values: Float[Tensor, "row value"], wanted: Bool[Tensor, " row"]) -> Float[Tensor, "wanted value"]:
-    return values if wanted.all() else values[wanted]
+def _runs(mixes_BKT: Tensor, used: Bool[Tensor, "prompt position"]) -> list[Run]:
+    if not mixes_BKT.shape[1]:
+        return []
+    counts, lengths = used.sum(-1).unique_consecutive(return_counts=True)
+    runs, prompt, row = [], 0, 0
+    for count, length in zip(counts.tolist(), lengths.tolist(), strict=True):
+        some = slice(prompt, prompt + length)
+        mixes = mixes_BKT[some].mT[used[some]].unflatten(0, (length, count)).mT.contiguous()
+        runs.append(Run(slice(row, row + length * count), mixes))
+        prompt, row = prompt + length, row + length * count
+    return runs
 
 
-class _RowSet:
-    """What is kept of some vectors' scores, tile after tile."""
+class _Sweep:
+    """One pass over the vocabulary, and what it leaves in doubt settled."""
 
-    def __init__(
-        self, targets: Int[Tensor, " vector"], target_score: Float[Tensor, " vector"], k: int
+    def __init__(self, spread: Spread, lens: Lens, k: int) -> None:
+        self._spread, self._lens, self._k = spread, lens, k
+        self._exact = Exact(spread, lens)
+        rows, device = len(spread.targets), spread.targets.device
+        every = torch.arange(rows, device=device)
+        self._target_score = self._exact.of_pairs(every, spread.targets)
+        self._above = torch.zeros(rows, dtype=torch.long, device=device)
+        self._doubtful = Pairs(rows, device)
+        # rows, then the same rows negated: the bottom of a list is the top of its negative
+        self._candidates = Candidates(2 * rows, k, device)
+        self._screened = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    def screen(self, screen: Screen, tile_bytes: int) -> None:
+        """Score every token approximately: count, and collect what the error leaves in doubt."""
+        self._screened = self._spread.wanted & screen.sound()
+        if not self._screened.any():
+            return
+        rows = len(self._screened)
+        widest = max(tile_bytes // (4 * rows) // BLOCK, 1) * BLOCK
+        out, spare = (torch.empty(rows * widest, device=self._above.device) for _ in range(2))
+        for start, stop in _tiles(self._lens.vocabulary, widest):
+            scores, other = (buffer[: rows * (stop - start)].view(rows, -1) for buffer in (out, spare))
+            screen.scores(start, stop, scores, other)
+            error = _up(screen.error(start, stop))
+            shape = (rows, -1, min(GROUP, stop - start))
+            self._collect(scores.view(shape), error, start)
+            self._count(scores.view(shape), other.view(shape), error, start)
+
+    def _collect(self, groups: Float[Tensor, "row group value"], error: Tensor, start: int) -> None:
+        """Take the tile's candidates for both lists."""
+        rows, count, width = groups.shape
+        peaks = torch.cat([groups.amax(-1), -groups.amin(-1)])
+        error = torch.cat([error, error])
+        candidates = self._candidates
+        candidates.raise_bound(peaks, error)
+        open_ = self._screened.repeat(2) & ~candidates.pairs.crowded
+        least = torch.where(open_, candidates.bound - error, torch.inf)
+        places, chosen = (peaks >= least[:, None]).nonzero(as_tuple=True)
+        values = groups.view(-1, width).index_select(0, places % rows * count + chosen)
+        values *= torch.where(places < rows, 1.0, -1.0)[:, None]
+        hits, offsets = (values >= least[places][:, None]).nonzero(as_tuple=True)
+        places = places[hits]
+        candidates.add(places, chosen[hits] * width + offsets + start, values[hits, offsets] + error[places])
+
+    def _count(
+        self, groups: Float[Tensor, "row group value"], spare: Tensor, error: Tensor, start: int
     ) -> None:
-        self._targets = targets
-        self._target_score = target_score
-        self._target_rank = torch.zeros_like(targets, dtype=torch.int32)
-        self._best, self._worst = _Extremes(k, largest=True), _Extremes(k, largest=False)
+        """Count what is certainly above the target, and take what may be; overwrites the scores.
 
-    def add(self, scores_NV: Float[Tensor, "vector tile"], start: int) -> None:
-        # The target's score, wherever it is read, is one number: no rounding can put the target above itself.
-        inside = (
-            ((self._targets >= start) & (self._targets < start + scores_NV.shape[1])).nonzero().squeeze(-1)
-        )
-        scores_NV[inside, self._targets[inside] - start] = self._target_score[inside]
-        self._target_rank += count_above(scores_NV, self._target_score)
-        self._best.add(scores_NV, start)
-        self._worst.add(scores_NV, start)
+        A difference rounded to float32 is above the error only where the difference itself is, as rounding is
+        monotone; so each token is counted, or in doubt, or certainly not above.
+        """
+        _, count, width = groups.shape
+        open_ = self._screened & ~self._doubtful.crowded
+        error = torch.where(open_, error, -1.0)[:, None]
+        groups -= self._target_score[:, None, None]
+        # a comparison that answers in float32 is several times as fast as one that answers in booleans
+        above = torch.gt(groups, error[..., None], out=spare)
+        self._above += above.flatten(1).sum(-1).long()
+        doubtful, chosen = (groups.abs_().amin(-1) <= error).nonzero(as_tuple=True)
+        values = groups.view(-1, width).index_select(0, doubtful * count + chosen)
+        hits, offsets = (values <= error[doubtful]).nonzero(as_tuple=True)
+        doubtful = doubtful[hits]
+        self._doubtful.add(doubtful, chosen[hits] * width + offsets + start, values[hits, offsets])
+        if self._doubtful.full():
+            self._doubtful.compact()
 
     def selection(self) -> Selection:
-        return Selection(*self._best.sorted(), *self._worst.sorted(), self._target_score, self._target_rank)
+        """What is kept of the wanted rows."""
+        settled, found = self._settled()
+        rest = (self._spread.wanted & ~settled).nonzero().squeeze(-1)
+        parts = [found, *(self._whole(rows) for rows in rest.split(ROWS) if len(rows))]
+        rows = torch.cat([settled.nonzero().squeeze(-1), rest])
+        return _concatenated(parts)[rows.argsort()]
+
+    def _settled(self) -> tuple[Bool[Tensor, " row"], Selection]:
+        """The rows that leave few tokens in doubt, after scoring these tokens as scores are defined."""
+        rows = len(self._screened)
+        settled = (
+            self._screened & ~self._doubtful.crowded & ~self._candidates.pairs.crowded.view(2, -1).any(0)
+        )
+        doubtful, doubtful_ids, _ = self._doubtful.take()
+        places, ids = self._candidates.take()
+        settled &= doubtful.bincount(minlength=rows) <= MANY
+        settled &= (places.bincount(minlength=2 * rows) <= MANY).view(2, -1).all(0)
+
+        keep = settled[doubtful]
+        doubtful, doubtful_ids = doubtful[keep], doubtful_ids[keep]
+        above = self._exact.of_pairs(doubtful, doubtful_ids) > self._target_score[doubtful]
+        self._above += doubtful[above].bincount(minlength=rows)
+
+        keep = settled[places % rows]
+        places, ids = places[keep], ids[keep]
+        signed = self._exact.of_pairs(places % rows, ids) * torch.where(places < rows, 1.0, -1.0)
+        ids, signed = first_of_rows(places, ids, signed, self._k)
+        top_ids, bottom_ids = ids.int().chunk(2)
+        top, bottom = signed.chunk(2)
+        done = settled.nonzero().squeeze(-1)
+        return settled, Selection(
+            top_ids, top, bottom_ids, -bottom, self._target_score[done], self._above[done].int()
+        )
+
+    def _whole(self, rows: Int[Tensor, " row"]) -> Selection:
+        """Rows scored over the whole vocabulary as scores are defined."""
+        best, worst = Extremes(self._k, largest=True), Extremes(self._k, largest=False)
+        targets, target_score = self._spread.targets[rows], self._target_score[rows]
+        above = torch.zeros_like(targets)
+        for start in range(0, self._lens.vocabulary, WIDTH):
+            scores = self._exact.of_tile(rows, start, min(start + WIDTH, self._lens.vocabulary))
+            # the target's score is one number wherever it is read, so the target is never above itself
+            inside = ((targets >= start) & (targets < start + scores.shape[1])).nonzero().squeeze(-1)
+            scores[inside, targets[inside] - start] = target_score[inside]
+            above += (scores > target_score[:, None]).sum(-1)
+            best.add(scores, start)
+            worst.add(scores, start)
+        return Selection(*best.sorted(), *worst.sorted(), target_score, above.int())
 
 
-def count_above(
-    scores: Float[Tensor, "vector tile"], thresholds: Float[Tensor, " vector"]
-) -> Int[Tensor, " vector"]:
-    """Scores strictly above each row's threshold.
-
-    A sum of booleans converts every one of them to an integer first. Read as 64-bit words, eight are added at a
-    time; a byte of the sum cannot overflow before 255 words.
-    """
-    above = scores > thresholds[:, None]
-    blocks = above.shape[-1] // BLOCK
-    whole = blocks * BLOCK
-    blocked = above[:, :whole].unflatten(-1, (blocks, BLOCK)).contiguous()
-    rest = above[:, whole:].sum(-1, dtype=torch.int32)
-    words = blocked.view(torch.int64).sum(-1)
-    return words.view(torch.uint8).sum(-1, dtype=torch.int32) + rest
+def _up(values: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """Float32 numbers no smaller than float64 ones."""
+    rounded = values.float()
+    return rounded.nextafter(torch.full_like(rounded, torch.inf))
 
 
-class _Extremes:
-    """The k largest (or smallest) scores of every row so far, with their token ids."""
-
-    def __init__(self, k: int, largest: bool) -> None:
-        self._k = k
-        self._largest = largest
-        self._found: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, scores_NV: Float[Tensor, "vector tile"], start: int) -> None:
-        scores, ids = extremes(scores_NV, min(self._k, scores_NV.shape[-1]), self._largest)
-        self._found.append((scores, ids + start))
-
-    def sorted(self) -> tuple[Int[Tensor, "vector k"], Float[Tensor, "vector k"]]:
-        scores, ids = (torch.cat(parts, dim=-1) for parts in zip(*self._found, strict=True))
-        scores, ids = _in_order(scores, ids, self._largest)
-        # copies: a slice would keep every tile's candidates alive as long as the rows
-        return ids[:, : self._k].int(), scores[:, : self._k].clone()
-
-
-def extremes(
-    scores: Float[Tensor, "vector tile"], k: int, largest: bool
-) -> tuple[Float[Tensor, "vector k"], Int[Tensor, "vector k"]]:
-    """The k largest (smallest) scores of each row in the total order, exactly.
-
-    Group maxima first: when the (k + 1)-th candidate is strictly below the k-th, no score outside the k + 1
-    chosen groups can belong to the list. A row where they are equal is sorted whole, to break the tie by id.
-    """
-    width = scores.shape[-1]
-    grouped = width // GROUP * GROUP
-    if width <= k:
-        ids = torch.arange(width, device=scores.device).expand_as(scores)
-        return _in_order(scores, ids, largest)
-    if grouped // GROUP > 2 * (k + 1):
-        groups = scores[:, :grouped].unflatten(-1, (-1, GROUP))
-        peaks = groups.amax(-1) if largest else groups.amin(-1)
-        chosen = peaks.topk(k + 1, largest=largest, sorted=False).indices
-        offsets = torch.arange(GROUP, device=scores.device)
-        ids = (chosen[..., None] * GROUP + offsets).flatten(1)
-        rest = torch.arange(grouped, width, device=scores.device).expand(len(scores), -1)
-        ids = torch.cat([ids, rest], dim=-1)
-        candidates = scores.gather(-1, ids)
-        values, places = candidates.topk(k + 1, largest=largest)
-        ids = ids.gather(-1, places)
-    else:
-        values, ids = scores.topk(k + 1, largest=largest)
-    tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(-1)
-    values, ids = _in_order(values[:, :k], ids[:, :k], largest)
-    if len(tied):
-        whole, order = scores[tied].sort(dim=-1, descending=largest, stable=True)
-        values[tied], ids[tied] = whole[:, :k], order[:, :k]
-    return values, ids
-
-
-def _in_order(scores: Tensor, ids: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
-    ids, by_id = ids.sort(dim=-1)
-    scores, by_score = scores.gather(-1, by_id).sort(dim=-1, descending=largest, stable=True)
-    return scores, ids.gather(-1, by_score)
+def _tiles(vocabulary: int, widest: int) -> list[tuple[int, int]]:
+    """Tiles of whole groups, and the rest."""
+    whole = vocabulary // GROUP * GROUP
+    tiles = [(start, min(start + widest, whole)) for start in range(0, whole, widest)]
+    return [*tiles, (whole, vocabulary)] if whole < vocabulary else tiles

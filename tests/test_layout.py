@@ -21,6 +21,8 @@ CORE = (
     "pipeline.factors",
     "pipeline.lens",
     "pipeline.projection",
+    "pipeline.screening",
+    "pipeline.selection",
 )
 
 
@@ -39,7 +41,8 @@ RULES = (
         CORE,
         (
             *("ray", "duckdb", "pyarrow", "cyclopts", "rich"),
-            *("pipeline.cli", "pipeline.engine", "pipeline.store", "pipeline.atlas", "schemas"),
+            *("pipeline.cli", "pipeline.doctor", "pipeline.engine", "pipeline.store", "pipeline.atlas"),
+            "schemas",
         ),
         "the numerical core runs in a notebook and on a bare GPU machine",
     ),
@@ -51,6 +54,16 @@ RULES = (
         ("pipeline.store", "pipeline.atlas"),
         ("torch", "ray", "transformers"),
         "tables are written and read without a model at hand",
+    ),
+    Rule(
+        ("pipeline.engine", "pipeline.store", "pipeline.atlas", "pipeline.prompts"),
+        ("pipeline.doctor",),
+        "nothing depends on being diagnosed",
+    ),
+    Rule(
+        ("pipeline.doctor",),
+        ("ray", "duckdb", "pyarrow", "rich", "pipeline.store", "pipeline.atlas"),
+        "the doctor looks at models, and leaves showing what it found to the command line",
     ),
     Rule(("pipeline.store",), ("pipeline.engine", "pipeline.atlas"), "arrows point down"),
     Rule(("pipeline.atlas",), ("pipeline.engine",), "finished runs are read without what made them"),

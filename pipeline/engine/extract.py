@@ -30,6 +30,7 @@ from pipeline.lens import Lens
 from pipeline.models.load import LoadedModel
 from pipeline.projection import Selection, Vectors, extremes, project
 from pipeline.prompts.tokenize import Example, TargetMode
+from pipeline.screening import Precision
 
 Positions = Literal["all", "last", "subject+last"]
 
@@ -92,11 +93,17 @@ class Extracted:
 
 
 def extract(
-    loaded: LoadedModel, lens: Lens, examples: Sequence[Example], wanted: Wanted, *, recompute: bool = False
+    loaded: LoadedModel,
+    lens: Lens,
+    examples: Sequence[Example],
+    wanted: Wanted,
+    *,
+    screening: Precision = "float32",
+    recompute: bool = False,
 ) -> Extracted:
-    """Compute every row of a batch of prompts; `recompute` as in `capture`."""
+    """Compute every row of a batch of prompts; `screening` as in `project`, `recompute` as in `capture`."""
     batch = make_batch([sequence(example, wanted.target_mode) for example in examples], loaded.model.device)
-    return extract_batch(loaded, lens, examples, batch, wanted, recompute=recompute)
+    return extract_batch(loaded, lens, examples, batch, wanted, screening=screening, recompute=recompute)
 
 
 def sequence(example: Example, target_mode: TargetMode) -> tuple[Sequence[int], Sequence[int]]:
@@ -112,12 +119,13 @@ def extract_batch(
     batch: Batch,
     wanted: Wanted,
     *,
+    screening: Precision = "float32",
     recompute: bool = False,
 ) -> Extracted:
     """As `extract`, for a batch padded by the caller (either side)."""
     started = time.perf_counter()
     extraction = _Extraction(
-        lens, batch, wanted, _chosen_positions(examples, batch, wanted.positions), examples
+        lens, batch, wanted, _chosen_positions(examples, batch, wanted.positions), examples, screening
     )
     outcome = capture(loaded, batch, wanted.layers, wanted.modules, extraction.add, recompute=recompute)
     seconds = extraction.seconds
@@ -154,6 +162,7 @@ class _Extraction:
         wanted: Wanted,
         chosen: Bool[Tensor, "prompt position"],
         examples: Sequence[Example],
+        screening: Precision,
     ) -> None:
         self.blocks: defaultdict[str, list[Block]] = defaultdict(list)
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -161,6 +170,7 @@ class _Extraction:
         self._lens = lens
         self._batch = batch
         self._wanted = wanted
+        self._screening: Precision = screening
         self._chosen = chosen
         self._prompt_ids = torch.tensor([example.prompt.prompt_id for example in examples])
         self._every_token = self._tokens(Slots.every(batch))
@@ -176,6 +186,7 @@ class _Extraction:
             self._lens,
             self._batch.targets[gradients[0].slots.prompts, 0],
             min(self._wanted.top_k, self._lens.vocabulary),
+            precision=self._screening,
         )
         projected = time.perf_counter()
         self._emit(group, own, mixed)
@@ -209,9 +220,9 @@ class _Extraction:
 
         mixes_BKT = torch.cat([module.mixes for module in modules], dim=1)
         wide = mixes_BKT.double()
-        mix_scale = self._lens.scale(_quadratic(wide, residual_gram), _quadratic(wide, centred_gram)).float()
+        mix_scale = self._lens.scale(_quadratic(wide, residual_gram), _quadratic(wide, centred_gram))
         squared = residual_gram.diagonal(dim1=-2, dim2=-1)
-        scale = self._lens.scale(squared, centred_gram.diagonal(dim1=-2, dim2=-1)).float()
+        scale = self._lens.scale(squared, centred_gram.diagonal(dim1=-2, dim2=-1))
         tokens = self._every_token if gradients[0].expert is None else self._tokens(slots)
         vectors = Vectors(
             residual=residual,

@@ -23,6 +23,7 @@ from pipeline.models.load import ModelSource, load_model
 from pipeline.prompts.record import Prompt, Rejected
 from pipeline.prompts.shards import Shard
 from pipeline.prompts.tokenize import Example, PrependBos, context_length, tokenize
+from pipeline.screening import Precision
 from pipeline.store.commit import ShardCommit, commit_shard, find_commit
 from pipeline.store.files import Directory
 
@@ -34,6 +35,7 @@ class Job:
     model: ModelSource
     wanted: Wanted
     scaling: Scaling
+    screening: Precision
     prepend_bos: PrependBos
     chat_template: bool
     batch_tokens: int
@@ -112,6 +114,7 @@ class Worker:
                 self._lens,
                 batch,
                 self._job.wanted,
+                screening=self._job.screening,
                 recompute=self._job.activation_checkpointing,
             )
             computed.examples += batch

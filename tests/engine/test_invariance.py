@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from transformers import GPT2Config
 
 from pipeline.capture import Side, make_batch
 from pipeline.engine.columns import fact_table
@@ -26,7 +27,7 @@ from tests.engine.command import (
     read,
     write_jsonl,
 )
-from tests.tiny import save_tiny
+from tests.tiny import byte_tokenizer, random_model, save_tiny
 
 FAMILIES = ("gpt2", "llama")
 LENGTHS = (1, 200, 1, 2, 150, 3, 90)
@@ -116,6 +117,18 @@ def test_rows_do_not_depend_on_the_number_of_workers(
     assert f"{replicas} cop" in done.stderr
     assert_complete(out, PROMPTS)
     assert_same_run(alone, out)
+
+
+def test_lists_and_ranks_do_not_depend_on_what_screens_them(prompts: Path, tmp_path: Path) -> None:
+    shape = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=5000, bos_token_id=None, eos_token_id=None)
+    random_model(shape).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    one, other = (
+        _run(tmp_path / "model", prompts, tmp_path / screening, "--screening", screening)
+        for screening in ("float32", "bfloat16")
+    )
+    for table in ("layers", "neurons", "tokens"):
+        assert read(one, table).equals(read(other, table))
 
 
 @pytest.mark.parametrize("positions", ["all", "last", "subject+last"])

@@ -1,0 +1,277 @@
+"""Scores of many vectors, a tile of the vocabulary at a time, in float32 and with a proven error.
+
+The score of a vector v for token t is s(v) · A v · u_t + c_t evaluated in float64 and rounded to float32: a number that
+belongs to the pair alone, whatever is computed beside it. Products of matrices are done in float32, for speed;
+they decide about nearly every token, because their distance from the score is bounded here (`Screen`).
+
+Vectors that are sums of others (a neuron's gradient, a singular direction) are not multiplied with the unembedding:
+their scores are the same sums of their terms' scores (see `lens.py`).
+
+Shapes: B prompts, T positions used of a prompt, K mixes a prompt, U base rows, R rows in all, V tile, D d_model.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pipeline.lens import Lens
+
+Precision = Literal["float32", "bfloat16"]
+"""What the products that screen are made of; scores are the same either way (see `Screen`)."""
+
+ROUNDING = 2.0**-24
+"""Unit roundoff of float32."""
+
+FLOOR = 2.0**-48
+"""Added to lengths in bounds: pays for everything that underflows (see `Screen`)."""
+
+LONGEST = 2.0**48
+"""Rows or unembedding rows longer than this are not screened: nothing may overflow."""
+
+TERMS = 384
+"""Products summed by one matrix product: its error grows with their number, and so do the doubtful tokens."""
+
+AT_ONCE = 512
+"""Pairs whose vectors are gathered together to be multiplied in float64; they should stay in a core's cache."""
+
+FEW = 64
+"""Mixes a prompt up to which a pair's score is one product of its own."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is computed once for a lens."""
+
+    lengths: Float[Tensor, " vocabulary"]
+    """‖u_t‖, in float64."""
+    has_constant: bool
+
+    @property
+    def screens(self) -> bool:
+        return float(self.lengths.max()) < LONGEST
+
+
+_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def prepare(lens: Lens) -> Prepared:
+    """Computed at the first call for an unembedding; later ones look it up."""
+    found = _prepared.get(lens.unembedding)
+    if found is None or found[0] is not lens.constant:
+        lengths = torch.cat([part.double().norm(dim=-1) for part in lens.unembedding.split(4096)])
+        found = lens.constant, Prepared(lengths, bool(lens.constant.any()))
+        _prepared[lens.unembedding] = found
+    return found[1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive prompts with the same number of base rows: their mixes are one batched product."""
+
+    rows: slice
+    """Base rows."""
+    mixes: Float[Tensor, "prompt mix term"]
+    """Coefficients over each prompt's base rows, in float64."""
+
+    def terms(self, base: Shaped[Tensor, "base value"]) -> Shaped[Tensor, "prompt term value"]:
+        """The values of each prompt's base rows."""
+        return base[self.rows].unflatten(0, (self.mixes.shape[0], self.mixes.shape[2]))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The rows to score: base rows s(v) · A v, then `runs` of mixes of them, each prompt's own."""
+
+    base: Float[Tensor, "base d_model"]
+    """In float64."""
+    runs: Sequence[Run]
+    wide: Float[Tensor, "row d_model"]
+    """All rows, base and mixed, in float64."""
+    targets: Int[Tensor, " row"]
+    wanted: Bool[Tensor, " row"]
+
+    def mixed(self, base: Float[Tensor, "base value"]) -> Iterator[Float[Tensor, "prompt mix value"]]:
+        for run in self.runs:
+            yield run.mixes.to(base.dtype) @ run.terms(base)
+
+    def lengths(self) -> Float[Tensor, " row"]:
+        """For a base row ‖w‖ (+ FLOOR), for a mix Σ |aᵢ| ‖wᵢ‖: the length that the row's error grows with."""
+        base = self.base.norm(dim=-1, keepdim=True) + FLOOR
+        parts = [run.mixes.abs() @ run.terms(base) + FLOOR for run in self.runs]
+        return torch.cat([base, *(part.view(-1, 1) for part in parts)]).squeeze(-1)
+
+
+class Screen:
+    """Approximate scores of all rows over a tile, and how far they may be from the scores.
+
+    With u = 2⁻²⁴ and x a base row rounded to float32, y an unembedding row:
+
+    * A float32 product over n terms, in any order, fused or not, is within γₙ Σ|x||y| of x · y, γₙ = nu / (1 − nu)
+      (Higham, *Accuracy and Stability*, §3.1). The width is cut into chunks of n = TERMS; adding the chunks' results
+      costs one more rounding for each. By Cauchy and Schwarz Σ|x||y| ≤ ‖x‖ ‖y‖.
+    * Rounding the row to x: u ‖w‖ ‖y‖.
+    * A mix Σ aᵢ wᵢ of T rows adds their errors times |aᵢ|, and γ_{T + 1} Σ |aᵢ| ‖wᵢ‖ ‖y‖ for its own products, its
+      sums and the rounding of aᵢ.
+    * Adding the constant, rounding the score itself to float32, and float32 arithmetic with this bound each cost
+      at most u (‖w‖ ‖y‖ + |c|): eight of them are allowed for.
+    * What underflows, or is flushed, is less than D · 2⁻¹²⁵ (1 + ‖x‖ + ‖y‖) for a product; FLOOR on both lengths
+      makes the bound at least 2⁻²⁰ · 2⁻⁴⁸ times any of 2⁻⁴⁸, ‖x‖ and ‖y‖ (2⁻¹⁶ for D ≥ TERMS), which is more.
+
+    Together |screened − score| ≤ u (n + chunks + T + 12) · length · ‖y‖ + 8 u |c|, with 1 % for the second-order terms
+    and for this sum's own rounding.
+
+    `bfloat16` replaces x by x₁ + x₂, the nearest bfloat16 and the nearest to the rest, y likewise, and multiplies
+    x₁y₁ + x₁y₂ + x₂y₁. What is left out, x₂y₂ and the rests of x and y, is each at most 2⁻¹⁸ |x||y|. A product of two
+    bfloat16 is exact in float32; tensor cores do not round sums to nearest, so they are allowed 4 u a term. One
+    bfloat16 term alone (2⁻⁹ |x||y|, and again for y) would leave 2,400 tokens a row in doubt about their side of
+    the target at GPT-2's shape, and a third of a trained model's vocabulary.
+    """
+
+    def __init__(
+        self, spread: Spread, lens: Lens, prepared: Prepared, precision: Precision = "float32"
+    ) -> None:
+        self._spread, self._lens, self._prepared = spread, lens, prepared
+        self._halved = precision == "bfloat16"
+        self._base = spread.base.float()
+        self._runs = [Run(run.rows, run.mixes.float()) for run in spread.runs]
+        self._unit = _unit(
+            lens.d_model, max((run.mixes.shape[-1] for run in spread.runs), default=0), self._halved
+        )
+        self._lengths = spread.lengths()
+
+    def sound(self) -> Bool[Tensor, " row"]:
+        """Rows of which nothing overflows."""
+        fits = (self._lengths < LONGEST) & self._prepared.screens
+        first = len(self._base)
+        for run in self._spread.runs:
+            prompts, kept, _ = run.mixes.shape
+            # a row that overflows is not a number times zero, either
+            terms = run.terms(fits[:, None]).flatten(1).all(-1)
+            fits[first : first + prompts * kept] &= terms.repeat_interleave(kept)
+            first += prompts * kept
+        return fits
+
+    def error(self, start: int, stop: int) -> Float[Tensor, " row"]:
+        """A bound on |screened − score| over the tile, in float64."""
+        longest = self._prepared.lengths[start:stop].max() + FLOOR
+        constant = self._lens.constant[start:stop].abs().max().double()
+        return self._unit * self._lengths * longest + 8.08 * ROUNDING * constant
+
+    def scores(
+        self, start: int, stop: int, out: Float[Tensor, "row tile"], spare: Float[Tensor, "row tile"]
+    ) -> None:
+        base = out[: len(self._base)]
+        self._multiply(self._lens.tile(start, stop), base, spare[: len(self._base)])
+        count = len(base)
+        for run in self._runs:
+            prompts, kept, _ = run.mixes.shape
+            mixed = out[count : count + prompts * kept].view(prompts, kept, -1)
+            torch.bmm(run.mixes, run.terms(base), out=mixed)
+            count += prompts * kept
+        if self._prepared.has_constant:
+            out += self._lens.constant[start:stop]
+
+    def _multiply(self, tile_VD: Tensor, out: Tensor, spare: Tensor) -> None:
+        """The base rows' products, in chunks of TERMS."""
+        pairs = [(self._base, tile_VD)]
+        if self._halved:
+            (x1, x2), (y1, y2) = _halves(self._base), _halves(tile_VD)
+            pairs = [(x1, y1), (x1, y2), (x2, y1)]
+        into = out
+        for first in range(0, tile_VD.shape[1], TERMS):
+            part = slice(first, first + TERMS)
+            for x, y in pairs:
+                _product(x[:, part], y[:, part], into)
+                if into is spare:
+                    out += spare
+                into = spare
+
+
+def _unit(d_model: int, terms: int, halved: bool) -> float:
+    """The bound on the error of a row, over its length and the unembedding row's."""
+    chunks = -(-d_model // TERMS)
+    summed = min(TERMS, d_model)
+    unit = ROUNDING * (summed + chunks + terms + 12)
+    if halved:
+        unit = ROUNDING * (4 * summed + 3 * chunks + terms + 12) + 3 * 2.0**-18
+    elif torch.get_float32_matmul_precision() != "highest":
+        unit += 2 * 2.0**-8  # TF32 and bfloat16 round what they multiply
+    return 1.01 * unit
+
+
+def _halves(values: Float[Tensor, "row d_model"]) -> tuple[Tensor, Tensor]:
+    first = values.bfloat16()
+    return first, (values - first.float()).bfloat16()
+
+
+def _product(x: Float[Tensor, "row term"], y: Float[Tensor, "tile term"], out: Tensor) -> None:
+    """x yᵀ summed in float32; a CPU would round a product of bfloat16 back to it, so there they are widened."""
+    if x.dtype == torch.bfloat16 and x.is_cuda:
+        out.copy_(torch.mm(x, y.mT, out_dtype=torch.float32))
+    else:
+        torch.mm(x.float(), y.float().mT, out=out)
+
+
+class Exact:
+    """Scores of pairs, as they are defined."""
+
+    def __init__(self, spread: Spread, lens: Lens) -> None:
+        self._spread, self._lens = spread, lens
+
+    def of_pairs(self, rows: Int[Tensor, " pair"], ids: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        spread = self._spread
+        if all(run.mixes.shape[1] <= FEW for run in spread.runs):
+            return self._rounded(self._products(rows, ids), ids)
+        products = spread.wide.new_empty(len(ids))
+        own = (rows < len(spread.base)).nonzero().squeeze(-1)
+        products[own] = self._products(rows[own], ids[own])
+        first = len(spread.base)
+        for run in spread.runs:
+            for base, mixes in zip(run.terms(spread.base), run.mixes, strict=True):
+                some = ((rows >= first) & (rows < first + len(mixes))).nonzero().squeeze(-1)
+                products[some] = self._mixed_products(base, mixes, rows[some] - first, ids[some])
+                first += len(mixes)
+        return self._rounded(products, ids)
+
+    def of_tile(self, rows: Int[Tensor, " some"], start: int, stop: int) -> Float[Tensor, "some tile"]:
+        tile = self._lens.unembedding[start:stop].double()
+        return (self._spread.wide[rows] @ tile.mT + self._lens.constant[start:stop]).float()
+
+    def _rounded(self, products: Float[Tensor, " pair"], ids: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        return (products + self._lens.constant[ids]).float()
+
+    def _products(self, rows: Int[Tensor, " pair"], ids: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        wide, unembedding = self._spread.wide, self._lens.unembedding
+        products = wide.new_empty(len(ids))
+        mine = wide.new_empty(min(AT_ONCE, len(ids)), wide.shape[1])
+        theirs, raw = torch.empty_like(mine), unembedding.new_empty(mine.shape)
+        for first in range(0, len(ids), AT_ONCE):
+            part = slice(first, first + AT_ONCE)
+            count = len(ids[part])
+            torch.index_select(unembedding, 0, ids[part], out=raw[:count])
+            torch.index_select(wide, 0, rows[part], out=mine[:count])
+            theirs[:count].copy_(raw[:count])
+            products[part] = mine[:count].mul_(theirs[:count]).sum(-1)
+        return products
+
+    def _mixed_products(
+        self,
+        base: Float[Tensor, "term d_model"],
+        mixes: Float[Tensor, "mix term"],
+        rows: Int[Tensor, " pair"],
+        ids: Int[Tensor, " pair"],
+    ) -> Float[Tensor, " pair"]:
+        """Of many mixes of one prompt, whose pairs share tokens: each token is multiplied with the few base rows."""
+        tokens, places = ids.unique(return_inverse=True)
+        parts = [self._lens.unembedding[some].double() @ base.mT for some in tokens.split(AT_ONCE)]
+        values_NT = torch.cat(parts) if parts else base.new_empty(0, len(base))
+        products = base.new_empty(len(ids))
+        for first in range(0, len(ids), 2**16):
+            part = slice(first, first + 2**16)
+            products[part] = (mixes[rows[part]] * values_NT[places[part]]).sum(-1)
+        return products
