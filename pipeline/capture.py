@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import BacklensError
@@ -160,6 +161,8 @@ def capture(
     awaited: set[tuple[int, str]] = set()
     with ExitStack() as hooks:
         hooks.enter_context(graph_from_embeddings(loaded.model))
+        if loaded.attention == "exact":
+            hooks.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recompute:
             hooks.enter_context(_recomputed([block.module for block in loaded.anatomy.blocks]))
         hooks.enter_context(_only_loss_positions(loaded.anatomy.head, batch.loss_positions))

@@ -3,18 +3,21 @@
 `docs/models.md` is a table of the same measurements (`docs/write_models.py`).
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.errors import BacklensError
 from pipeline.lens import lens_tolerance, make_lens, verify_lens
 from pipeline.models.anatomy import anatomy
 from pipeline.models.layout import LAYOUTS
+from pipeline.models.load import ModelSource, load_model
 from tests.agreement import Agreement, captured, measure
 from tests.families import CONFIGS, MODERN
-from tests.tiny import random_model
+from tests.tiny import byte_tokenizer, random_model
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -67,6 +70,15 @@ def test_weights_in_half_precision(half_case: str, dtype: torch.dtype) -> None:
     assert max(agreement.gradient.values()) <= 2 * rounding
     assert agreement.lens <= lens_tolerance(model)
     assert lens_tolerance(random_model(CONFIGS[half_case])) == 1e-5
+
+
+def test_exact_attention_adds_falcons_slopes_once(tmp_path: Path) -> None:
+    random_model(CONFIGS["falcon, all heads"]).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = load_model(ModelSource(str(tmp_path)), torch.device("cpu"))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    ids = torch.arange(1, 20)[None]
+    torch.testing.assert_close(loaded.model(ids).logits, reference(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_every_known_family_is_tried_here() -> None:

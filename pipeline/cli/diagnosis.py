@@ -75,7 +75,7 @@ def _table(checks: tuple[Check, ...]) -> Table:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.3g}"
 
 
 def _block(block: SeenBlock) -> str:

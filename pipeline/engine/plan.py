@@ -23,6 +23,7 @@ from pipeline.models.load import (
     refuse_pickle,
     tokenizer_hash,
 )
+from pipeline.models.widths import misfits
 from pipeline.prompts.survey import Survey, survey
 from pipeline.prompts.written import chat_template
 from pipeline.store.files import Directory
@@ -69,6 +70,7 @@ class RunPlan:
             scaling=self.config.scaling,
             prepend_bos=self.config.prepend_bos,
             chat_template=self.config.chat_template,
+            screening=self.config.screening,
             batch_tokens=self.config.batch_tokens,
             activation_checkpointing=self.config.activation_checkpointing,
             on_error=self.config.on_error,
@@ -102,6 +104,11 @@ def make_plan(config: RunConfig) -> RunPlan:
         chat_template(load_tokenizer(source))
     layout = source.layout or layout_of(model_config)
     blocks = describe_blocks(empty_model(source, model_config), layout)
+    problems = misfits(blocks, int(model_config.get_text_config().hidden_size))
+    if problems:
+        raise BacklensError(
+            f"model: its description does not fit: {problems[0]}; `backlens doctor` lists them all"
+        )
     wanted = Wanted(
         layers=parse_layers(config.layers, int(model_config.num_hidden_layers)),
         modules=parse_modules(config.modules, modules_of(blocks)),

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
-from transformers import Conv1D, PretrainedConfig
+from transformers import PretrainedConfig
 
 from pipeline.engine.extract import Wanted
 from pipeline.models.anatomy import Block, Located
 from pipeline.models.layout import READS
+from pipeline.models.widths import expert_widths, widths
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +53,16 @@ def matrices_of(blocks: Sequence[Block], wanted: Wanted, config: PretrainedConfi
 
 def _sizes(block: Block, config: PretrainedConfig) -> Iterator[MatrixSize]:
     for module, located in block.matrices.items():
-        yield MatrixSize(module, *_widths(block.module.get_submodule(located.path), located))
+        found = widths(block.module.get_submodule(located.path))
+        assert found is not None
+        yield MatrixSize(module, found[0], _part(found[1], located))
     if block.experts is not None:
-        chosen = int(config.get_text_config().num_experts_per_tok)
-        transposed = bool(block.experts.module.is_transposed)
+        experts, chosen = block.experts.module, int(config.get_text_config().num_experts_per_tok)
         for module, located in block.experts.matrices.items():
-            weight = getattr(block.experts.module, located.path)
-            wide, high = weight.shape[1:] if transposed else weight.shape[:0:-1]
-            yield MatrixSize(module, wide, _cut(high, located), len(weight), chosen)
+            wide, high = expert_widths(experts, located.path)
+            count = len(getattr(experts, located.path))
+            yield MatrixSize(module, wide, _part(high, located), count, chosen)
 
 
-def _widths(submodule: nn.Module, located: Located) -> tuple[int, int]:
-    weight = submodule.weight
-    assert isinstance(weight, Tensor)
-    wide, high = weight.shape if isinstance(submodule, Conv1D) else weight.shape[::-1]
-    return wide, _cut(high, located)
-
-
-def _cut(high: int, located: Located) -> int:
+def _part(high: int, located: Located) -> int:
     return located.cut.width(high) if located.cut else high

@@ -152,7 +152,7 @@ def _describe(block: nn.Module, index: int, layout: Layout, config: PretrainedCo
     not_covered = {path: what for path, what in layout.not_covered.items() if path in paths}
     known = {matrix.path for matrix in matrices.values()} | not_covered.keys() | {layout.experts}
     unknown = [path for path in paths if path not in known]
-    if unknown or not matrices:
+    if unknown or not (matrices or experts):
         raise BacklensError(_incomplete(index, unknown, str(config.model_type)))
     return Block(block, matrices, experts, not_covered)
 

@@ -58,6 +58,7 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
+    attention: Attention = "exact"
 
 
 def quiet_transformers() -> None:
@@ -90,11 +91,12 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def load_model(source: ModelSource, device: torch.device) -> LoadedModel:
     """Load weights (safetensors, unless pickles are allowed), freeze them, and find the model's parts.
 
-    `exact` attention is the eager one: memory-efficient kernels make gradients depend on padding and batch
-    (DESIGN §8). Evaluation mode is forced because a model saved in train mode would run with dropout.
+    `exact` attention is the eager one, or PyTorch's "math" kernel where the eager one computes something else:
+    memory-efficient kernels make gradients depend on padding and batch (DESIGN §8). Evaluation mode is forced because
+    a model saved in train mode would run with dropout.
     """
     quiet_transformers()
-    tokenizer = load_tokenizer(source)
+    tokenizer, config = load_tokenizer(source), load_config(source)
     # Else transformers has a service of the hub open a pull request with safetensors, in a thread of this process.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     try:
@@ -105,7 +107,7 @@ def load_model(source: ModelSource, device: torch.device) -> LoadedModel:
             dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype),
             # None takes pickles only where there are no safetensors; torch unpickles tensors and nothing else.
             use_safetensors=None if source.allow_pickle else True,
-            **({"attn_implementation": "eager"} if source.attention == "exact" else {}),
+            **({"attn_implementation": _exact_attention(config)} if source.attention == "exact" else {}),
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unreadable(source, error) from error
@@ -120,15 +122,25 @@ def load_model(source: ModelSource, device: torch.device) -> LoadedModel:
     nn.Module.to(model, device)
     parts = anatomy(model, source.layout)
     verify_backward(model, [block.module for block in parts.blocks])
-    return LoadedModel(model, tokenizer, parts)
+    return LoadedModel(model, tokenizer, parts, source.attention)
+
+
+def _exact_attention(config: PretrainedConfig) -> str:
+    # the eager attention of transformers' Falcon adds ALiBi's slopes twice, in the mask and to the logits
+    return "sdpa" if config.model_type == "falcon" and config.alibi else "eager"
 
 
 def empty_model(source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
     """The model's modules without weights, on the meta device; quantized ones as they were before."""
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    except ValueError as error:  # what transformers says of a family without causal language models
+        raise BacklensError(
+            f"model: {source.path} is a {config.model_type}, of which transformers has no causal language model"
+        ) from error
 
 
 def refuse_pickle(source: ModelSource) -> None:

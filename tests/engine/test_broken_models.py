@@ -129,6 +129,16 @@ def test_an_unknown_architecture_is_sent_to_the_doctor(folder: Path, tmp_path: P
         ("matrices: {attn.q: {path: attn.c_attn, groups: 1, pieces: 3, start: 2, stop: 2}}", "start < stop"),
         ("matrices: {attn.q: {path: attn.c_attn, groups: 1}}", "attn.q: give path, and the whole numbers"),
         ("matrices: {mlp.up: mlp.up_proj}\nlogit-scale: big", "logit-scale: give a number"),
+        (
+            LAYOUT.replace("mlp.down: mlp.down", "mlp.down: mlp.up").replace(
+                "mlp.up: mlp.up", "mlp.up: mlp.down"
+            ),
+            "does not fit",
+        ),
+        (
+            LAYOUT.replace("mlp.up_proj", "{path: mlp.up_proj, groups: 5, pieces: 1, start: 0, stop: 1}"),
+            "does not fit",
+        ),
         ("matrices: {mlp.up: mlp.up_proj}", "no module name covers its self_attn.q_proj"),
         ("{", "cannot be read"),
     ],

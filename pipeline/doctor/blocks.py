@@ -1,0 +1,78 @@
+"""Is every matrix of the model's blocks known, and does what is said of them fit their widths?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from pipeline.doctor.check import Check
+from pipeline.errors import BacklensError
+from pipeline.models.anatomy import Block, describe_blocks, layout_of, modules_of
+from pipeline.models.draft import Draft, SeenBlock, draft_layout, see_blocks
+from pipeline.models.layout import Layout
+from pipeline.models.widths import misfits
+
+FOUND, WIDTHS = "modules", "widths"
+DESCRIBE = "save the description below to a file, correct it, and pass it as --anatomy FILE"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the model's structure says, before any weight is read."""
+
+    checks: tuple[Check, ...]
+    seen: tuple[SeenBlock, ...] = ()
+    """The blocks as they are; empty when they cannot be told."""
+    draft: Draft | None = None
+    """A description to edit; None where nothing is wrong, or no blocks were found."""
+
+    @property
+    def understood(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+
+def look_at_blocks(model: PreTrainedModel, layout: Layout | None) -> Structure:
+    """Find every block's matrices by `layout`, or that of the model's family; the meta device will do."""
+    try:
+        seen = see_blocks(model)
+    except BacklensError as error:
+        return Structure((Check(FOUND, "FAIL", str(error), remedy="no description of blocks can help here"),))
+    try:
+        blocks = describe_blocks(model, layout or layout_of(model.config))
+    except BacklensError as error:
+        return Structure((Check(FOUND, "FAIL", str(error), remedy=DESCRIBE),), seen, draft_layout(model))
+    checks = (_found(blocks), _widths(blocks, int(model.config.get_text_config().hidden_size)))
+    structure = Structure(checks, seen)
+    return structure if structure.understood else Structure(checks, seen, draft_layout(model))
+
+
+def _found(blocks: Sequence[Block]) -> Check:
+    experts = max((_experts(block) for block in blocks), default=0)
+    count = sum(
+        len(block.matrices) + (_experts(block) * len(block.experts.matrices) if block.experts else 0)
+        for block in blocks
+    )
+    detail = f"matrices in {len(blocks)} blocks: {', '.join(modules_of(blocks))}"
+    if experts:
+        detail += f"; up to {experts} experts a block"
+    left_out = {path: what for block in blocks for path, what in block.not_covered.items()}
+    if left_out:
+        detail += f"; not covered: {', '.join(f'{path} ({what})' for path, what in left_out.items())}"
+    return Check(FOUND, "pass", detail, count)
+
+
+def _experts(block: Block) -> int:
+    if block.experts is None:
+        return 0
+    path = next(iter(block.experts.matrices.values())).path
+    return len(getattr(block.experts.module, path))
+
+
+def _widths(blocks: Sequence[Block], d_model: int) -> Check:
+    problems = misfits(blocks, d_model)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        return Check(WIDTHS, "FAIL", f"{problems[0]}{more}", len(problems), 0, DESCRIBE)
+    cut = {located.path for block in blocks for located in block.matrices.values() if located.cut is not None}
+    shared = f"; of {', '.join(sorted(cut))}, every output is in one module" if cut else ""
+    return Check(WIDTHS, "pass", f"matrices that do not fit the residual stream{shared}", 0, 0)
