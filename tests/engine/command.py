@@ -27,6 +27,16 @@ QUIET = {
     "OMP_NUM_THREADS": "1",
 }
 
+PEAK = """
+import pathlib, sys
+from pipeline.cli.main import call
+
+status = call(sys.argv[2:])
+lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+pathlib.Path(sys.argv[1]).write_text(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+sys.exit(status)
+"""
+
 KEYS = {
     "prompts": ("prompt_id",),
     "layers": ("layer", "module", "expert", "prompt_id"),
@@ -91,6 +101,20 @@ def finish(process: "subprocess.Popen[str]", timeout: float = TIMEOUT) -> Finish
             process.kill()
             process.wait()
     return Finished(process.returncode, stdout, stderr)
+
+
+def peak_memory(*arguments: object, folder: Path) -> int:
+    """Peak resident memory of `backlens …`, in KiB; `folder` is for its note of that.
+
+    The process says it of itself: what its parent is told of it includes the parent's own size when it forked.
+    """
+    note = folder / "peak"
+    command = [sys.executable, "-c", PEAK, note, *arguments]
+    done = subprocess.run(
+        list(map(str, command)), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return int(note.read_text())
 
 
 def environment() -> dict[str, str]:

@@ -1,9 +1,6 @@
 """A prompt as long as the model's context, in bounded memory."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pyarrow.dataset
 import pytest
 from transformers import LlamaConfig
 
+from tests.engine.command import peak_memory
 from tests.tiny import LLAMA_SHAPE, byte_tokenizer, random_model
 
 LENGTH = 1500
@@ -30,27 +28,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, out: str, *options: str) -> int:
     """Peak resident memory, in MiB."""
-    command = [
-        Path(sys.executable).with_name("backlens"),
+    arguments = [
         "run",
         "--executor",
         "local",
-        "--out",
-        folder / out,
-    ]
-    command += [
         "--model",
         folder / "model",
         "--prompts",
         folder / "prompts.jsonl",
-        "--neurons",
-        "2",
-        *options,
     ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    return usage.ru_maxrss // 1024
+    return peak_memory(*arguments, "--out", folder / out, "--neurons", 2, *options, folder=folder) // 1024
 
 
 @pytest.mark.slow

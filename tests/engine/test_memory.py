@@ -1,15 +1,13 @@
 """A run's peak memory is that of its model and a batch, not of its prompts (`benchmarks/memory.py` has figures)."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import GPT2Config
 
+from tests.engine.command import peak_memory
 from tests.tiny import byte_tokenizer, random_model
 
 
@@ -30,23 +28,6 @@ def peak_of_run(folder: Path, count: int) -> int:
     texts = ["".join(generator.choices("abcdefgh ", k=generator.randint(8, 15))) + "x" for _ in range(count)]
     lines = [json.dumps({"prompt": text, "target": " y"}) for text in texts]
     (folder / f"{count}.jsonl").write_text("\n".join(lines))
-    command = [
-        Path(sys.executable).with_name("backlens"),
-        "run",
-        "--executor",
-        "local",
-        "--shard-prompts",
-        "50",
-    ]
-    command += [
-        "--model",
-        folder / "model",
-        "--prompts",
-        folder / f"{count}.jsonl",
-        "--out",
-        folder / f"{count}",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    return usage.ru_maxrss
+    prompts, out = folder / f"{count}.jsonl", folder / str(count)
+    arguments = ["run", "--executor", "local", "--shard-prompts", 50, "--model", folder / "model"]
+    return peak_memory(*arguments, "--prompts", prompts, "--out", out, folder=folder)
