@@ -10,7 +10,7 @@ their scores are the same sums of their terms' scores (see `lens.py`).
 Shapes: B prompts, T positions used of a prompt, K mixes a prompt, U base rows, R rows in all, V tile, D d_model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,8 +33,10 @@ FLOOR = 2.0**-48
 LONGEST = 2.0**48
 """Rows or unembedding rows longer than this are not screened: nothing may overflow."""
 
-TERMS = 384
-"""Products summed by one matrix product: its error grows with their number, and so do the doubtful tokens."""
+NARROWEST_CHUNK = 256
+WIDE = 768 * 768
+"""Rows are multiplied in chunks of about WIDE / D, whole up to D = 768. A product's error grows with its number of
+terms, and what a token in doubt costs with D; but a chunk more is a pass over the scores more."""
 
 AT_ONCE = 512
 """Pairs whose vectors are gathered together to be multiplied in float64; they should stay in a core's cache."""
@@ -112,15 +114,15 @@ class Screen:
     With u = 2⁻²⁴ and x a base row rounded to float32, y an unembedding row:
 
     * A float32 product over n terms, in any order, fused or not, is within γₙ Σ|x||y| of x · y, γₙ = nu / (1 − nu)
-      (Higham, *Accuracy and Stability*, §3.1). The width is cut into chunks of n = TERMS; adding the chunks' results
-      costs one more rounding for each. By Cauchy and Schwarz Σ|x||y| ≤ ‖x‖ ‖y‖.
+      (Higham, *Accuracy and Stability*, §3.1). The width is cut into chunks of n; adding the chunks' results costs
+      one more rounding for each. By Cauchy and Schwarz Σ|x||y| ≤ ‖x‖ ‖y‖.
     * Rounding the row to x: u ‖w‖ ‖y‖.
     * A mix Σ aᵢ wᵢ of T rows adds their errors times |aᵢ|, and γ_{T + 1} Σ |aᵢ| ‖wᵢ‖ ‖y‖ for its own products, its
       sums and the rounding of aᵢ.
     * Adding the constant, rounding the score itself to float32, and float32 arithmetic with this bound each cost
       at most u (‖w‖ ‖y‖ + |c|): eight of them are allowed for.
     * What underflows, or is flushed, is less than D · 2⁻¹²⁵ (1 + ‖x‖ + ‖y‖) for a product; FLOOR on both lengths
-      makes the bound at least 2⁻²⁰ · 2⁻⁴⁸ times any of 2⁻⁴⁸, ‖x‖ and ‖y‖ (2⁻¹⁶ for D ≥ TERMS), which is more.
+      makes the bound at least 2⁻²⁰ · 2⁻⁴⁸ times any of 2⁻⁴⁸, ‖x‖ and ‖y‖ (2⁻¹⁶ for D ≥ 256), which is more.
 
     Together |screened − score| ≤ u (n + chunks + T + 12) · length · ‖y‖ + 8 u |c|, with 1 % for the second-order terms
     and for this sum's own rounding.
@@ -177,14 +179,15 @@ class Screen:
             out += self._lens.constant[start:stop]
 
     def _multiply(self, tile_VD: Tensor, out: Tensor, spare: Tensor) -> None:
-        """The base rows' products, in chunks of TERMS."""
+        """The base rows' products, chunk by chunk."""
         pairs = [(self._base, tile_VD)]
         if self._halved:
             (x1, x2), (y1, y2) = _halves(self._base), _halves(tile_VD)
             pairs = [(x1, y1), (x1, y2), (x2, y1)]
         into = out
-        for first in range(0, tile_VD.shape[1], TERMS):
-            part = slice(first, first + TERMS)
+        terms = _terms(tile_VD.shape[1])
+        for first in range(0, tile_VD.shape[1], terms):
+            part = slice(first, first + terms)
             for x, y in pairs:
                 _product(x[:, part], y[:, part], into)
                 if into is spare:
@@ -192,10 +195,15 @@ class Screen:
                 into = spare
 
 
+def _terms(d_model: int) -> int:
+    """Products summed by one matrix product."""
+    return min(d_model, max(NARROWEST_CHUNK, WIDE // d_model))
+
+
 def _unit(d_model: int, terms: int, halved: bool) -> float:
     """The bound on the error of a row, over its length and the unembedding row's."""
-    chunks = -(-d_model // TERMS)
-    summed = min(TERMS, d_model)
+    summed = _terms(d_model)
+    chunks = -(-d_model // summed)
     unit = ROUNDING * (summed + chunks + terms + 12)
     if halved:
         unit = ROUNDING * (4 * summed + 3 * chunks + terms + 12) + 3 * 2.0**-18
@@ -211,10 +219,23 @@ def _halves(values: Float[Tensor, "row d_model"]) -> tuple[Tensor, Tensor]:
 
 def _product(x: Float[Tensor, "row term"], y: Float[Tensor, "tile term"], out: Tensor) -> None:
     """x yᵀ summed in float32; a CPU would round a product of bfloat16 back to it, so there they are widened."""
-    if x.dtype == torch.bfloat16 and x.is_cuda:
+    if x.is_cuda and x.dtype == torch.bfloat16:
         out.copy_(torch.mm(x, y.mT, out_dtype=torch.float32))
+    elif x.device.type == "cpu" and _ONEDNN is not None:
+        out.copy_(_ONEDNN(x.float(), y.float(), None, "none", [], ""))
     else:
         torch.mm(x.float(), y.float().mT, out=out)
+
+
+def _onednn_product() -> Callable[..., Tensor] | None:
+    """oneDNN's float32 product, which PyTorch itself uses in compiled code; `mm` takes MKL's, at 1.4 times its time
+    on some CPUs (`benchmarks/project.py`)."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+_ONEDNN = _onednn_product()
 
 
 class Exact:

@@ -1,0 +1,73 @@
+"""Seconds a prompt against prompts, positions, k, neurons and workers.
+
+    python -m benchmarks.scaling [--only prompts positions k neurons workers] [--threads 2]
+
+GPT-2's 124M-parameter shape with random weights, `backlens run` in a process of its own. A run's own report of its
+stages is what is counted, so that start-up and loading are not; workers are Ray actors of one thread each, timed by
+the run's wall time from the first to the last commit.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.shape import make_model, write_prompts
+
+AXES = ("prompts", "positions", "k", "neurons", "workers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=AXES, default=AXES)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "model")
+        for axis in options.only:
+            for label, count, arguments, threads in points(axis, options.threads):
+                value = seconds_a_prompt(folder, count, arguments, threads)
+                print(f"{axis:>10} {label:>14} {value:8.4f} s a prompt", flush=True)
+
+
+def points(axis: str, threads: int) -> list[tuple[str, int, list[str], int]]:
+    """What is tried of an axis: a label, how many prompts, the options, and threads a process."""
+    local = ["--executor", "local"]
+    if axis == "prompts":
+        return [(str(count), count, local, threads) for count in (64, 256, 1024, 4096)]
+    if axis == "workers":
+        ray = ["--executor", "ray", "--shard-prompts", "16", "--replicas"]
+        return [(count, 256, [*ray, count], 1) for count in ("1", "2")]
+    values = {"positions": ("last", "all"), "k": ("1", "10", "100"), "neurons": ("0", "16", "256", "-1")}[
+        axis
+    ]
+    option = {"positions": "--positions", "k": "--top-k", "neurons": "--neurons"}[axis]
+    return [(value, 16 if value == "-1" else 64, [*local, option, value], threads) for value in values]
+
+
+def seconds_a_prompt(folder: Path, count: int, arguments: list[str], threads: int) -> float:
+    prompts, out = folder / f"{count}.jsonl", folder / f"out-{time.monotonic_ns()}"
+    write_prompts(prompts, count)
+    entry = [sys.executable, "-c", "from pipeline.cli.main import main; main()", "run"]
+    files = ["--model", str(folder / "model"), "--prompts", str(prompts), "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([*entry, *files, *arguments], env=environment, check=True, capture_output=True)
+    del done
+    commits = [json.loads(file.read_text()) for file in (out / "_commits").glob("*.json")]
+    if "ray" in arguments:
+        times = sorted(file.stat().st_mtime for file in (out / "_commits").glob("*.json"))
+        replicas = int(arguments[-1])  # each has its first shard done at the first commit, or about then
+        return (times[-1] - times[replicas - 1]) / (count - replicas * 16)
+    stages = ("seconds_tokenize", "seconds_model", "seconds_factors", "seconds_lens", "seconds_rows")
+    return sum(commit["stats"][stage] for commit in commits for stage in stages) / count
+
+
+if __name__ == "__main__":
+    main()
