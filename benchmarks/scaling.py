@@ -4,7 +4,7 @@
 
 GPT-2's 124M-parameter shape with random weights, `backlens run` in a process of its own. A run's own report of its
 stages is what is counted, so that start-up and loading are not; workers are Ray actors of one thread each, timed by
-the run's wall time from the first to the last commit.
+the run's wall time from the first to the last commit. Prompts are counted on two layers, to fit the time.
 """
 
 import argparse
@@ -41,15 +41,16 @@ def points(axis: str, threads: int) -> list[tuple[str, int, list[str], int]]:
     """What is tried of an axis: a label, how many prompts, the options, and threads a process."""
     local = ["--executor", "local"]
     if axis == "prompts":
-        return [(str(count), count, local, threads) for count in (64, 256, 1024, 4096)]
+        two_layers = [*local, "--layers", "10-11"]
+        return [(str(count), count, two_layers, threads) for count in (256, 1024, 4096)]
     if axis == "workers":
         ray = ["--executor", "ray", "--shard-prompts", "16", "--replicas"]
-        return [(count, 256, [*ray, count], 1) for count in ("1", "2")]
+        return [(count, 128, [*ray, count], 1) for count in ("1", "2")]
     values = {"positions": ("last", "all"), "k": ("1", "10", "100"), "neurons": ("0", "16", "256", "-1")}[
         axis
     ]
     option = {"positions": "--positions", "k": "--top-k", "neurons": "--neurons"}[axis]
-    return [(value, 16 if value == "-1" else 64, [*local, option, value], threads) for value in values]
+    return [(value, 8 if value == "-1" else 48, [*local, option, value], threads) for value in values]
 
 
 def seconds_a_prompt(folder: Path, count: int, arguments: list[str], threads: int) -> float:
@@ -58,8 +59,7 @@ def seconds_a_prompt(folder: Path, count: int, arguments: list[str], threads: in
     entry = [sys.executable, "-c", "from pipeline.cli.main import main; main()", "run"]
     files = ["--model", str(folder / "model"), "--prompts", str(prompts), "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([*entry, *files, *arguments], env=environment, check=True, capture_output=True)
-    del done
+    subprocess.run([*entry, *files, *arguments], env=environment, check=True, capture_output=True)
     commits = [json.loads(file.read_text()) for file in (out / "_commits").glob("*.json")]
     if "ray" in arguments:
         times = sorted(file.stat().st_mtime for file in (out / "_commits").glob("*.json"))
