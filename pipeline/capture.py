@@ -31,7 +31,7 @@ Side = Literal["right", "left"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded prompts and where their loss is read. Every tensor is on the model's device."""
+    """Padded prompts and where their loss is read. Every tensor is where the model takes its inputs."""
 
     input_ids: Int[Tensor, "prompt position"]
     mask: Bool[Tensor, "prompt position"]
@@ -61,6 +61,9 @@ class Slots:
         columns = torch.arange(positions, device=device).expand(prompts, -1)
         return cls(torch.arange(prompts, device=device), columns, batch.mask)
 
+    def to(self, device: torch.device) -> "Slots":
+        return Slots(self.prompts.to(device), self.columns.to(device), self.mask.to(device))
+
     @classmethod
     def routed(cls, tokens: Int[Tensor, " token"], batch: Batch) -> tuple["Slots", Tensor, Tensor, Tensor]:
         """The slots of some tokens (indices into the flattened batch, ascending), and where each real one went.
@@ -68,7 +71,7 @@ class Slots:
         Returns the slots, the real tokens' places among `tokens`, and each one's row and slot.
         """
         width = batch.mask.shape[1]
-        real = batch.mask.flatten()[tokens].nonzero().squeeze(-1)
+        real = batch.mask.to(tokens.device).flatten()[tokens].nonzero().squeeze(-1)
         prompts, row, counts = (tokens[real] // width).unique_consecutive(
             return_inverse=True, return_counts=True
         )
@@ -83,7 +86,8 @@ class Slots:
 class Gradient:
     """The factors of one weight matrix's gradient, as the model computed them: G = Σ over positions x ⊗ δ.
 
-    Padding is not masked in `x`; in `vjp` it is exactly zero only with right padding.
+    Padding is not masked in `x`; in `vjp` it is exactly zero only with right padding. All tensors are on the device
+    that computed `vjp`.
     """
 
     layer: int
@@ -257,8 +261,11 @@ class _LayerRecorder:
             self._expected[group] -= 1
         if self._expected[group] == 0:
             del self._waiting[group], self._expected[group]
+            slots = self._slots.to(next(iter(received.values())).device)
+            # An input that comes from another device is moved inside the module, which the hook does not see.
+            x = x.to(slots.mask.device)
             self._consume(
-                [Gradient(self._layer, name, None, self._slots, x, vjp) for name, vjp in received.items()]
+                [Gradient(self._layer, name, None, slots, x, vjp) for name, vjp in received.items()]
             )
 
 

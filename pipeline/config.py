@@ -1,6 +1,7 @@
 """Everything a run is told. One frozen dataclass is the command line, the YAML file and the replay file."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
@@ -115,8 +116,12 @@ class RunConfig:
     """local: this process. ray: one actor per replica."""
     replicas: Annotated[int, ENGINE, WHOLE] = 1
     """Copies of the model that work side by side (ray)."""
-    sharding: Annotated[Literal["none"], ENGINE] = "none"
-    """How one copy is spread over devices."""
+    sharding: Annotated[Literal["none", "accelerate"], ENGINE] = "none"
+    """How one copy is spread over devices. accelerate: whole blocks over its GPUs, and over what offloading adds."""
+    max_memory: Annotated[str | None, ENGINE] = None
+    """With accelerate, the devices and how much of each, e.g. "0:20GiB,1:20GiB,cpu:50GiB". Default: its GPUs."""
+    offload: Annotated[str | None, ENGINE] = None
+    """With accelerate, a local folder from which blocks are read that fit on no device."""
     gpus_per_replica: Annotated[int | None, ENGINE, WHOLE] = None
     """GPUs that one copy asks for (ray). Default: 1 if the cluster has any."""
     address: Annotated[str | None, ENGINE] = None
@@ -135,6 +140,10 @@ class RunConfig:
         _require(self.replicas >= 1, f"--replicas {self.replicas}: give 1 or more")
         gpus = self.gpus_per_replica
         _require(gpus is None or gpus >= 0, f"--gpus-per-replica {gpus}: give 0 or more")
+        spread = self.sharding == "accelerate"
+        for name, value in (("max-memory", self.max_memory), ("offload", self.offload)):
+            _require(value is None or spread, f"--{name} {value}: is for --sharding accelerate")
+        parse_max_memory(self.max_memory)
         _require(
             self.executor == "ray" or (self.replicas == 1 and self.address is None),
             "--executor local runs one copy in this process; use --executor ray with --replicas or --address",
@@ -148,6 +157,26 @@ class RunConfig:
         """The options as `backlens run` reads them back, defaults included."""
         values = {flag(field.name): getattr(self, field.name) for field in fields(self)}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_max_memory(text: str | None) -> dict[int | str, int]:
+    """Bytes by device (a GPU's index among the copy's own, or "cpu"), in the order of the devices.
+
+    Raises BacklensError for anything that is not written like `0:20GiB,cpu:50GiB`.
+    """
+    limits: dict[int | str, int] = {}
+    for part in text.split(",") if text is not None else ():
+        match = re.fullmatch(r"\s*(\d+|cpu)\s*:\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*", part, re.IGNORECASE)
+        device = match and (int(match[1]) if match[1].isdecimal() else "cpu")
+        if match is None or device is None or device in limits:
+            raise BacklensError(
+                f'--max-memory "{text}": \'{part.strip()}\' should be a device, once, and a size: "0:20GiB,cpu:50GiB"'
+            )
+        limits[device] = int(float(match[2]) * _UNITS[match[3].upper()])
+    return dict(sorted(limits.items(), key=lambda each: (each[0] == "cpu", each[0])))
 
 
 def flag(name: str) -> str:
@@ -174,12 +203,17 @@ def read_yaml(path: str) -> dict[str, Any]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{flag(near[0])}'?" if near else "; see `backlens run --help`"
+            hint = nearest(flag(name), [flag(each) for each in known]) or "; see `backlens run --help`"
             raise BacklensError(f"{path}: unknown option '{key}'{hint}")
         if value is not None:
             options[name] = value
     return options
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown word: which known one it may have been."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def _require(condition: bool, message: str) -> None:

@@ -164,7 +164,7 @@ def lens_error(model: PreTrainedModel, parts: Anatomy, lens: Lens) -> float:
         logits = probe(model).float()
     finally:
         handle.remove()
-    hidden = kept[0].detach().flatten(0, -2).float()
+    hidden = kept[0].detach().flatten(0, -2).float().to(lens.unembedding.device)
     scale = lens.norm.scale(hidden.square().sum(-1), lens.norm.centre(hidden).square().sum(-1))
     scores = scale[:, None] * (lens.linear(hidden) @ lens.unembedding.float().T) + lens.constant
     if parts.softcap is not None:

@@ -51,6 +51,9 @@ class Vectors:
     mix_scale: Float[Tensor, "prompt mix"]
     mix_wanted: Bool[Tensor, "prompt mix"]
 
+    def to(self, device: torch.device) -> "Vectors":
+        return Vectors(*(getattr(self, name).to(device) for name in Vectors.__dataclass_fields__))
+
     def __getitem__(self, prompts: slice) -> "Vectors":
         return Vectors(*(getattr(self, name)[prompts] for name in Vectors.__dataclass_fields__))
 

@@ -10,9 +10,23 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from schemas.atlas import ATLAS_TABLES
 from schemas.tables import SCHEMA_VERSION, SIGN_CONVENTION, TABLES, Column, Table
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "tables.md"
+
+ATLAS = """\
+## The atlas
+
+`backlens atlas OUT` derives these tables from the others and writes them under `OUT/atlas/`, a layer at a time, and
+what is sorted by token in ranges of tokens. `atlas/manifest.json`, written last, lists their files and the digest of
+the commits that they were made from: a reader takes the files it lists, and only while that digest is the run's.
+In SQL (`backlens query --sql`) they can be read without an atlas too; then they are derived on the way.
+
+They count list entries: a token in the top or bottom list of a kept neuron for one prompt. Only the strongest
+neurons of a prompt are kept (the manifest's `cut_off`): one that is missing for a prompt is not zero. An update
+subtracts gradients, so bottom tokens are "promoted" and top tokens "demoted".
+"""
 
 INTRODUCTION = """\
 # Tables
@@ -74,7 +88,8 @@ WHERE n.prompt_id = 17 ORDER BY n.grad_norm DESC LIMIT 10
 def document() -> str:
     """The whole page."""
     introduction = INTRODUCTION.format(version=SCHEMA_VERSION, signs=SIGN_CONVENTION)
-    return "\n".join([introduction, *(section(table) for table in TABLES.values())])
+    facts = [section(table) for table in TABLES.values()]
+    return "\n".join([introduction, *facts, ATLAS, *(section(table) for table in ATLAS_TABLES.values())])
 
 
 def section(table: Table) -> str:

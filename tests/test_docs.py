@@ -23,10 +23,28 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
+JOB_SERVER = "needs a cluster; tests/engine/test_jobs.py runs it against a job server of its own"
+NODES = "needs machines; tests/test_cluster_files.py checks the file that it is given"
+
 NOT_RUN = {
     "make demo": "sets up what runs this test; the demo itself is the fixture `scratch`",
     "make test": "is what runs this test",
     "source .venv/bin/activate": "the environment that runs this test is on PATH already",
+    "backlens submit jobs/project.yaml --address http://127.0.0.1:8265": JOB_SERVER,
+    "backlens jobs status --address http://127.0.0.1:8265": JOB_SERVER,
+    "backlens jobs logs project-1a2b3c4d --follow --address http://127.0.0.1:8265": JOB_SERVER,
+    "backlens jobs stop project-1a2b3c4d --address http://127.0.0.1:8265": JOB_SERVER,
+    "ray get-auth-token --generate": "would make a token for whoever runs this test",
+    "ray up cluster.yaml": NODES,
+    "ray dashboard cluster.yaml": NODES,
+    "ray down cluster.yaml": NODES,
+    "sbatch docs/slurm.sh run.yaml": NODES,
+    "kubectl apply -f docs/raycluster.yaml": NODES,
+    "kubectl port-forward service/backlens-head-svc 8265": NODES,
+    "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(kubectl get secret backlens -o "
+    "jsonpath='{.data.auth_token}' | base64 -d)": NODES,
+    "ray start --head --node-ip-address=10.0.0.1 --port=6379 --dashboard-host=127.0.0.1": NODES,
+    "ray start --address=10.0.0.1:6379": NODES,
 }
 """Commands that a page shows and this test leaves out, with the reason."""
 

@@ -67,6 +67,12 @@ RULES = (
     ),
     Rule(("pipeline.store",), ("pipeline.engine", "pipeline.atlas"), "arrows point down"),
     Rule(("pipeline.atlas",), ("pipeline.engine",), "finished runs are read without what made them"),
+    Rule(
+        ("pipeline.plot",),
+        ("torch", "ray", "transformers", "pipeline.engine"),
+        "figures are drawn from tables, without a model at hand",
+    ),
+    Rule(("pipeline.atlas",), ("pipeline.plot", "matplotlib"), "answers need no figures"),
     Rule(("schemas",), ("pipeline",), "the schemas stand alone"),
 )
 

@@ -17,9 +17,14 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from pipeline.atlas.derive import DEFINITIONS
 from pipeline.errors import BacklensError
 from pipeline.store.files import Directory
+from schemas.atlas import ATLAS_TABLES
 from schemas.tables import TABLES
+
+MAIN, OTHER = "main", "other"
+"""The schemas of a connection: the run's tables, and those of the run it is compared with."""
 
 MEMORY_LIMIT = "4GB"
 QUERY_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
@@ -44,24 +49,34 @@ TABLE_FUNCTIONS = {
 
 @contextmanager
 def connection(
-    directory: Directory, files: Mapping[str, Sequence[str]], seconds: float
+    directory: Directory,
+    files: Mapping[str, Sequence[str]],
+    seconds: float,
+    other: tuple[Directory, Mapping[str, Sequence[str]]] | None = None,
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection that sees `files` (by table) as views and reaches nothing else, for so many seconds."""
+    """A connection that sees `files` (by table) as views and reaches nothing else, for so many seconds.
+
+    Another run's tables, if they are given, are views of the schema `other`.
+    """
     opened = duckdb.connect(":memory:", config={"python_enable_replacements": False})
     late = threading.Timer(seconds, opened.interrupt)
+    runs = {MAIN: (directory, files)} if other is None else {MAIN: (directory, files), OTHER: other}
     try:
-        if not directory.is_local:
-            opened.register_filesystem(directory.fs)
-        _restrict(opened, [path for paths in files.values() for path in paths])
-        for table, paths in files.items():
-            _create_view(opened, table, paths)
+        for fs in {run.fs for run, _ in runs.values() if not run.is_local}:
+            opened.register_filesystem(fs)
+        opened.execute(f"CREATE SCHEMA {OTHER}")
+        _restrict(
+            opened, [path for _, tables in runs.values() for paths in tables.values() for path in paths]
+        )
+        for schema, (_, tables) in runs.items():
+            _create_views(opened, tables, schema)
         opened.execute("SET lock_configuration = true")
         late.start()
         yield opened
     except duckdb.InterruptException as error:
         raise BacklensError(f"query: stopped after {seconds:g} s; narrow it, by layer for example") from error
     except duckdb.Error as error:
-        raise BacklensError(f"query: {_first_line(error)}") from error
+        raise BacklensError(f"query: {first_line(error)}") from error
     finally:
         late.cancel()
         opened.close()
@@ -75,18 +90,30 @@ def _restrict(opened: duckdb.DuckDBPyConnection, paths: Sequence[str]) -> None:
     opened.execute("SET enable_external_access = false")
 
 
-def _create_view(opened: duckdb.DuckDBPyConnection, table: str, paths: Sequence[str]) -> None:
-    if paths:
-        opened.execute(f"CREATE VIEW {table} AS FROM read_parquet({_literal_list(paths)})")
-    else:
-        opened.register(table, TABLES[table].empty())
+def _create_views(opened: duckdb.DuckDBPyConnection, files: Mapping[str, Sequence[str]], schema: str) -> None:
+    """The run's tables; and those of the atlas from its files, or else as they are defined."""
+    for table, declared in TABLES.items():
+        if paths := files.get(table):
+            opened.execute(f"CREATE VIEW {schema}.{table} AS FROM {read_parquet(paths)}")
+        else:
+            opened.register(f"empty_{schema}_{table}", declared.empty())
+            opened.execute(f"CREATE VIEW {schema}.{table} AS FROM empty_{schema}_{table}")
+    if schema == MAIN:
+        for table, definition in DEFINITIONS.items():
+            source = f"FROM {read_parquet(files[table])}" if files.get(table) else definition
+            opened.execute(f"CREATE VIEW {table} AS {source}")
+
+
+def read_parquet(paths: Sequence[str]) -> str:
+    """The files as they stand in FROM."""
+    return f"read_parquet({_literal_list(paths)})"
 
 
 def _literal_list(texts: Sequence[str]) -> str:
-    return f"[{', '.join(map(_literal, texts))}]"
+    return f"[{', '.join(map(sql_text, texts))}]"
 
 
-def _literal(text: str) -> str:
+def sql_text(text: str) -> str:
     """A string as SQL, where DuckDB takes no parameters: SET and CREATE VIEW."""
     return "'" + text.replace("'", "''") + "'"
 
@@ -102,7 +129,7 @@ def run_select(opened: duckdb.DuckDBPyConnection, statement: str, limit: int) ->
 
 def checked_tree(opened: duckdb.DuckDBPyConnection, statement: str) -> str:
     """The syntax tree, in JSON, of one SELECT (or DESCRIBE, SHOW, VALUES) that only reads."""
-    tables = ", ".join(TABLES)
+    tables = ", ".join([*TABLES, *ATLAS_TABLES])
     refusal = BacklensError(
         f"sql: only a single SELECT statement is run here; it can read the tables {tables}"
     )
@@ -142,7 +169,7 @@ def _parts(tree: Any) -> Iterator[dict[str, Any]]:
             left.extend(part)
 
 
-def _first_line(error: duckdb.Error) -> str:
+def first_line(error: duckdb.Error) -> str:
     """`Binder Error: Referenced column "x" not found …`, and what DuckDB proposes on the second line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(

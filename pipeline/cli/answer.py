@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -9,7 +10,9 @@ import pyarrow.csv
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.atlas.query import Run
+from pipeline.atlas.atlas import Atlas
+from pipeline.atlas.names import did_you_mean
+from pipeline.atlas.text import visible
 from pipeline.errors import BacklensError
 
 Style = Literal["table", "json", "csv"]
@@ -18,39 +21,147 @@ SHOWN_IN_LISTS = 5
 """List items that a table cell shows; JSON and CSV have them all."""
 
 
-def print_answer(
-    out: str,
-    token: str | None,
-    neuron: str | None,
-    prompt: int | None,
-    sql: str | None,
-    limit: int,
-    style: Style,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The options of `backlens query`."""
+
+    token: str | None = None
+    neuron: str | None = None
+    prompt: int | None = None
+    sql: str | None = None
+    show: str | None = None
+    compare: str | None = None
+    by: str = "relation"
+    layer: int | None = None
+    module: str | None = None
+    position: int | None = None
+    min_prompts: int = 5
+    limit: int = 20
+
+
+SHOWS = {
+    "token": ("places", "neurons", "layers"),
+    "neuron": ("prompts", "tokens", "summary", "similar"),
+    "prompt": ("positions", "neurons", "ranks", "tokens"),
+    "run": ("specific", "tokens", "curves", "groups", "coverage"),
+}
+"""What `--show` can ask of each kind of thing; the first is what is shown without it."""
+
+
+def print_answer(out: str, question: Question, style: Style) -> int:
     """Answer the one question that is asked and return the exit status."""
-    asked = {"--token": token, "--neuron": neuron, "--prompt": prompt, "--sql": sql}
-    named = [flag for flag, value in asked.items() if value is not None]
-    if len(named) != 1:
-        found = " and ".join(named) or "none of them"
-        raise BacklensError(f"query: give exactly one of {', '.join(asked)} (given: {found})")
-    if limit < 1:
-        raise BacklensError(f"--limit {limit}: give 1 or more")
-    run = Run.open(out)
-    if run.note:
-        print(run.note, file=sys.stderr)
-    if token is not None:
-        answer = run.by_token(token, limit)
-    elif neuron is not None:
-        answer = run.by_neuron(neuron, limit)
-    elif sql is not None:
-        answer = run.sql(sql, limit)
-    else:
-        assert prompt is not None
-        if style == "table":
-            _print_prompt(run.prompt(prompt).to_pylist()[0])
-        answer = run.by_prompt(prompt, limit)
-    _print(answer, style)
+    kind = _kind(question)
+    atlas = Atlas(out)
+    if atlas.note:
+        print(atlas.note, file=sys.stderr)
+    show = _show(question, kind)
+    if style == "table" and kind == "prompt" and question.prompt is not None:
+        _print_prompt(atlas.prompt(question.prompt).to_pylist()[0])
+        if question.compare is not None:
+            _print_prompt(atlas.prompt(_prompt_number(question.compare)).to_pylist()[0])
+    _print(_answer(atlas, question, kind, show), style)
+    if style == "table" and _is_of_neurons(kind, show):
+        print(atlas.cut_off)
     return 0
+
+
+def _kind(question: Question) -> str:
+    """What is asked about: a token, a neuron, a prompt, SQL's tables, or the run."""
+    asked = {
+        "--token": question.token,
+        "--neuron": question.neuron,
+        "--prompt": question.prompt,
+        "--sql": question.sql,
+    }
+    named = [flag for flag, value in asked.items() if value is not None]
+    of_run = not named and (question.show is not None or question.compare is not None)
+    if len(named) != 1 and not of_run:
+        found = " and ".join(named) or "none of them"
+        raise BacklensError(
+            f"query: give exactly one of {', '.join(asked)} (given: {found}), or of the whole run --show "
+            f"{', '.join(SHOWS['run'])}"
+        )
+    if question.limit < 1:
+        raise BacklensError(f"--limit {question.limit}: give 1 or more")
+    kind = "run" if of_run else named[0].removeprefix("--")
+    if question.compare is not None and kind not in ("prompt", "run"):
+        raise BacklensError(
+            f"--compare {question.compare}: compares two prompts (with --prompt) or two runs (without), not a {kind}"
+        )
+    return kind
+
+
+def _show(question: Question, kind: str) -> str:
+    if kind == "sql" or question.compare is not None:
+        if question.show is not None:
+            beside = "--sql" if kind == "sql" else "--compare"
+            raise BacklensError(f"--show {question.show}: does not go with {beside}; leave one of them out")
+        return kind
+    shows = SHOWS[kind]
+    if question.show is None:
+        return shows[0]
+    if question.show not in shows:
+        raise BacklensError(
+            f"--show {question.show}: of a {kind} there are {', '.join(shows)}{did_you_mean(question.show, shows)}"
+        )
+    return question.show
+
+
+def _answer(atlas: Atlas, question: Question, kind: str, show: str) -> pa.Table:
+    within = {"limit": question.limit, "layer": question.layer, "module": question.module}
+    if question.sql is not None:
+        return atlas.sql(question.sql, question.limit)
+    if question.token is not None:
+        return _of_token(atlas, question.token, show, within)
+    if question.neuron is not None:
+        return _of_neuron(atlas, question.neuron, show, question.limit)
+    if question.prompt is not None:
+        return _of_prompt(atlas, question, question.prompt, show, within)
+    if question.compare is not None:
+        return atlas.compare_runs(question.compare, **within)
+    if show == "groups":
+        return atlas.groups(question.by, **within)
+    if show == "specific":
+        return atlas.specific_neurons(min_prompts=question.min_prompts, **within)
+    if show == "tokens":
+        return atlas.prominent_tokens(None, **within)
+    return atlas.coverage(**within) if show == "coverage" else atlas.layer_curves(**within)
+
+
+def _of_token(atlas: Atlas, token: str, show: str, within: dict[str, Any]) -> pa.Table:
+    if show == "neurons":
+        return atlas.token_neurons(token, **within)
+    return atlas.token_layers(token, **within) if show == "layers" else atlas.by_token(token, within["limit"])
+
+
+def _of_neuron(atlas: Atlas, neuron: str, show: str, limit: int) -> pa.Table:
+    if show == "tokens":
+        return atlas.neuron_tokens(neuron, limit)
+    if show == "summary":
+        return atlas.neuron_summary(neuron, limit)
+    return atlas.similar_neurons(neuron, limit) if show == "similar" else atlas.by_neuron(neuron, limit)
+
+
+def _of_prompt(atlas: Atlas, question: Question, prompt: int, show: str, within: dict[str, Any]) -> pa.Table:
+    if question.compare is not None:
+        return atlas.compare_prompts(prompt, _prompt_number(question.compare), **within)
+    if show == "neurons":
+        return atlas.prompt_neurons(prompt, **within)
+    if show == "ranks":
+        return atlas.target_ranks(prompt, position=question.position, **within)
+    return atlas.prominent_tokens(prompt, **within) if show == "tokens" else atlas.by_prompt(prompt, **within)
+
+
+def _prompt_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise BacklensError(f"--compare {text}: with --prompt this is another prompt's number") from None
+
+
+def _is_of_neurons(kind: str, show: str) -> bool:
+    """Whether an answer is about neurons, of which only the strongest are there."""
+    return kind == "neuron" or show in ("neurons", "layers", "specific") or (kind, show) == ("run", "tokens")
 
 
 def _print(answer: pa.Table, style: Style) -> None:
@@ -89,14 +200,6 @@ def _print_prompt(row: dict[str, Any]) -> None:
     print(
         f"loss {row['loss']:.3f}, target probability {row['target_prob']:.3g}, target rank {row['target_rank']}"
     )
-
-
-def visible(text: str) -> str:
-    """Text on one line, with the spaces at its ends and its line breaks to be seen."""
-    text = text.replace("\n", "⏎").replace("\t", "⇥")
-    stripped = text.strip(" ")
-    lead = len(text) - len(text.lstrip(" "))
-    return "␣" * lead + stripped + "␣" * (len(text) - lead - len(stripped)) if stripped else "␣" * len(text)
 
 
 def _shown(value: Any) -> str:

@@ -11,6 +11,8 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
 
 from pipeline import __version__
+from pipeline.cli.jobs import Address
+from pipeline.cli.jobs import app as jobs_app
 from pipeline.config import RunConfig, flag, read_yaml
 from pipeline.doctor.options import DoctorOptions
 from pipeline.errors import BacklensError
@@ -83,6 +85,36 @@ def doctor(
 
 
 @app.command
+def atlas(
+    out: str,
+    /,
+    *,
+    memory: str = "2GB",
+    json: Annotated[bool, Parameter(negative=())] = False,
+    debug: Debug = False,
+) -> int:
+    """Build the index and summary tables of a run under OUT/atlas/; the same command goes on with a stopped build.
+
+    Neurons by their tokens and tokens by their neurons, summaries of both, and curves by layer. An atlas of fewer
+    shards than the run has by now is built again.
+
+    Example: backlens atlas ./demo-run
+
+    Parameters
+    ----------
+    out
+        The run directory.
+    memory
+        What DuckDB may use; the rest is spilled to a folder beside the atlas.
+    json
+        The manifest as JSON instead of a table.
+    """
+    from pipeline.cli.building import print_atlas
+
+    return print_atlas(out, memory, json)
+
+
+@app.command
 def query(
     out: str,
     /,
@@ -91,14 +123,24 @@ def query(
     neuron: str | None = None,
     prompt: int | None = None,
     sql: str | None = None,
+    show: str | None = None,
+    compare: str | None = None,
+    by: str = "relation",
+    layer: int | None = None,
+    module: str | None = None,
+    position: int | None = None,
+    min_prompts: int = 5,
     limit: int = 20,
     json: Annotated[bool, Parameter(negative=())] = False,
     csv: Annotated[bool, Parameter(negative=())] = False,
     debug: Debug = False,
 ) -> int:
-    """Ask a run's tables: exactly one of --token, --neuron, --prompt and --sql.
+    """Ask a run's tables: one of --token, --neuron, --prompt and --sql, or of the whole run --show or --compare.
 
-    Example: backlens query ./demo-run --neuron 5.mlp.down.123
+    "promoted" is what an update adds (bottom lists), "demoted" what it takes away (top lists). `backlens atlas`
+    makes the answers about tokens and neurons fast; they are the same without it.
+
+    Example: backlens query ./demo-run --neuron 5.mlp.down.123 --show tokens
 
     Parameters
     ----------
@@ -107,11 +149,27 @@ def query(
     token
         A vocabulary token, its leading space included: where does it stand in a top or bottom list?
     neuron
-        layer.module.neuron, e.g. 5.mlp.down.123: what do gradients write into it?
+        layer.module.neuron such as 5.mlp.down.123, in expert 3 5.mlp.down.e3.123: what do gradients write into it?
     prompt
         A prompt_id: its top and bottom tokens by layer, module and position.
     sql
-        One SELECT over the tables vocab, prompts, layers, neurons, tokens, failures.
+        One SELECT over the tables vocab, prompts, layers, neurons, tokens, failures and those of the atlas.
+    show
+        Of a token places, neurons or layers; of a neuron prompts, tokens, summary or similar (neurons); of a prompt
+        positions, neurons, ranks (the target's, by layer) or tokens; of the run specific (neurons), tokens,
+        curves, groups or coverage.
+    compare
+        With --prompt another prompt_id; without, another run directory of the same prompts.
+    by
+        For groups: relation, subject, target, or a key of the prompts' meta.
+    layer
+        Only this layer.
+    module
+        Only this module, e.g. mlp.down.
+    position
+        For ranks: the position, from 0; by default the prompt's last.
+    min_prompts
+        For specific: neurons that are kept for fewer prompts are left out.
     limit
         Rows to show.
     json
@@ -119,12 +177,85 @@ def query(
     csv
         CSV instead of a table.
     """
-    from pipeline.cli.answer import print_answer
+    from pipeline.cli.answer import Question, print_answer
 
     style: Literal["json", "csv", "table"] = "json" if json else "csv" if csv else "table"
     if json and csv:
         raise BacklensError("query: choose one of --json and --csv")
-    return print_answer(out, token, neuron, prompt, sql, limit, style)
+    question = Question(
+        token, neuron, prompt, sql, show, compare, by, layer, module, position, min_prompts, limit
+    )
+    return print_answer(out, question, style)
+
+
+@app.command
+def status(
+    out: str,
+    /,
+    *,
+    json: Annotated[bool, Parameter(negative=(), help="One JSON object instead of a table.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Say how far a run is, from its directory alone: shards, prompts, rows, rate, time left, who is at work.
+
+    Example: backlens status ./run
+    """
+    from pipeline.cli.status import print_status
+
+    return print_status(out, json)
+
+
+@app.command
+def submit(job_file: str, /, *, address: Address = None, debug: Debug = False) -> int:
+    """Run a command on a Ray cluster: a YAML file of `jobs/`. Submitted again, a stopped run goes on.
+
+    Prints the job's id, for `backlens jobs`.
+
+    Example: backlens submit jobs/project.yaml --address http://head:8265
+    """
+    from pipeline.cli.jobs import submit_file
+
+    return submit_file(job_file, address, app.parse_args)
+
+
+app.command(jobs_app)
+
+
+@app.command
+def plot(
+    out: str,
+    /,
+    *,
+    figure: str | None = None,
+    prompt: int | None = None,
+    module: str | None = None,
+    to: str | None = None,
+    debug: Debug = False,
+) -> int:
+    """Draw the paper's figures (needs the extra: pip install "backlens[plot]").
+
+    A heatmap has the top token of each layer and position over the bottom one, its colour is the VJP's norm:
+    imprint with --module mlp.up (x), shift with --module mlp.down (δ).
+
+    Example: backlens plot ./demo-run --prompt 37 --module mlp.down --to heatmap.svg
+
+    Parameters
+    ----------
+    out
+        The run directory.
+    figure
+        heatmap (the default with --prompt), norms (the same with numbers), ranks (the target's, by layer), or curves
+        (over all prompts; the default without --prompt).
+    prompt
+        A prompt_id.
+    module
+        Only this module; a heatmap is of one, mlp.down by default.
+    to
+        The file; its suffix (.png, .svg, .pdf) says the format. Named after the figure by default.
+    """
+    from pipeline.cli.drawing import draw
+
+    return draw(out, figure, prompt, module, to)
 
 
 def main() -> None:

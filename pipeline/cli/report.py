@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.cli.sizes import human_bytes
 from pipeline.engine.driver import Report
 from pipeline.engine.estimate import Estimate
 from pipeline.engine.plan import RunPlan
@@ -113,12 +114,3 @@ def print_estimate(plan: RunPlan, expected: Estimate) -> None:
         f"({expected.flops_per_second / 1e9:,.0f} GFLOP/s in float32)",
         soft_wrap=True,
     )
-
-
-def human_bytes(size: float) -> str:
-    """1536 → 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"

@@ -102,7 +102,7 @@ def extract(
     recompute: bool = False,
 ) -> Extracted:
     """Compute every row of a batch of prompts; `screening` as in `project`, `recompute` as in `capture`."""
-    batch = make_batch([sequence(example, wanted.target_mode) for example in examples], loaded.model.device)
+    batch = make_batch([sequence(example, wanted.target_mode) for example in examples], loaded.device)
     return extract_batch(loaded, lens, examples, batch, wanted, screening=screening, recompute=recompute)
 
 
@@ -173,7 +173,8 @@ class _Extraction:
         self._screening: Precision = screening
         self._chosen = chosen
         self._prompt_ids = torch.tensor([example.prompt.prompt_id for example in examples])
-        self._every_token = self._tokens(Slots.every(batch))
+        self._every_token: dict[torch.device, _Tokens] = {}
+        """By device: a model may be spread over several."""
 
     @torch.no_grad()
     def add(self, gradients: Sequence[Gradient]) -> None:
@@ -181,10 +182,11 @@ class _Extraction:
         started = time.perf_counter()
         group = self._factor(gradients)
         factored = time.perf_counter()
+        home = self._lens.unembedding.device
         own, mixed = project(
-            group.vectors,
+            group.vectors.to(home),
             self._lens,
-            self._batch.targets[gradients[0].slots.prompts, 0],
+            self._batch.targets[gradients[0].slots.prompts.to(home), 0],
             min(self._wanted.top_k, self._lens.vocabulary),
             precision=self._screening,
         )
@@ -194,22 +196,29 @@ class _Extraction:
         self.seconds["lens"] += projected - factored
         self.seconds["rows"] += time.perf_counter() - projected
 
-    def _tokens(self, slots: Slots) -> "_Tokens":
-        prompts = slots.prompts[:, None]
-        chosen = self._chosen[prompts, slots.columns] & slots.mask
-        positions = (self._batch.mask.cumsum(-1) - 1)[prompts, slots.columns].clamp_min(0)
-        return _Tokens(
+    def _tokens(self, slots: Slots, expert: int | None) -> "_Tokens":
+        device = slots.mask.device
+        if expert is None and device in self._every_token:
+            return self._every_token[device]
+        here = slots.to(self._batch.mask.device)
+        prompts = here.prompts[:, None]
+        positions = (self._batch.mask.cumsum(-1) - 1)[prompts, here.columns].clamp_min(0)
+        tokens = _Tokens(
             slots=slots,
-            chosen=chosen,
-            positions=positions,
-            token_ids=self._batch.input_ids[prompts, slots.columns],
+            chosen=(self._chosen[prompts, here.columns] & here.mask).to(device),
+            positions=positions.to(device),
+            token_ids=self._batch.input_ids[prompts, here.columns].to(device),
             prompt_ids=self._prompt_ids[slots.prompts.cpu()],
         )
+        if expert is None:
+            self._every_token[device] = tokens
+        return tokens
 
     def _factor(self, gradients: Sequence[Gradient]) -> "_Group":
         slots = gradients[0].slots
         for gradient in gradients:
-            self.finite[slots.prompts] &= _finite(gradient.x, slots) & _finite(gradient.vjp, slots)
+            finite = _finite(gradient.x, slots) & _finite(gradient.vjp, slots)
+            self.finite[slots.prompts.to(self.finite.device)] &= finite.to(self.finite.device)
         x = masked(gradients[0].x, slots)
         parts = [factors_of(gradient, x) for gradient in gradients]
         residual = parts[0].residual
@@ -223,7 +232,7 @@ class _Extraction:
         mix_scale = self._lens.scale(_quadratic(wide, residual_gram), _quadratic(wide, centred_gram))
         squared = residual_gram.diagonal(dim1=-2, dim2=-1)
         scale = self._lens.scale(squared, centred_gram.diagonal(dim1=-2, dim2=-1))
-        tokens = self._every_token if gradients[0].expert is None else self._tokens(slots)
+        tokens = self._tokens(slots, gradients[0].expert)
         vectors = Vectors(
             residual=residual,
             scale=scale,

@@ -1,13 +1,14 @@
 """A configuration resolved against the model's configuration and the prompts: what will run, and its fingerprint."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, parse_max_memory
 from pipeline.engine.extract import Wanted
 from pipeline.engine.sizes import MatrixSize, matrices_of
 from pipeline.engine.worker import Job
@@ -23,6 +24,7 @@ from pipeline.models.load import (
     refuse_pickle,
     tokenizer_hash,
 )
+from pipeline.models.spread import Spread
 from pipeline.models.widths import misfits
 from pipeline.prompts.survey import Survey, survey
 from pipeline.prompts.written import chat_template
@@ -66,6 +68,7 @@ class RunPlan:
     def job(self, directory: Directory) -> Job:
         return Job(
             model=self.source,
+            spread=spread_of(self.config),
             wanted=self.wanted,
             scaling=self.config.scaling,
             prepend_bos=self.config.prepend_bos,
@@ -144,6 +147,14 @@ def model_source(config: RunConfig) -> ModelSource:
         allow_pickle=config.allow_pickle,
         layout=read_layout(config.anatomy) if config.anatomy is not None else None,
     )
+
+
+def spread_of(config: RunConfig) -> Spread | None:
+    """How a copy of the model is to be spread over devices. No part of the fingerprint: rows are the same."""
+    if config.sharding == "none":
+        return None
+    offload = os.path.abspath(config.offload) if config.offload is not None else None
+    return Spread(parse_max_memory(config.max_memory), offload)
 
 
 def fingerprint(plan: RunPlan, weights: str) -> dict[str, FingerprintValue]:

@@ -20,6 +20,7 @@ from pipeline.engine.versions import package_versions
 from pipeline.errors import BacklensError
 from pipeline.lens import Scaling, make_lens, verify_lens
 from pipeline.models.load import ModelSource, load_model
+from pipeline.models.spread import Spread
 from pipeline.prompts.record import Prompt, Rejected
 from pipeline.prompts.shards import Shard
 from pipeline.prompts.tokenize import Example, PrependBos, context_length, tokenize
@@ -33,6 +34,8 @@ class Job:
     """Everything a worker has to know; small, and sent to every worker."""
 
     model: ModelSource
+    spread: Spread | None
+    """Over which devices each copy of the model is spread; None for one device."""
     wanted: Wanted
     scaling: Scaling
     screening: Precision
@@ -64,7 +67,7 @@ class Worker:
             torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._job = job
-        self._loaded = load_model(job.model, device)
+        self._loaded = load_model(job.model, device, job.spread)
         self._lens = make_lens(self._loaded.anatomy, job.scaling)
         verify_lens(self._loaded.model, self._loaded.anatomy, self._lens)
         self._context = context_length(self._loaded.model.config)
@@ -72,7 +75,7 @@ class Worker:
         # one would keep as much again.
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._tokenizing = threading.Lock()  # fast tokenizers refuse two borrowers at a time
-        self._readiness = Readiness(str(device), time.perf_counter() - started)
+        self._readiness = Readiness("+".join(self._loaded.devices), time.perf_counter() - started)
 
     def ready(self) -> Readiness:
         return self._readiness
@@ -115,7 +118,8 @@ class Worker:
                 batch,
                 self._job.wanted,
                 screening=self._job.screening,
-                recompute=self._job.activation_checkpointing,
+                # Autograd would keep every offloaded block's weights on the device until the backward pass.
+                recompute=self._job.activation_checkpointing or self._loaded.offloaded,
             )
             computed.examples += batch
             computed.outcomes.append(extracted.outcome)

@@ -5,7 +5,11 @@ import hashlib
 import logging
 import os
 import pickle
-from dataclasses import dataclass
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +31,8 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import BacklensError
 from pipeline.models.anatomy import Anatomy, anatomy
 from pipeline.models.layout import Layout
-from pipeline.models.structure import verify_backward
+from pipeline.models.spread import Device, Spread, place, refuse_missing, stored_dtype
+from pipeline.models.structure import input_device, verify_backward
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["exact", "fast"]
@@ -59,6 +64,26 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
     attention: Attention = "exact"
+    placed: Mapping[str, Device] = field(default_factory=dict)
+    """Where its parts are, by path, if it is spread over several devices."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it takes its inputs; of a spread model, where the lens is too."""
+        return input_device(self.model)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Every place that holds weights."""
+        if not self.placed:
+            return (str(self.device),)
+        return tuple(sorted({str(device) for device in self.placed.values()}))
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether blocks are brought to a device for as long as they compute."""
+        places = set(self.placed.values())
+        return "disk" in places or ("cpu" in places and self.device.type != "cpu")
 
 
 def quiet_transformers() -> None:
@@ -88,8 +113,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         raise _unreadable(source, error) from error
 
 
-def load_model(source: ModelSource, device: torch.device) -> LoadedModel:
+def load_model(source: ModelSource, device: torch.device, spread: Spread | None = None) -> LoadedModel:
     """Load weights (safetensors, unless pickles are allowed), freeze them, and find the model's parts.
+
+    With `spread`, each weight goes straight to its place of several, and `device` is of no meaning.
 
     `exact` attention is the eager one, or PyTorch's "math" kernel where the eager one computes something else:
     memory-efficient kernels make gradients depend on padding and batch (DESIGN §8). Evaluation mode is forced because
@@ -99,6 +126,12 @@ def load_model(source: ModelSource, device: torch.device) -> LoadedModel:
     tokenizer, config = load_tokenizer(source), load_config(source)
     # Else transformers has a service of the hub open a pull request with safetensors, in a thread of this process.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
+    placed: dict[str, Device] = {}
+    folder: str | None = None
+    if spread is not None:
+        refuse_missing(spread)
+        placed = place(empty_model(source, config), stored_dtype(config, source.dtype), spread)
+        folder = _offload_folder(spread) if "disk" in placed.values() else None
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -108,6 +141,7 @@ def load_model(source: ModelSource, device: torch.device) -> LoadedModel:
             # None takes pickles only where there are no safetensors; torch unpickles tensors and nothing else.
             use_safetensors=None if source.allow_pickle else True,
             **({"attn_implementation": _exact_attention(config)} if source.attention == "exact" else {}),
+            **({"device_map": placed, "offload_folder": folder} if placed else {}),
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unreadable(source, error) from error
@@ -119,10 +153,27 @@ def load_model(source: ModelSource, device: torch.device) -> LoadedModel:
             "convert them with save_pretrained"
         ) from error
     model.eval().requires_grad_(False)
-    nn.Module.to(model, device)
+    if folder is not None and any(os.scandir(folder)):
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    elif folder is not None:
+        os.rmdir(folder)  # the weights are read from where they are, as their type is the checkpoint's
+    if not placed:
+        nn.Module.to(model, device)
     parts = anatomy(model, source.layout)
     verify_backward(model, [block.module for block in parts.blocks])
-    return LoadedModel(model, tokenizer, parts, source.attention)
+    return LoadedModel(model, tokenizer, parts, source.attention, placed)
+
+
+def _offload_folder(spread: Spread) -> str:
+    """A folder of this process's own: replicas on one machine may be given the same place."""
+    assert spread.offload is not None
+    try:
+        os.makedirs(spread.offload, exist_ok=True)
+        return tempfile.mkdtemp(prefix="backlens-", dir=spread.offload)
+    except OSError as error:
+        raise BacklensError(
+            f"offload: cannot write to {spread.offload}: {error.strerror or error}"
+        ) from error
 
 
 def _exact_attention(config: PretrainedConfig) -> str:

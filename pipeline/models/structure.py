@@ -42,7 +42,12 @@ def matrix_paths(block: nn.Module) -> list[str]:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """The modules of the one ModuleList that is as long as the model is deep and holds weight matrices.
+    """The modules of the list of blocks. Raises BacklensError as `find_block_list` does."""
+    return tuple(find_block_list(model)[1])
+
+
+def find_block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Path and content of the one ModuleList that is as long as the model is deep and holds weight matrices.
 
     Raises BacklensError when there is no such list, or more than one.
     """
@@ -57,7 +62,12 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
         raise BacklensError(
             f"model: its {depth} blocks should be the one list of {depth} modules with weight matrices; found: {found}"
         )
-    return tuple(next(iter(lists.values())))
+    return next(iter(lists.items()))
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model takes its token ids, and gives its logits: of a model on several devices, the embeddings'."""
+    return next(model.get_input_embeddings().parameters()).device
 
 
 @contextmanager
@@ -78,7 +88,7 @@ def probe(model: PreTrainedModel) -> Tensor:
     With a graph, as in a real pass: quantized layers may change for good to kernels that have no backward pass when
     they first see an input without one (bitsandbytes in 4 bits on a CPU does).
     """
-    ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device)[None]
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=input_device(model))[None]
     with graph_from_embeddings(model):
         return model(input_ids=ids, use_cache=False).logits[0].detach()
 

@@ -13,6 +13,8 @@ import socket
 import threading
 import time
 import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +24,8 @@ from pipeline.store.files import Directory
 LOCK_FILE = "_driver.lock"
 REFRESH_SECONDS = 10.0
 STALE_SECONDS = 60.0
+LOOKS = 5
+"""How often a driver tries for a file's lock: `find_holder` may have it for the instant of a look."""
 
 # A fork shares the lock of its parent and would keep it after the parent's death, so children let go of it.
 # Executed programs (Ray's workers) never get it: the descriptors are close-on-exec.
@@ -69,6 +73,7 @@ class _FileLock:
         self.descriptor = -1
 
     def acquire(self) -> None:
+        looks = 0
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -76,7 +81,11 @@ class _FileLock:
             except BlockingIOError:
                 holder = os.pread(descriptor, 4096, 0)
                 os.close(descriptor)
-                raise BacklensError(_in_use(self.directory, holder)) from None
+                looks += 1
+                if looks == LOOKS:
+                    raise BacklensError(_in_use(self.directory, holder)) from None
+                time.sleep(0.01)
+                continue
             except OSError as error:
                 os.close(descriptor)
                 raise BacklensError(
@@ -87,7 +96,7 @@ class _FileLock:
                 break
             os.close(descriptor)  # its holder removed the file on leaving, between our open and our lock
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, _holder(), 0)
+        os.pwrite(descriptor, _holder(_now()), 0)
         _held_descriptors.add(descriptor)
         self.descriptor = descriptor
 
@@ -110,6 +119,7 @@ class _Lease:
     def __init__(self, directory: Directory) -> None:
         self.directory = directory
         self.token = uuid.uuid4().hex
+        self.since = _now()
         self.lost = False
         self._stopped = threading.Event()
         self._refreshing = threading.Thread(target=self._refresh, name="driver-lease", daemon=True)
@@ -150,11 +160,61 @@ class _Lease:
             return None
 
     def _write(self) -> None:
-        self.directory.write_atomically(LOCK_FILE, _holder(token=self.token, refreshed_at=time.time()))
+        self.directory.write_atomically(
+            LOCK_FILE, _holder(self.since, token=self.token, refreshed_at=time.time())
+        )
 
 
-def _holder(**fields: str | float) -> bytes:
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), **fields}).encode()
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The process that drives a run now."""
+
+    host: str
+    pid: int
+    since: str
+    """ISO 8601, UTC."""
+
+
+def find_holder(directory: Directory) -> Holder | None:
+    """Who drives the run in this directory at this moment, if anybody does."""
+    content = _held_file(directory) if directory.is_local else _held_lease(directory)
+    try:
+        fields = json.loads(content or b"{}")
+        return Holder(str(fields["host"]), int(fields["pid"]), str(fields.get("since", "")))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _held_file(directory: Directory) -> bytes | None:
+    """What the lock file says while it is locked; a file that a killed driver left is not."""
+    try:
+        descriptor = os.open(directory.path(LOCK_FILE), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(descriptor, 4096, 0)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _held_lease(directory: Directory) -> bytes | None:
+    try:
+        content = directory.read(LOCK_FILE)
+    except FileNotFoundError:
+        return None
+    return content if float(json.loads(content)["refreshed_at"]) + STALE_SECONDS > time.time() else None
+
+
+def _holder(since: str, **fields: str | float) -> bytes:
+    held = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+    return json.dumps(held | fields).encode()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _in_use(directory: Directory, holder: bytes, dead: str = "") -> str:

@@ -9,7 +9,9 @@ import duckdb
 import pytest
 
 from pipeline.atlas import sql
-from pipeline.atlas.query import Neuron, Run, parse_neuron
+from pipeline.atlas.address import Neuron, parse_neuron
+from pipeline.atlas.atlas import Atlas
+from pipeline.atlas.derive import DEFINITIONS
 from pipeline.errors import BacklensError
 from pipeline.store.commit import commit_shard
 from pipeline.store.files import Directory
@@ -61,17 +63,17 @@ def prominence(row: dict[str, Any]) -> tuple:
 
 @pytest.mark.parametrize("token_id", range(10))
 def test_a_token_is_found_wherever_it_stands(example: ExampleRun, token_id: int):
-    found = Run.open(example.out).by_token(VOCAB[token_id], limit=10_000)
+    found = Atlas(example.out).by_token(VOCAB[token_id], limit=10_000)
     assert found.to_pylist() == appearances(example, token_id)
 
 
 def test_the_limit_keeps_the_most_prominent(example: ExampleRun):
-    found = Run.open(example.out).by_token(" Paris", limit=3)
+    found = Atlas(example.out).by_token(" Paris", limit=3)
     assert found.to_pylist() == appearances(example, 1)[:3]
 
 
 def test_a_token_stands_in_experts_too(with_experts: ExampleRun):
-    found = Run.open(with_experts.out).by_token(" Rome", limit=10_000)
+    found = Atlas(with_experts.out).by_token(" Rome", limit=10_000)
     assert found.to_pylist() == appearances(with_experts, 3)
 
 
@@ -86,14 +88,14 @@ def test_a_token_stands_in_experts_too(with_experts: ExampleRun):
 )
 def test_a_token_that_is_none_gets_its_near_matches(example: ExampleRun, token: str, proposals: list[str]):
     with pytest.raises(BacklensError, match="is not one token of this vocabulary") as refusal:
-        Run.open(example.out).by_token(token)
+        Atlas(example.out).by_token(token)
     for proposal in proposals:
         assert repr(proposal) in str(refusal.value)
 
 
 def test_a_token_like_no_other_is_said_to_be_so(example: ExampleRun):
     with pytest.raises(BacklensError, match="nothing is like it"):
-        Run.open(example.out).by_token("zzzz")
+        Atlas(example.out).by_token("zzzz")
 
 
 def told(example: ExampleRun, neuron: Neuron) -> list[dict[str, Any]]:
@@ -116,14 +118,12 @@ def told(example: ExampleRun, neuron: Neuron) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("neuron", ["0.mlp.up.0", "1.mlp.down.3", "2.mlp.down.5", "2.mlp.down.5000"])
 def test_a_neuron_is_told_what_its_rows_say(example: ExampleRun, neuron: str):
-    assert Run.open(example.out).by_neuron(neuron, limit=1000).to_pylist() == told(
-        example, parse_neuron(neuron)
-    )
+    assert Atlas(example.out).by_neuron(neuron, limit=1000).to_pylist() == told(example, parse_neuron(neuron))
 
 
 @pytest.mark.parametrize("neuron", ["1.mlp.up.e0.2", "1.mlp.up.e1.2", "1.mlp.up.2"])
 def test_a_neuron_is_found_in_one_expert_or_in_any(with_experts: ExampleRun, neuron: str):
-    found = Run.open(with_experts.out).by_neuron(neuron, limit=1000).to_pylist()
+    found = Atlas(with_experts.out).by_neuron(neuron, limit=1000).to_pylist()
     assert found == told(with_experts, parse_neuron(neuron))
 
 
@@ -139,7 +139,7 @@ def test_what_is_no_address_is_refused_with_an_example(text: str):
 
 
 def test_an_unknown_layer_or_module_gets_the_known_ones(example: ExampleRun):
-    run = Run.open(example.out)
+    run = Atlas(example.out)
     with pytest.raises(BacklensError, match="the model has no layer 7; it has 0 to 2"):
         run.by_neuron("7.mlp.down.1")
     with pytest.raises(
@@ -151,7 +151,7 @@ def test_an_unknown_layer_or_module_gets_the_known_ones(example: ExampleRun):
 def test_a_prompt_shows_each_layer_module_and_position(example: ExampleRun):
     rows = [row for row in example.rows["tokens"] if row["prompt_id"] == 5]
     rows.sort(key=lambda row: (row["layer"], row["module"], row["position"]))
-    found = Run.open(example.out).by_prompt(5).to_pylist()
+    found = Atlas(example.out).by_prompt(5).to_pylist()
     assert len(found) == len(rows)
     for shown, row in zip(found, rows, strict=True):
         assert {name: row[name] for name in shown if name in row} == {
@@ -163,11 +163,11 @@ def test_a_prompt_shows_each_layer_module_and_position(example: ExampleRun):
 
 
 def test_a_prompt_shows_its_text_and_loss(example: ExampleRun):
-    assert Run.open(example.out).prompt(5).to_pylist() == [prompt_of(example, 5)]
+    assert Atlas(example.out).prompt(5).to_pylist() == [prompt_of(example, 5)]
 
 
 def test_a_prompt_that_is_not_there_says_why(tmp_path: Path, example: ExampleRun):
-    run = Run.open(example.out)
+    run = Atlas(example.out)
     with pytest.raises(
         BacklensError, match=r"prompt: 3 failed \(read, missing-field\): prompts.jsonl:4: no field"
     ):
@@ -178,25 +178,29 @@ def test_a_prompt_that_is_not_there_says_why(tmp_path: Path, example: ExampleRun
     with pytest.raises(
         BacklensError, match=r"7 is not there yet; .* not complete: these are 1 of its 2 shards"
     ):
-        Run.open(unfinished.out).by_prompt(7)
+        Atlas(unfinished.out).by_prompt(7)
 
 
 def test_a_run_in_progress_shows_its_committed_shards_and_says_so(tmp_path: Path):
     example = example_run(Directory.at(tmp_path), shards=3, committed=2)
     (tmp_path / "neurons" / "part-000002.parquet").write_bytes(b"not committed")
-    run = Run.open(example.out)
+    run = Atlas(example.out)
     assert run.note is not None
     assert run.by_token(" Paris", limit=10_000).to_pylist() == appearances(example, 1)
     assert run.sql("SELECT count(*) AS n FROM neurons").to_pylist() == [{"n": len(example.rows["neurons"])}]
     commit_shard(
-        run.directory, 2, arrow(random_rows(random.Random(5), range(8, 12))), first_prompt=8, prompts=4
+        run.snapshot.directory,
+        2,
+        arrow(random_rows(random.Random(5), range(8, 12))),
+        first_prompt=8,
+        prompts=4,
     )
-    assert Run.open(example.out).note is None
+    assert Atlas(example.out).note is None
 
 
 def test_a_run_without_any_shard_has_empty_tables(tmp_path: Path):
     start_run(Directory.at(tmp_path))
-    run = Run.open(str(tmp_path))
+    run = Atlas(str(tmp_path))
     assert run.by_token(" Paris").num_rows == 0
     assert run.by_neuron("0.mlp.up.1").num_rows == 0
     assert run.sql("SELECT * FROM factors").num_rows == 0
@@ -206,18 +210,18 @@ def test_a_run_without_any_shard_has_empty_tables(tmp_path: Path):
 
 def test_what_is_not_a_run_is_refused(tmp_path: Path):
     with pytest.raises(BacklensError, match="is not a run directory"):
-        Run.open(str(tmp_path))
+        Atlas(str(tmp_path))
 
 
 def test_runs_on_object_stores_are_read_in_place(tmp_path: Path):
     example = example_run(Directory.at(f"memory://{tmp_path.name}"))
-    run = Run.open(f"memory://{tmp_path.name}")
+    run = Atlas(f"memory://{tmp_path.name}")
     assert run.by_token(" Paris", limit=10_000).to_pylist() == appearances(example, 1)
     assert run.sql("SELECT count(*) AS n FROM tokens").to_pylist() == [{"n": len(example.rows["tokens"])}]
 
 
 def test_sql_reads_every_table(example: ExampleRun):
-    run = Run.open(example.out)
+    run = Atlas(example.out)
     for table, rows in example.rows.items():
         assert run.sql(f"SELECT count(*) AS n FROM {table}").to_pylist() == [{"n": len(rows)}]
     joined = run.sql(
@@ -249,10 +253,12 @@ def test_sql_reads_every_table(example: ExampleRun):
 )
 def test_whatever_only_reads_is_run(example: ExampleRun, statement: str):
     """As DuckDB itself runs it on views of the same rows."""
-    run = Run.open(example.out)
+    run = Atlas(example.out)
     plain = duckdb.connect()
-    for table, files in run.files.items():
+    for table, files in run.snapshot.files.items():
         plain.read_parquet(list(files)).create_view(table)
+    for table, definition in DEFINITIONS.items():
+        plain.execute(f"CREATE VIEW {table} AS {definition}")
     expected = plain.sql(statement.partition(";")[0]).to_arrow_table().to_pylist()
     found = run.sql(statement, limit=10_000).to_pylist()
     assert sorted(map(str, found)) == sorted(map(str, expected))
@@ -261,7 +267,7 @@ def test_whatever_only_reads_is_run(example: ExampleRun, statement: str):
 
 def test_the_order_of_rows_survives_the_limit(example: ExampleRun):
     norms = sorted((row["grad_norm"] for row in example.rows["neurons"]), reverse=True)
-    found = Run.open(example.out).sql("SELECT grad_norm FROM neurons ORDER BY grad_norm DESC", limit=7)
+    found = Atlas(example.out).sql("SELECT grad_norm FROM neurons ORDER BY grad_norm DESC", limit=7)
     assert found.column("grad_norm").to_pylist() == norms[:7]
 
 
@@ -337,7 +343,7 @@ def test_hostile_sql_is_refused_in_one_line_and_nothing_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     before = snapshot(example.out)
-    run = Run.open(example.out)
+    run = Atlas(example.out)
     for statement in hostile(example.out):
         with pytest.raises(BacklensError) as refusal:
             run.sql(statement)
@@ -350,11 +356,11 @@ def test_a_refusal_says_what_can_be_run(example: ExampleRun):
     with pytest.raises(
         BacklensError, match="only a single SELECT statement is run here; it can read the tables vocab"
     ):
-        Run.open(example.out).sql("DROP VIEW layers")
+        Atlas(example.out).sql("DROP VIEW layers")
 
 
 def test_mistakes_in_sql_are_explained(example: ExampleRun):
-    run = Run.open(example.out)
+    run = Atlas(example.out)
     with pytest.raises(BacklensError, match='query: Binder Error: Referenced column "norm" not found'):
         run.sql("SELECT norm FROM layers")
     with pytest.raises(BacklensError, match='Table with name neuron does not exist! Did you mean "neurons"'):
@@ -365,7 +371,7 @@ def test_mistakes_in_sql_are_explained(example: ExampleRun):
 
 def test_a_query_that_takes_too_long_is_stopped(example: ExampleRun):
     with pytest.raises(BacklensError, match=r"query: stopped after 0\.3 s"):
-        Run.open(example.out, seconds=0.3).sql(
+        Atlas(example.out, seconds=0.3).sql(
             "SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b"
         )
 
@@ -376,7 +382,7 @@ def test_a_query_that_needs_too_much_memory_is_stopped_and_writes_nothing(
     monkeypatch.setattr(sql, "MEMORY_LIMIT", "50MB")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BacklensError, match="Out of Memory"):
-        Run.open(example.out).sql("SELECT count(DISTINCT hash(range)) FROM range(50000000)")
+        Atlas(example.out).sql("SELECT count(DISTINCT hash(range)) FROM range(50000000)")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -384,4 +390,4 @@ def test_a_missing_file_is_named(tmp_path: Path):
     example = example_run(Directory.at(tmp_path))
     (tmp_path / "neurons" / "part-000001.parquet").unlink()
     with pytest.raises(BacklensError, match=r"part-000001\.parquet"):
-        Run.open(example.out).by_token(" Paris")
+        Atlas(example.out).by_token(" Paris")

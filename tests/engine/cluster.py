@@ -1,5 +1,6 @@
 """A Ray cluster of one node for a test session, and the processes that Ray starts."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -27,26 +28,27 @@ SMALLEST_STORE = 80_000_000
 
 
 @contextmanager
-def one_node_cluster(cpus: int = 3) -> Iterator[tuple[str, int]]:
-    """A cluster's address and the id of its head process. It is gone afterwards, whatever happened."""
+def one_node_cluster(cpus: int = 3, job_server: int | None = None) -> Iterator[tuple[str, int]]:
+    """A cluster's address and the id of its head process. It is gone afterwards, whatever happened.
+
+    With a port for it the head runs Ray's dashboard, which is the job server.
+    """
     # Sockets lie in this folder and their paths must be short. Ports are all our own: another cluster may run here.
     folder = tempfile.mkdtemp(prefix="r")
-    ports = _free_ports(len(PORTS))
+    ports = free_ports(len(PORTS))
     log = Path(folder, "head.log")
+    binaries = Path(sys.executable).parent
+    dashboard = "--include-dashboard=false" if job_server is None else f"--dashboard-port={job_server}"
     with log.open("w") as stream:
         head = subprocess.Popen(
             [
-                str(Path(sys.executable).parent / "ray"),
+                str(binaries / "ray"),
                 *("start", "--head", "--block", "--disable-usage-stats"),
-                *(
-                    "--include-dashboard=false",
-                    f"--object-store-memory={SMALLEST_STORE}",
-                    f"--temp-dir={folder}",
-                ),
+                *(dashboard, f"--object-store-memory={SMALLEST_STORE}", f"--temp-dir={folder}"),
                 *(f"--num-cpus={cpus}", "--num-gpus=0", "--min-worker-port=0", "--max-worker-port=0"),
                 *(f"--{name}={port}" for name, port in zip(PORTS, ports, strict=True)),
             ],
-            env=environment(),
+            env=environment() | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -106,7 +108,7 @@ def _status(process: psutil.Process) -> str:
     return psutil.STATUS_ZOMBIE
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now. The system hands them out above the range of Ray's workers."""
     sockets = [socket.socket() for _ in range(count)]
     for opened in sockets:

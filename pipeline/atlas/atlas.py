@@ -1,0 +1,242 @@
+"""Questions to a run: where a token stands, what a neuron is told, what happened in a prompt, or any SELECT.
+
+    atlas = Atlas("./run")
+    atlas.by_token(" Paris", limit=20)
+    atlas.by_neuron("35.mlp.down.123", limit=20)
+    atlas.by_prompt(17)
+    atlas.sql("SELECT module, avg(grad_norm) FROM layers GROUP BY module", limit=100)
+
+All of them return Arrow tables and see the shards that were committed when the run was opened. They read the tables
+that `backlens atlas` wrote if those are of just these shards, and derive them on the way if not: slower, the same.
+"promoted" counts bottom lists, for an update subtracts gradients, and "demoted" top lists; both count kept neurons
+only (`cut_off`).
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.atlas import names, questions
+from pipeline.atlas.address import Neuron, parse_neuron
+from pipeline.atlas.manifest import CutOff
+from pipeline.atlas.snapshot import Snapshot
+from pipeline.atlas.sql import run_select
+from pipeline.errors import BacklensError
+from pipeline.store.files import Directory
+
+SECONDS = 60.0
+LIMIT = 100
+COLUMNS = ("relation", "subject", "target")
+"""Columns of `prompts` that `groups` can go by; other words are keys of its `meta`."""
+
+
+class Atlas:
+    """A run as it was when this was made, to be asked."""
+
+    def __init__(self, out: str | Directory, seconds: float = SECONDS) -> None:
+        """`out` is a run directory, a path or a URL; a question may take `seconds`."""
+        self.snapshot = Snapshot.open(out)
+        self.seconds = seconds
+
+    @property
+    def note(self) -> str | None:
+        """What a reader of results should know: that the run is not complete, or its atlas not current."""
+        return self.snapshot.note
+
+    @property
+    def cut_off(self) -> CutOff:
+        """Which neurons are kept for a prompt. The others are not there, which does not mean zero."""
+        return self.snapshot.cut_off
+
+    def by_token(self, token: str, limit: int = LIMIT) -> pa.Table:
+        """The neurons and positions in whose top or bottom lists `token` stands, the most prominent first.
+
+        `neuron` is null in a position's rows and `position` in a neuron's; `place` counts from 0 in its list.
+        """
+        return self._of_token(questions.TOKEN_PLACES, token, limit=limit)
+
+    def token_neurons(
+        self, token: str, limit: int = LIMIT, layer: int | None = None, module: str | None = None
+    ) -> pa.Table:
+        """The neurons that gradients push toward `token` (promoted) or away from it, most often first."""
+        return self._of_token(questions.TOKEN_NEURONS, token, limit=limit, layer=layer, module=module)
+
+    def token_layers(
+        self, token: str, limit: int = LIMIT, layer: int | None = None, module: str | None = None
+    ) -> pa.Table:
+        """How often each layer's modules are pushed toward `token` and away from it, and in which neurons."""
+        return self._of_token(questions.TOKEN_LAYERS, token, limit=limit, layer=layer, module=module)
+
+    def by_neuron(self, neuron: str | Neuron, limit: int = LIMIT) -> pa.Table:
+        """What each prompt's gradient says to one neuron, the strongest first."""
+        return self._of_neuron(questions.NEURON_PROMPTS, neuron, limit=limit)
+
+    def neuron_tokens(self, neuron: str | Neuron, limit: int = LIMIT) -> pa.Table:
+        """The tokens in a neuron's lists: in how many prompts it is pushed toward them or away."""
+        return self._of_neuron(questions.NEURON_TOKENS, neuron, limit=limit)
+
+    def neuron_summary(self, neuron: str | Neuron, limit: int = LIMIT) -> pa.Table:
+        """One row: how often it is kept, how strongly, and what all prompts together say to it."""
+        return self._of_neuron(questions.NEURON_SUMMARY, neuron, limit=limit)
+
+    def similar_neurons(self, neuron: str | Neuron, limit: int = LIMIT) -> pa.Table:
+        """The neurons of all layers that are told the same: by the cosine of their counts by side and token."""
+        return self._of_neuron(questions.SIMILAR_NEURONS, neuron, limit=limit)
+
+    def specific_neurons(
+        self, limit: int = LIMIT, layer: int | None = None, module: str | None = None, min_prompts: int = 5
+    ) -> pa.Table:
+        """The neurons whose tokens differ most from those of their layer's module, in bits.
+
+        Few prompts make any neuron look specific, hence `min_prompts`.
+        """
+        return self._ask(
+            questions.SPECIFIC_NEURONS, layer=layer, module=module, limit=limit, min_prompts=min_prompts
+        )
+
+    def prompt(self, prompt_id: int) -> pa.Table:
+        """One prompt's row of `prompts`: its text, target and loss among them."""
+        with self._connection() as opened:
+            return names.check_prompt(self.snapshot, opened, prompt_id)
+
+    def by_prompt(
+        self, prompt_id: int, limit: int | None = None, layer: int | None = None, module: str | None = None
+    ) -> pa.Table:
+        """One prompt's layers, modules and positions, each with the tokens of its projection: its heatmap."""
+        return self._of_prompt(questions.HEATMAP, prompt_id, limit=limit, layer=layer, module=module)
+
+    def prompt_neurons(
+        self, prompt_id: int, limit: int = LIMIT, layer: int | None = None, module: str | None = None
+    ) -> pa.Table:
+        """The neurons that are kept for a prompt, the strongest first."""
+        return self._of_prompt(questions.PROMPT_NEURONS, prompt_id, limit=limit, layer=layer, module=module)
+
+    def target_ranks(
+        self,
+        prompt_id: int,
+        limit: int | None = None,
+        layer: int | None = None,
+        module: str | None = None,
+        position: int | None = None,
+    ) -> pa.Table:
+        """The target's rank through the layers at one position of a prompt, by default its last."""
+        given = {"limit": limit, "layer": layer, "module": module, "position": position}
+        return self._of_prompt(questions.TARGET_RANKS, prompt_id, **given)
+
+    def prominent_tokens(
+        self,
+        prompt_id: int | None = None,
+        limit: int = LIMIT,
+        layer: int | None = None,
+        module: str | None = None,
+    ) -> pa.Table:
+        """The tokens that stand out at any layer: at a prompt's positions, or in the neurons of all prompts."""
+        if prompt_id is None:
+            return self._ask(questions.PROMINENT_TOKENS, limit=limit, layer=layer, module=module)
+        return self._of_prompt(
+            questions.PROMINENT_IN_PROMPT, prompt_id, limit=limit, layer=layer, module=module
+        )
+
+    def compare_prompts(
+        self,
+        one: int,
+        two: int,
+        limit: int | None = None,
+        layer: int | None = None,
+        module: str | None = None,
+    ) -> pa.Table:
+        """Two prompts (or two targets of one) by layer and module: norms, ranks at the last position, neurons."""
+        if one == two:
+            raise BacklensError(f"prompt: {one} is compared with itself; give another one")
+        self.prompt(one)
+        self.prompt(two)
+        return self._ask(questions.COMPARE_PROMPTS, one=one, two=two, limit=limit, layer=layer, module=module)
+
+    def compare_runs(
+        self,
+        other: "Atlas | str",
+        limit: int | None = None,
+        layer: int | None = None,
+        module: str | None = None,
+    ) -> pa.Table:
+        """Two runs by layer and module, over the prompts whose text is in both; means of norms and ranks."""
+        beside = other.snapshot if isinstance(other, Atlas) else Snapshot.open(other)
+        with self.snapshot.connection(self.seconds, beside) as opened:
+            names.check_place(self.snapshot, opened, layer, module)
+            given = {"limit": limit, "layer": layer, "module": module}
+            rows = _select(opened, questions.COMPARE_RUNS, given)
+            if rows.num_rows == 0:
+                raise BacklensError(
+                    f"compare: {self.snapshot.directory} and {beside.directory} have no prompt in common at the "
+                    "same layer and module; they must be of the same prompts (targets may differ)"
+                )
+            return rows
+
+    def groups(
+        self,
+        by: str = "relation",
+        limit: int | None = None,
+        layer: int | None = None,
+        module: str | None = None,
+    ) -> pa.Table:
+        """Means by layer and module over the prompts of each relation, subject, target or key of `meta`."""
+        with self._connection() as opened:
+            names.check_tag(opened, by, COLUMNS)
+        pointer = "/" + by.replace("~", "~0").replace("/", "~1")
+        return self._ask(questions.GROUPS, by=by, pointer=pointer, limit=limit, layer=layer, module=module)
+
+    def coverage(
+        self, limit: int | None = None, layer: int | None = None, module: str | None = None
+    ) -> pa.Table:
+        """What is there by layer and module: prompts, positions, kept neurons, and how much of it is zero."""
+        return self._ask(questions.COVERAGE, limit=limit, layer=layer, module=module)
+
+    def layer_curves(
+        self, limit: int | None = None, layer: int | None = None, module: str | None = None
+    ) -> pa.Table:
+        """Norms, ranks and entropies by layer, module and kind of position."""
+        return self._ask(questions.LAYER_CURVES, limit=limit, layer=layer, module=module)
+
+    def sql(self, statement: str, limit: int = 1000) -> pa.Table:
+        """At most `limit` rows of one SELECT over the tables; nothing else is run."""
+        with self._connection() as opened:
+            return run_select(opened, statement, limit)
+
+    def _connection(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        return self.snapshot.connection(self.seconds)
+
+    def _of_token(self, question: str, token: str, **given: Any) -> pa.Table:
+        with self._connection() as opened:
+            names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
+            return _answer(opened, question, given | {"ids": names.token_ids(opened, token)})
+
+    def _of_neuron(self, question: str, neuron: str | Neuron, limit: int) -> pa.Table:
+        wanted = parse_neuron(neuron) if isinstance(neuron, str) else neuron
+        given = {"layer": wanted.layer, "module": wanted.module, "index": wanted.index}
+        with self._connection() as opened:
+            names.check_place(self.snapshot, opened, wanted.layer, wanted.module)
+            return _answer(opened, question, given | {"expert": wanted.expert, "limit": limit})
+
+    def _of_prompt(self, question: str, prompt_id: int, **given: Any) -> pa.Table:
+        with self._connection() as opened:
+            names.check_prompt(self.snapshot, opened, prompt_id)
+            names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
+            return _answer(opened, question, given | {"prompt_id": prompt_id})
+
+    def _ask(self, question: str, **given: Any) -> pa.Table:
+        with self._connection() as opened:
+            names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
+            return _answer(opened, question, given)
+
+
+def _answer(opened: duckdb.DuckDBPyConnection, question: str, given: Mapping[str, Any]) -> pa.Table:
+    return names.with_texts(opened, _select(opened, question, given))
+
+
+def _select(opened: duckdb.DuckDBPyConnection, question: str, given: Mapping[str, Any]) -> pa.Table:
+    """The question with those values that it asks for."""
+    bound = {name: value for name, value in given.items() if f"${name}" in question}
+    return opened.sql(question, params=bound).to_arrow_table()

@@ -1,0 +1,136 @@
+"""What a user calls things, looked up in a run; what is not there gets one line with what is like it."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.atlas.snapshot import Snapshot
+from pipeline.errors import BacklensError
+
+
+def token_ids(opened: duckdb.DuckDBPyConnection, token: str) -> list[int]:
+    """All ids with that text: more than one where tokens are parts of a character."""
+    found = _select(opened, "SELECT token_id FROM vocab WHERE token = $token", token=token)
+    if found.num_rows == 0:
+        near = _similar_tokens(opened, token)
+        proposal = f"did you mean {' or '.join(map(repr, near))}?" if near else "and nothing is like it"
+        raise BacklensError(
+            f"token: {token!r} is not one token of this vocabulary (a leading space counts); {proposal}"
+        )
+    return found.column("token_id").to_pylist()
+
+
+def check_place(
+    snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, layer: int | None, module: str | None
+) -> None:
+    """Refuses a layer or module that the run cannot have."""
+    if layer is None and module is None:
+        return
+    layers, modules = _known(snapshot, opened)
+    if modules and module is not None and module not in modules:
+        raise BacklensError(
+            f"module: this run has no module {module!r}; it has {', '.join(modules)}{did_you_mean(module, modules)}"
+        )
+    if layers and layer is not None and layer not in layers:
+        raise BacklensError(f"layer: the model has no layer {layer}; it has {min(layers)} to {max(layers)}")
+
+
+def check_prompt(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, prompt_id: int) -> pa.Table:
+    """The prompt's row."""
+    if abs(prompt_id) < 2**63:
+        found = _select(opened, "FROM prompts WHERE prompt_id = $prompt_id", prompt_id=prompt_id)
+        if found.num_rows:
+            return found
+    raise BacklensError(_missing_prompt(snapshot, opened, prompt_id))
+
+
+def check_tag(opened: duckdb.DuckDBPyConnection, by: str, columns: Sequence[str]) -> None:
+    """Refuses what is neither such a column of `prompts` nor a key of its `meta`."""
+    if by in columns:
+        return
+    rows = _select(
+        opened, "SELECT DISTINCT unnest(json_keys(meta)) AS key FROM prompts WHERE meta IS NOT NULL"
+    )
+    keys = sorted(rows.column("key").to_pylist())
+    if by not in keys:
+        known = [*columns, *keys]
+        raise BacklensError(
+            f"by: prompts have no {by!r}; they have {', '.join(known)}{did_you_mean(by, known)}"
+        )
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of a message: the known word that is most like this one, if any is."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def with_texts(opened: duckdb.DuckDBPyConnection, rows: pa.Table) -> pa.Table:
+    """The rows with tokens in the place of lists of their ids, in columns named accordingly."""
+    names = [name for name in rows.column_names if name.endswith("_ids")]
+    lists = {name: rows.column(name).to_pylist() for name in names}
+    ids = sorted({i for column in lists.values() for row in column if row is not None for i in row})
+    if not names:
+        return rows
+    found = _select(opened, "SELECT token_id, token FROM vocab WHERE list_contains($ids, token_id)", ids=ids)
+    texts = dict(zip(found.column("token_id").to_pylist(), found.column("token").to_pylist(), strict=True))
+    for name, column in lists.items():
+        tokens = [None if row is None else [texts.get(i, f"<{i}>") for i in row] for row in column]
+        place = rows.column_names.index(name)
+        rows = rows.set_column(
+            place, name.removesuffix("_ids") + "_tokens", pa.array(tokens, pa.list_(pa.string()))
+        )
+    return rows
+
+
+def _select(opened: duckdb.DuckDBPyConnection, query: str, **parameters: Any) -> pa.Table:
+    return opened.sql(query, params=parameters).to_arrow_table()
+
+
+def _known(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection) -> tuple[Sequence[int], list[str]]:
+    """The layers and modules there can be: by the model's facts, else by the rows there are."""
+    facts = snapshot.record.model
+    if "layers" in facts and "modules" in facts:
+        return range(int(facts["layers"])), list(facts["modules"])
+    rows = _select(opened, "SELECT DISTINCT layer, module::VARCHAR AS module FROM layers").to_pylist()
+    return [row["layer"] for row in rows], sorted({row["module"] for row in rows})
+
+
+def _missing_prompt(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, prompt_id: int) -> str:
+    failed = (
+        _select(opened, "FROM failures WHERE prompt_id = $prompt_id", prompt_id=prompt_id).to_pylist()
+        if abs(prompt_id) < 2**63
+        else []
+    )
+    if failed:
+        failure = failed[0]
+        return f"prompt: {prompt_id} failed ({failure['stage']}, {failure['error']}): {failure['message']}"
+    if snapshot.note and 0 <= prompt_id < snapshot.record.plan.prompts:
+        return f"prompt: {prompt_id} is not there yet; {snapshot.note}"
+    ids = _select(opened, "SELECT min(prompt_id) AS first, max(prompt_id) AS last FROM prompts").to_pylist()[
+        0
+    ]
+    return f"prompt: this run has no prompt {prompt_id}; it has {ids['first']} to {ids['last']}"
+
+
+def _similar_tokens(opened: duckdb.DuckDBPyConnection, token: str) -> list[str]:
+    """Up to three tokens that were perhaps meant: the same but for spaces and case, then alike."""
+    rows = _select(
+        opened,
+        """
+        SELECT token FROM (SELECT DISTINCT token FROM vocab)
+        WHERE lower(trim(token)) = lower(trim($token))
+            OR jaro_winkler_similarity(lower(trim(token)), lower(trim($token))) > 0.85
+        ORDER BY
+            lower(trim(token)) = lower(trim($token)) DESC,
+            trim(token) = trim($token) DESC,
+            jaro_winkler_similarity(lower(trim(token)), lower(trim($token))) DESC,
+            token
+        LIMIT 3
+        """,
+        token=token,
+    )
+    return rows.column("token").to_pylist()

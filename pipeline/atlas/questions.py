@@ -1,0 +1,325 @@
+"""The SELECTs behind the questions of `Atlas`. Values are bound, `$name`; ties are settled by the keys."""
+
+FILTER = """
+($layer IS NULL OR layer = $layer) AND ($module IS NULL OR module = $module)
+"""
+
+TOKEN_PLACES = """
+WITH position_lists AS (
+    SELECT prompt_id, layer, module, expert, position, 'top' AS side, top_ids AS ids, top_scores AS scores
+    FROM tokens WHERE list_has_any(top_ids, $ids)
+    UNION ALL
+    SELECT prompt_id, layer, module, expert, position, 'bottom' AS side, bottom_ids, bottom_scores
+    FROM tokens WHERE list_has_any(bottom_ids, $ids)
+), places AS (
+    SELECT prompt_id, layer, module, expert, neuron, NULL::INTEGER AS position, side, place, score, token_id
+    FROM token_topk
+    WHERE token_id BETWEEN list_min($ids) AND list_max($ids)
+    UNION ALL
+    SELECT
+        prompt_id, layer, module, expert, NULL::INTEGER AS neuron, position, side,
+        (generate_subscripts(ids, 1) - 1)::SMALLINT AS place, unnest(scores) AS score, unnest(ids) AS token_id
+    FROM position_lists
+)
+SELECT prompt_id, layer, module, expert, neuron, position, side, place, score, prompt
+FROM places JOIN prompts USING (prompt_id)
+WHERE list_contains($ids, token_id)
+ORDER BY place, abs(score) DESC, prompt_id, layer, module, expert, neuron, position, side
+LIMIT $limit
+"""
+
+TOKEN_NEURONS = f"""
+SELECT
+    layer, module, expert, neuron,
+    count(*) FILTER (side = 'bottom') AS promoted,
+    count(*) FILTER (side = 'top') AS demoted,
+    count(DISTINCT prompt_id) AS prompts,
+    min(place) AS best_place
+FROM token_topk
+WHERE token_id BETWEEN list_min($ids) AND list_max($ids) AND list_contains($ids, token_id) AND {FILTER}
+GROUP BY layer, module, expert, neuron
+ORDER BY promoted + demoted DESC, layer, module, expert, neuron
+LIMIT $limit
+"""
+
+TOKEN_LAYERS = f"""
+SELECT * FROM token_summary
+WHERE token_id BETWEEN list_min($ids) AND list_max($ids) AND list_contains($ids, token_id) AND {FILTER}
+ORDER BY token_id, layer, module, expert
+LIMIT $limit
+"""
+
+THE_NEURON = """
+layer = $layer AND module = $module AND neuron = $index AND ($expert IS NULL OR expert = $expert)
+"""
+
+NEURON_PROMPTS = f"""
+WITH strongest AS (
+    SELECT * FROM neuron_prompts WHERE {THE_NEURON} ORDER BY grad_norm DESC, prompt_id, expert LIMIT $limit
+), lists AS (
+    SELECT
+        prompt_id, expert,
+        list(token_id ORDER BY place) FILTER (side = 'top') AS top_ids,
+        list(score ORDER BY place) FILTER (side = 'top') AS top_scores,
+        list(token_id ORDER BY place) FILTER (side = 'bottom') AS bottom_ids,
+        list(score ORDER BY place) FILTER (side = 'bottom') AS bottom_scores
+    FROM neuron_topk
+    WHERE {THE_NEURON} AND prompt_id IN (SELECT prompt_id FROM strongest)
+    GROUP BY prompt_id, expert
+)
+SELECT
+    s.prompt_id, s.expert, grad_norm, main_position, target_score, s.target_rank,
+    top_ids, top_scores, bottom_ids, bottom_scores, prompt, target
+FROM strongest s
+LEFT JOIN lists ON s.prompt_id = lists.prompt_id AND s.expert IS NOT DISTINCT FROM lists.expert
+JOIN prompts p ON p.prompt_id = s.prompt_id
+ORDER BY grad_norm DESC, s.prompt_id, s.expert
+"""
+
+NEURON_TOKENS = f"""
+WITH counted AS (
+    SELECT
+        token_id,
+        count(*) FILTER (side = 'bottom') AS promoted,
+        count(*) FILTER (side = 'top') AS demoted,
+        min(place) AS best_place,
+        count(DISTINCT prompt_id) AS prompts
+    FROM neuron_topk WHERE {THE_NEURON}
+    GROUP BY token_id
+)
+SELECT token_id, token, promoted, demoted, prompts, best_place
+FROM counted LEFT JOIN vocab USING (token_id)
+ORDER BY promoted + demoted DESC, token_id
+LIMIT $limit
+"""
+
+NEURON_SUMMARY = f"SELECT * FROM neuron_summary WHERE {THE_NEURON} ORDER BY expert LIMIT $limit"
+
+SIMILAR_NEURONS = f"""
+WITH mine AS (
+    SELECT side, token_id, count(*) AS entries FROM neuron_topk WHERE {THE_NEURON} GROUP BY side, token_id
+), theirs AS (
+    SELECT layer, module, expert, neuron, side, token_id, count(*) AS entries
+    FROM token_topk WHERE token_id IN (SELECT token_id FROM mine)
+    GROUP BY layer, module, expert, neuron, side, token_id
+), products AS (
+    SELECT
+        layer, module, expert, neuron,
+        sum(mine.entries * theirs.entries)::DOUBLE AS product,
+        count(DISTINCT token_id) AS shared_tokens
+    FROM theirs JOIN mine USING (side, token_id)
+    GROUP BY layer, module, expert, neuron
+)
+SELECT
+    p.layer, p.module, p.expert, p.neuron,
+    product / entries_norm / (SELECT sqrt(sum(entries * entries)::DOUBLE) FROM mine) AS similarity,
+    shared_tokens, prompts, promoted_ids, promoted_counts, demoted_ids, demoted_counts
+FROM products p JOIN neuron_summary s
+ON p.layer = s.layer AND p.module = s.module AND p.neuron = s.neuron AND p.expert IS NOT DISTINCT FROM s.expert
+WHERE NOT (
+    p.layer = $layer AND p.module = $module AND p.neuron = $index
+    AND ($expert IS NULL OR p.expert = $expert)
+)
+ORDER BY similarity DESC, p.layer, p.module, p.expert, p.neuron
+LIMIT $limit
+"""
+
+SPECIFIC_NEURONS = f"""
+SELECT
+    layer, module, expert, neuron,
+    greatest(promoted_specificity, demoted_specificity) AS specificity,
+    prompts, grad_norm_mean, promoted_ids, promoted_counts, promoted_lifts, demoted_ids, demoted_counts,
+    demoted_lifts
+FROM neuron_summary
+WHERE prompts >= $min_prompts AND entries_norm > 0 AND {FILTER}
+ORDER BY specificity DESC, layer, module, expert, neuron
+LIMIT $limit
+"""
+
+HEATMAP = f"""
+SELECT
+    layer, module, expert, position, token, input_norm, vjp_norm, target_score, target_rank,
+    top_ids, top_scores, bottom_ids, bottom_scores
+FROM tokens LEFT JOIN vocab USING (token_id)
+WHERE prompt_id = $prompt_id AND {FILTER}
+ORDER BY layer, module, expert, position
+LIMIT $limit
+"""
+
+PROMPT_NEURONS = f"""
+SELECT
+    layer, module, expert, neuron, grad_norm, main_position, token AS main_token, target_score, n.target_rank,
+    top_ids, top_scores, bottom_ids, bottom_scores
+FROM neurons n
+JOIN prompts USING (prompt_id)
+LEFT JOIN vocab ON vocab.token_id = prompts.token_ids[main_position + 1]
+WHERE prompt_id = $prompt_id AND {FILTER}
+ORDER BY grad_norm DESC, layer, module, expert, neuron
+LIMIT $limit
+"""
+
+TARGET_RANKS = f"""
+SELECT layer, module, expert, position, token, t.target_rank, target_score, vjp_norm
+FROM tokens t JOIN prompts USING (prompt_id) LEFT JOIN vocab ON vocab.token_id = t.token_id
+WHERE prompt_id = $prompt_id AND position = coalesce($position, n_tokens - 1) AND {FILTER}
+ORDER BY module, expert, layer
+LIMIT $limit
+"""
+
+PROMINENT_IN_PROMPT = f"""
+WITH listed AS (
+    SELECT layer, module, position, 'top' AS side, top_ids AS ids FROM tokens WHERE prompt_id = $prompt_id
+    UNION ALL
+    SELECT layer, module, position, 'bottom' AS side, bottom_ids AS ids FROM tokens WHERE prompt_id = $prompt_id
+), places AS (
+    SELECT
+        layer, module, position, side, unnest(ids) AS token_id, generate_subscripts(ids, 1) - 1 AS place
+    FROM listed WHERE {FILTER}
+)
+SELECT
+    token_id, token, side, count(*) AS cells, count(*) FILTER (place = 0) AS first_places,
+    count(DISTINCT layer) AS layers, min(layer) AS first_layer, max(layer) AS last_layer
+FROM places LEFT JOIN vocab USING (token_id)
+GROUP BY token_id, token, side
+ORDER BY first_places DESC, cells DESC, token_id, side DESC
+LIMIT $limit
+"""
+
+PROMINENT_TOKENS = f"""
+SELECT
+    token_id, token,
+    sum(promoted)::BIGINT AS promoted, sum(demoted)::BIGINT AS demoted,
+    count(DISTINCT layer) AS layers, min(layer) AS first_layer, max(layer) AS last_layer,
+    max(promoted + demoted) AS most_in_a_module
+FROM token_summary LEFT JOIN vocab USING (token_id)
+WHERE {FILTER}
+GROUP BY token_id, token
+ORDER BY most_in_a_module DESC, token_id
+LIMIT $limit
+"""
+
+COMPARE_PROMPTS = """
+WITH facts AS (
+    SELECT layer, module, expert, prompt_id, grad_norm, NULL::INTEGER AS target_rank, NULL::INTEGER AS neuron
+    FROM layers WHERE prompt_id IN ($one, $two)
+    UNION ALL
+    SELECT layer, module, expert, prompt_id, NULL, t.target_rank, NULL
+    FROM tokens t JOIN prompts USING (prompt_id)
+    WHERE prompt_id IN ($one, $two) AND position = n_tokens - 1
+    UNION ALL
+    SELECT layer, module, expert, prompt_id, NULL, NULL, neuron FROM neurons WHERE prompt_id IN ($one, $two)
+), shared AS (
+    SELECT layer, module, expert, count(*) AS neurons
+    FROM (
+        SELECT layer, module, expert, neuron FROM facts WHERE neuron IS NOT NULL
+        GROUP BY layer, module, expert, neuron HAVING count(DISTINCT prompt_id) = 2
+    )
+    GROUP BY layer, module, expert
+), sides AS (
+    SELECT
+        layer, module, expert,
+        max(grad_norm) FILTER (prompt_id = $one) AS grad_norm_1,
+        max(grad_norm) FILTER (prompt_id = $two) AS grad_norm_2,
+        max(target_rank) FILTER (prompt_id = $one) AS target_rank_1,
+        max(target_rank) FILTER (prompt_id = $two) AS target_rank_2,
+        count(neuron) FILTER (prompt_id = $one) AS neurons_1,
+        count(neuron) FILTER (prompt_id = $two) AS neurons_2
+    FROM facts GROUP BY layer, module, expert
+)
+SELECT sides.*, coalesce(shared.neurons, 0) AS shared_neurons
+FROM sides LEFT JOIN shared
+ON sides.layer = shared.layer AND sides.module = shared.module
+    AND sides.expert IS NOT DISTINCT FROM shared.expert
+WHERE ($layer IS NULL OR sides.layer = $layer) AND ($module IS NULL OR sides.module = $module)
+ORDER BY sides.layer, sides.module, sides.expert
+LIMIT $limit
+"""
+
+COMPARE_RUNS = """
+WITH pairs AS (
+    SELECT one.prompt_id AS first, two.prompt_id AS second
+    FROM (SELECT prompt_id, prompt, row_number() OVER (PARTITION BY prompt ORDER BY prompt_id) AS nth FROM prompts) one
+    JOIN (
+        SELECT prompt_id, prompt, row_number() OVER (PARTITION BY prompt ORDER BY prompt_id) AS nth
+        FROM other.prompts
+    ) two USING (prompt, nth)
+), norms AS (
+    SELECT
+        a.layer, a.module, a.expert, count(*) AS prompts,
+        avg(a.grad_norm::DOUBLE) AS grad_norm_1, avg(b.grad_norm::DOUBLE) AS grad_norm_2,
+        avg(a.target_rank) AS target_rank_1, avg(b.target_rank) AS target_rank_2
+    FROM layers a JOIN pairs ON a.prompt_id = first
+    JOIN other.layers b
+    ON b.prompt_id = second AND a.layer = b.layer AND a.module = b.module AND a.expert IS NOT DISTINCT FROM b.expert
+    GROUP BY a.layer, a.module, a.expert
+), shared AS (
+    SELECT a.layer, a.module, a.expert, count(*) AS neurons
+    FROM neurons a JOIN pairs ON a.prompt_id = first
+    JOIN other.neurons b
+    ON b.prompt_id = second AND a.layer = b.layer AND a.module = b.module AND a.neuron = b.neuron
+        AND a.expert IS NOT DISTINCT FROM b.expert
+    GROUP BY a.layer, a.module, a.expert
+)
+SELECT norms.*, coalesce(shared.neurons, 0) AS shared_neurons
+FROM norms LEFT JOIN shared
+ON norms.layer = shared.layer AND norms.module = shared.module
+    AND norms.expert IS NOT DISTINCT FROM shared.expert
+WHERE ($layer IS NULL OR norms.layer = $layer) AND ($module IS NULL OR norms.module = $module)
+ORDER BY norms.layer, norms.module, norms.expert
+LIMIT $limit
+"""
+
+GROUPS = f"""
+WITH grouped AS (
+    SELECT
+        prompt_id, loss, target_prob, target_rank AS predicted_rank,
+        CASE $by
+            WHEN 'relation' THEN relation WHEN 'subject' THEN subject WHEN 'target' THEN target
+            ELSE json_extract_string(meta, $pointer)
+        END AS tag
+    FROM prompts
+)
+SELECT
+    tag, layer, module, expert, count(*) AS prompts,
+    avg(loss::DOUBLE) AS loss, avg(target_prob::DOUBLE) AS target_prob,
+    avg(grad_norm::DOUBLE) AS grad_norm, avg(target_rank) AS target_rank
+FROM grouped JOIN layers USING (prompt_id)
+WHERE {FILTER}
+GROUP BY tag, layer, module, expert
+ORDER BY tag, module, layer, expert
+LIMIT $limit
+"""
+
+COVERAGE = f"""
+WITH facts AS (
+    SELECT
+        layer, module, expert, count(*) AS prompts, count(*) FILTER (rank = 0) AS zero_gradients,
+        NULL::BIGINT AS kept, NULL::BIGINT AS neurons, NULL::BIGINT AS positions, NULL::BIGINT AS zero_vjps
+    FROM layers GROUP BY layer, module, expert
+    UNION ALL
+    SELECT layer, module, expert, NULL, NULL, count(*), count(DISTINCT neuron), NULL, NULL
+    FROM neurons GROUP BY layer, module, expert
+    UNION ALL
+    SELECT layer, module, expert, NULL, NULL, NULL, NULL, count(*), count(*) FILTER (vjp_norm = 0)
+    FROM tokens GROUP BY layer, module, expert
+)
+SELECT
+    layer, module, expert,
+    coalesce(max(prompts), 0) AS prompts,
+    (SELECT count(*) FROM prompts) - coalesce(max(prompts), 0) AS prompts_without_rows,
+    coalesce(max(zero_gradients), 0) AS zero_gradients,
+    coalesce(max(positions), 0) AS positions,
+    coalesce(max(zero_vjps), 0) AS zero_vjps,
+    coalesce(max(kept), 0) AS neuron_rows,
+    coalesce(max(neurons), 0) AS distinct_neurons,
+    (SELECT count(*) FROM failures) AS failed_prompts
+FROM facts
+WHERE {FILTER}
+GROUP BY layer, module, expert
+ORDER BY layer, module, expert
+LIMIT $limit
+"""
+
+LAYER_CURVES = f"""
+SELECT * FROM layer_curves WHERE {FILTER} ORDER BY module, expert, position_class, layer LIMIT $limit
+"""

@@ -1,0 +1,61 @@
+"""`backlens plot`: one figure of a run to a file."""
+
+import difflib
+import sys
+
+from pipeline.atlas import Atlas
+from pipeline.errors import BacklensError
+from pipeline.plot.canvas import check_target, require_matplotlib, save
+
+FIGURES = ("heatmap", "norms", "ranks", "curves")
+
+
+def draw(out: str, figure: str | None, prompt: int | None, module: str | None, to: str | None) -> int:
+    """Draw what is asked for and return the exit status."""
+    kind = figure or ("curves" if prompt is None else "heatmap")
+    if kind not in FIGURES:
+        near = difflib.get_close_matches(kind, FIGURES, n=1)
+        proposal = f"; did you mean {near[0]}?" if near else ""
+        raise BacklensError(f"--figure {kind}: there are {', '.join(FIGURES)}{proposal}")
+    if prompt is None and kind != "curves":
+        raise BacklensError(f"plot: a figure of {kind} is of one prompt; give --prompt")
+    if prompt is not None and kind == "curves":
+        raise BacklensError("plot: curves are of all prompts; leave out --prompt, or use --figure ranks")
+    require_matplotlib()
+    target = check_target(to or _name(kind, prompt, module))
+    is_vector = target.suffix.lower() == ".svg"
+    atlas = Atlas(out)
+    if atlas.note:
+        print(atlas.note, file=sys.stderr)
+    from pipeline.plot.heatmap import draw_heatmap, read_heatmap
+    from pipeline.plot.lines import draw_curves, draw_ranks
+
+    if prompt is None:
+        drawn = draw_curves(atlas, _modules(atlas, module))
+    elif kind == "ranks":
+        drawn = draw_ranks(atlas, prompt, _modules(atlas, module), is_vector)
+    else:
+        heatmap = read_heatmap(atlas, prompt, module or _default_module(atlas))
+        drawn = draw_heatmap(heatmap, is_vector, "norms" if kind == "norms" else "tokens")
+    save(drawn, target)
+    print(target)
+    return 0
+
+
+def _modules(atlas: Atlas, module: str | None) -> list[str]:
+    rows = atlas.coverage(module=module).to_pylist()
+    found = list(dict.fromkeys(row["module"] for row in rows if row["positions"]))
+    if not found:
+        raise BacklensError(f"plot: {atlas.snapshot.directory} has no rows to draw")
+    return found
+
+
+def _default_module(atlas: Atlas) -> str:
+    """What an update writes, if it is there."""
+    modules = _modules(atlas, None)
+    return "mlp.down" if "mlp.down" in modules else modules[0]
+
+
+def _name(kind: str, prompt: int | None, module: str | None) -> str:
+    parts = [kind, *([] if prompt is None else [str(prompt)]), *([] if module is None else [module])]
+    return f"{'-'.join(parts)}.png"

@@ -1,0 +1,50 @@
+"""`backlens status`: how far a run is, as a table or one JSON object."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.store.status import RunStatus, run_status
+
+
+def print_status(out: str, as_json: bool) -> int:
+    """Show the run at `out` and return the exit status."""
+    status = run_status(out)
+    if as_json:
+        print(json.dumps(asdict(status), ensure_ascii=False))
+        return 0
+    table = Table(show_header=False)
+    for name, value in _lines(status):
+        table.add_row(name, value)
+    Console(highlight=False, soft_wrap=True).print(table)
+    return 0
+
+
+def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
+    yield "run", status.out
+    yield "state", _state(status)
+    yield "shards", f"{status.shards_committed:,} of {status.shards:,}"
+    failed = f", {status.prompts_failed:,} failed" if status.prompts_failed else ""
+    yield "prompts", f"{status.prompts_done:,} of {status.prompts:,} done{failed}"
+    yield "rows", ", ".join(f"{table} {rows:,}" for table, rows in status.rows.items()) or "none yet"
+    yield "size", f"{status.bytes / 1e6:,.1f} MB"
+    if status.last_commit_at is not None:
+        yield "last commit", status.last_commit_at
+    if status.prompts_per_second is not None and status.seconds_left is not None:
+        yield "rate", f"{status.prompts_per_second:,.2f} prompts/s"
+        yield "time left", f"about {_duration(status.seconds_left)}"
+
+
+def _state(status: RunStatus) -> str:
+    if status.state == "running" and status.driver is not None:
+        return f"running on {status.driver.host} (pid {status.driver.pid}) since {status.driver.since}"
+    return "stopped; the same command resumes it" if status.state == "stopped" else "done"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,200 @@
+"""Job files, and Ray's job server: a `backlens` command whose driver runs on the cluster.
+
+A job is a command line and where its code and its environment come from. Nothing about it is kept here: the run
+directory is the state, so a job that was stopped or lost its head node is resumed by submitting it again.
+"""
+
+import asyncio
+import logging
+import os
+import re
+import shlex
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.exceptions import RayError
+from ray.job_submission import JobDetails, JobSubmissionClient
+
+from pipeline.config import flag, nearest
+from pipeline.errors import BacklensError
+
+ENTRY = Path("jobs", "entry.py")
+"""What a job runs in a working directory that brings the code with it."""
+
+STOPPING_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFile:
+    """The content of a job file; its keys are these words, with dashes."""
+
+    name: str
+    """What its submissions' ids begin with."""
+    command: tuple[str, ...]
+    """The words after `backlens`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The command's options, under the same words as its flags."""
+    working_dir: Path | None = None
+    """A folder that is uploaded, and in which the job runs; a checkout of this project brings its own code."""
+    image: str | None = None
+    """A container image with backlens in it, in place of a working directory."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of the driver and of every worker."""
+
+    @property
+    def words(self) -> list[str]:
+        """The command line after `backlens`."""
+        return [*self.command, *(f"--{key}={_word(value)}" for key, value in self.options.items())]
+
+    @property
+    def entrypoint(self) -> str:
+        own_code = self.working_dir is not None and (self.working_dir / ENTRY).is_file()
+        return shlex.join([*(["python", str(ENTRY)] if own_code else ["backlens"]), *self.words])
+
+    @property
+    def out(self) -> str | None:
+        """The run directory it writes to."""
+        named = self.options.get("out") or next(iter(self.command[1:]), None)
+        return None if named is None else str(named)
+
+    @property
+    def runtime_env(self) -> dict[str, Any]:
+        environment: dict[str, Any] = {"env_vars": dict(self.env)}
+        if self.working_dir is not None:
+            environment["working_dir"] = str(self.working_dir)
+        if self.image is not None:
+            environment["image_uri"] = self.image
+        return environment
+
+
+def read_job(path: str) -> JobFile:
+    """Read a job file; a relative working directory is taken from where the file is.
+
+    Raises BacklensError for what is no job: unknown keys, no command, a run directory that the job would lose.
+    """
+    content = _mapping(path)
+    known = [flag(each.name) for each in fields(JobFile)]
+    for key in content:
+        if key not in known:
+            raise BacklensError(f"{path}: unknown key '{key}'{nearest(key, known)}")
+    command, options, env = content.get("command"), content.get("options") or {}, content.get("env") or {}
+    if not isinstance(command, str) or not command.split():
+        raise BacklensError(f"{path}: name the command that the job runs, e.g. `command: run`")
+    for key, value in (("options", options), ("env", env)):
+        if not isinstance(value, dict) or any(isinstance(each, dict | list) for each in value.values()):
+            raise BacklensError(f"{path}: '{key}' is a mapping of names to single values")
+    job = JobFile(
+        name=re.sub(r"[^\w-]", "-", str(content.get("name") or Path(path).stem)),
+        command=tuple(shlex.split(command)),
+        options={key: value for key, value in options.items() if value is not None},
+        working_dir=_folder(path, content.get("working-dir")),
+        image=content.get("image"),
+        env={str(name): _word(value) for name, value in env.items()},
+    )
+    if job.image is not None and job.working_dir is not None:
+        raise BacklensError(f"{path}: give an image or a working-dir, not both (Ray takes one of them)")
+    if job.out is not None and "://" not in job.out and not os.path.isabs(job.out):
+        raise BacklensError(
+            f"{path}: '{job.out}' would be in the job's own folder, which Ray deletes; give a URL or an absolute "
+            "path on storage that every node sees"
+        )
+    return job
+
+
+def submit(job: JobFile, address: str | None) -> str:
+    """Hand the job to the cluster's job server and return its id."""
+    identity = f"{job.name}-{uuid.uuid4().hex[:8]}"
+    metadata = {"out": job.out} if job.out is not None else {}
+    with _server(address) as server:
+        return server.submit_job(
+            entrypoint=job.entrypoint,
+            runtime_env=job.runtime_env,
+            metadata=metadata,
+            submission_id=identity,
+        )
+
+
+def job_details(identity: str | None, address: str | None) -> list[JobDetails]:
+    """One job, or every job that was submitted, oldest first."""
+    with _server(address) as server:
+        if identity is not None:
+            return [server.get_job_info(identity)]
+        submitted = [job for job in server.list_jobs() if job.submission_id is not None]
+        return sorted(submitted, key=lambda job: job.start_time or 0)
+
+
+def job_logs(identity: str, address: str | None, follow: bool) -> Iterator[str]:
+    """What the job has printed, and with `follow` what it prints until it ends."""
+    with _server(address) as server:
+        if not follow:
+            yield server.get_job_logs(identity)
+            return
+        server.get_job_info(identity)  # of an unknown job the stream of logs would only be empty
+        stream, loop = server.tail_job_logs(identity), asyncio.new_event_loop()
+        try:
+            while True:
+                yield loop.run_until_complete(anext(stream))
+        except StopAsyncIteration:
+            return
+        finally:
+            loop.run_until_complete(stream.aclose())  # pyright: ignore[reportAttributeAccessIssue]
+            loop.close()
+
+
+def stop_job(identity: str, address: str | None) -> JobDetails:
+    """Stop a job and wait until it has; what it has committed stays."""
+    with _server(address) as server:
+        server.stop_job(identity)
+        ends = time.monotonic() + STOPPING_SECONDS
+        while not (job := server.get_job_info(identity)).status.is_terminal() and time.monotonic() < ends:
+            time.sleep(0.2)
+        return job
+
+
+@contextmanager
+def _server(address: str | None) -> Iterator[JobSubmissionClient]:
+    if address is not None:
+        # Ray prefers either of its variables to an address that it is given.
+        os.environ["RAY_API_SERVER_ADDRESS"] = address
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every file that it does not upload
+    try:
+        yield JobSubmissionClient(address)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+        raise BacklensError(f"address: {where or 'this machine'}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """What the job server said; of a traceback that it sent, the last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] if any(line.startswith("Traceback") for line in lines) or len(lines) > 3 else lines[0]
+
+
+def _mapping(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BacklensError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise BacklensError(f"{path}: a job is a mapping with a command, e.g. `command: run`")
+    return {str(key): value for key, value in content.items()}
+
+
+def _folder(path: str, named: str | None) -> Path | None:
+    if named is None:
+        return None
+    folder = (Path(path).parent / named).resolve()
+    if not folder.is_dir():
+        raise BacklensError(f"{path}: the working-dir {folder} is no folder here")
+    return folder
+
+
+def _word(value: object) -> str:
+    """A YAML value as it would be typed."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,1 @@
+"""The paper's figures from a run, with matplotlib (the extra `plot`)."""
