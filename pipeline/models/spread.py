@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import infer_auto_device_map
-from accelerate.utils import get_balanced_memory, get_max_memory
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -93,6 +91,9 @@ def _spread_blocks(blocks: nn.ModuleList, dtype: torch.dtype, limits: Mapping[De
     Accelerate fills one device after the other, which leaves the later ones empty. So its shares are balanced first;
     where that leaves blocks over, because not all devices have room for their share, they are filled after all.
     """
+    from accelerate import infer_auto_device_map  # here: a model on one device does without Accelerate
+    from accelerate.utils import get_balanced_memory
+
     whole = sorted({type(block).__name__ for block in blocks})
     filled: Any = dict(limits)
     balanced: Any = get_balanced_memory(blocks, dict(filled), no_split_module_classes=whole, dtype=dtype)
@@ -107,6 +108,8 @@ def _spread_blocks(blocks: nn.ModuleList, dtype: torch.dtype, limits: Mapping[De
 
 
 def _all_devices() -> dict[Device, int]:
+    from accelerate.utils import get_max_memory
+
     free: dict[Device, int] = get_max_memory()
     gpus = {device: int(size * FREE_SHARE) for device, size in free.items() if device not in ("cpu", "disk")}
     return gpus or {"cpu": free["cpu"]}
