@@ -3,6 +3,7 @@
 import copy
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def test_the_slurm_script_is_a_script_whose_commands_there_are() -> None:
     started = text[text.index("ray symmetric-run") :].replace("\\\n", " ").split(" -- ")
     words = started[1].replace('"$config"', "").replace('"$head:6379"', "head:6379").split()
     app.parse_args(words[1:])
-    known = subprocess.run(["ray", "start", "--help"], capture_output=True, text=True, check=True).stdout
+    ray = str(Path(sys.executable).with_name("ray"))
+    known = subprocess.run([ray, "start", "--help"], capture_output=True, text=True, check=True).stdout
     for option in re.findall(r"--[a-z-]+", started[0]):
         assert option in known or option == "--min-nodes"
 
