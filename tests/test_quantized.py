@@ -101,6 +101,26 @@ def test_factors_multiply_to_the_gradient_of_the_weights_that_they_stand_for(
         assert (x.T @ vjp - gradient).norm() <= limit * gradient.norm(), (layer, module)
 
 
+def test_checkpointing_and_passes_without_a_graph_change_nothing(quantized: LoadedModel) -> None:
+    """The first pass of checkpointing has no graph, and neither has one that only asks for logits."""
+    found = []
+    for recompute in (False, True, False):
+        factors: dict[tuple[int, str], torch.Tensor] = {}
+
+        def keep(group: Sequence[Gradient], factors: dict[tuple[int, str], torch.Tensor] = factors) -> None:
+            factors.update({(g.layer, g.module): g.vjp[0].clone() for g in group})
+
+        batch = make_batch([(PROMPT, TARGET)], CPU)
+        capture(quantized, batch, range(3), quantized.anatomy.modules, keep, recompute=recompute)
+        found.append(factors)
+        with torch.no_grad():
+            quantized.model(torch.tensor([PROMPT]))
+    for factors in found[1:]:
+        assert factors.keys() == found[0].keys()
+        for place, vjp in factors.items():
+            torch.testing.assert_close(vjp, found[0][place], rtol=1e-4, atol=1e-6)
+
+
 def test_the_lens_is_that_of_the_unquantized_head(quantized: LoadedModel) -> None:
     error = lens_error(quantized.model, quantized.anatomy, make_lens(quantized.anatomy, "raw"))
     assert error <= lens_tolerance(quantized.model)
@@ -111,6 +131,9 @@ def test_a_kernel_without_a_backward_pass_is_an_error(form: str, folder: Path) -
     if form != "4":
         pytest.skip("8-bit layers have one kernel")
     loaded = load_model(ModelSource(str(folder / "quantized")), CPU)
+    layers = [module for module in loaded.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    for layer in layers:  # as bitsandbytes has it, and loading had not
+        layer.support_avx512bf16_for_cpu = bitsandbytes.functional.has_avx512bf16()
     with torch.no_grad():
         loaded.model(torch.tensor([PROMPT]))
     converted = any(

@@ -41,6 +41,9 @@ _PICKLES = "pytorch_model*.bin"
 """The weights that transformers reads where there are no safetensors."""
 
 
+BITSANDBYTES_SWITCH = "support_avx512bf16_for_cpu"
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """Which model, and how to load it."""
@@ -132,8 +135,26 @@ def load_model(source: ModelSource, device: torch.device, spread: Spread | None 
         refuse_missing(spread)
         placed = place(empty_model(source, config), stored_dtype(config, source.dtype), spread)
         folder = _offload_folder(spread) if "disk" in placed.values() else None
+    placement = {"device_map": placed, "offload_folder": folder} if placed else {}
+    model = _read_weights(source, config, placement)
+    model.eval().requires_grad_(False)
+    _keep_kernels_with_a_backward_pass(model)
+    if folder is not None and any(os.scandir(folder)):
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    elif folder is not None:
+        os.rmdir(folder)  # the weights are read from where they are, as their type is the checkpoint's
+    if not placed:
+        nn.Module.to(model, device)
+    parts = anatomy(model, source.layout)
+    verify_backward(model, [block.module for block in parts.blocks])
+    return LoadedModel(model, tokenizer, parts, source.attention, placed)
+
+
+def _read_weights(
+    source: ModelSource, config: PretrainedConfig, placement: Mapping[str, Any]
+) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             source.path,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
@@ -141,7 +162,7 @@ def load_model(source: ModelSource, device: torch.device, spread: Spread | None 
             # None takes pickles only where there are no safetensors; torch unpickles tensors and nothing else.
             use_safetensors=None if source.allow_pickle else True,
             **({"attn_implementation": _exact_attention(config)} if source.attention == "exact" else {}),
-            **({"device_map": placed, "offload_folder": folder} if placed else {}),
+            **placement,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unreadable(source, error) from error
@@ -152,16 +173,14 @@ def load_model(source: ModelSource, device: torch.device, spread: Spread | None 
             f"model: the pickle weights of {source.path} are broken or hold more than tensors; fetch them again, or "
             "convert them with save_pretrained"
         ) from error
-    model.eval().requires_grad_(False)
-    if folder is not None and any(os.scandir(folder)):
-        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
-    elif folder is not None:
-        os.rmdir(folder)  # the weights are read from where they are, as their type is the checkpoint's
-    if not placed:
-        nn.Module.to(model, device)
-    parts = anatomy(model, source.layout)
-    verify_backward(model, [block.module for block in parts.blocks])
-    return LoadedModel(model, tokenizer, parts, source.attention, placed)
+
+
+def _keep_kernels_with_a_backward_pass(model: PreTrainedModel) -> None:
+    """On CPUs with bfloat16 instructions, bitsandbytes' 4-bit layers change to one without, and for good, when they
+    first see an input without a graph: in any `no_grad`, and in the first pass of checkpointing."""
+    for module in model.modules():
+        if hasattr(module, BITSANDBYTES_SWITCH):
+            setattr(module, BITSANDBYTES_SWITCH, False)
 
 
 def _offload_folder(spread: Spread) -> str:

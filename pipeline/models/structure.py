@@ -83,11 +83,7 @@ def graph_from_embeddings(model: PreTrainedModel) -> Iterator[None]:
 
 
 def probe(model: PreTrainedModel) -> Tensor:
-    """The logits of a few tokens, (token, vocabulary).
-
-    With a graph, as in a real pass: quantized layers may change for good to kernels that have no backward pass when
-    they first see an input without one (bitsandbytes in 4 bits on a CPU does).
-    """
+    """The logits of a few tokens, (token, vocabulary); with a graph, as in a real pass."""
     ids = torch.arange(1, PROBE_TOKENS + 1, device=input_device(model))[None]
     with graph_from_embeddings(model):
         return model(input_ids=ids, use_cache=False).logits[0].detach()
