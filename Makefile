@@ -46,7 +46,7 @@ $(VENV)/.package: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) -e ".[dev,plot,quantized]"
+	$(PIP) -e ".[dev,plot,quantized,serve,deepspeed,s3]"
 	@touch $(VENV)/.package $@
 
 $(VENV)/.created:
