@@ -15,6 +15,7 @@ from pipeline.errors import BacklensError
 from pipeline.lens import lens_error, lens_tolerance, make_lens
 from pipeline.models.load import LoadedModel, ModelSource, load_model
 from pipeline.models.structure import verify_backward
+from tests.engine.command import called
 from tests.tiny import LLAMA_SHAPE, byte_tokenizer, random_model
 
 CPU = torch.device("cpu")
@@ -119,6 +120,13 @@ def test_checkpointing_and_passes_without_a_graph_change_nothing(quantized: Load
         assert factors.keys() == found[0].keys()
         for place, vjp in factors.items():
             torch.testing.assert_close(vjp, found[0][place], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_doctor_passes_a_quantized_model_and_says_what_it_could_not_check(folder: Path) -> None:
+    done = called("doctor", "--model", folder / "quantized")
+    assert done.status == 0, done.stdout + done.stderr
+    assert "check the unquantized model" in done.stdout
 
 
 def test_the_lens_is_that_of_the_unquantized_head(quantized: LoadedModel) -> None:

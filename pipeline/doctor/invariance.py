@@ -11,7 +11,7 @@ RIGHT, LEFT, ROWS = "batch, right-padded", "batch, left-padded", "batch, project
 
 LIMIT = 1e-4
 HALF_LIMIT = 0.1
-"""For weights in bfloat16 or float16: other batches are other matrix products, which round differently."""
+"""For weights in bfloat16 or float16, or inputs in 8 bits: in another batch products round differently."""
 
 
 def padding_checks(trial: Trial, by_itself: Sequence[Factors]) -> Iterator[Check]:
@@ -25,14 +25,14 @@ def padding_checks(trial: Trial, by_itself: Sequence[Factors]) -> Iterator[Check
     for name, side in sides:
         found = apart(together(trial, side), by_itself)
         what = f"x and δ of {found.prompts} prompts against each by itself, largest difference, relative"
-        if found.rerouted == found.prompts and trial.half:
+        if found.rerouted == found.prompts and trial.coarse:
             yield told(name, None, "rounding sent a token of every prompt to other experts", _remedy(trial))
             continue
         if found.place:
             what += f"; worst: {found.place}"
         if found.rerouted:
             what += f"; not compared: {found.rerouted} prompts of which a token came to other experts"
-        largest = found.largest if trial.half or not found.rerouted else float("inf")
+        largest = found.largest if trial.coarse or not found.rerouted else float("inf")
         yield at_most(name, largest, _limit(trial), what, _remedy(trial))
 
 
@@ -46,16 +46,16 @@ def row_check(trial: Trial, in_batch: Rows) -> Iterator[Check]:
     if found.missing:
         what += f"; {found.missing} rows are on one side only"
     largest = float(found.beyond_rounding.max(initial=0.0))
-    if found.missing and not trial.half:
+    if found.missing and not trial.coarse:
         largest = float("inf")
-    if trial.half and largest > HALF_LIMIT:  # top scores of a vector that is mostly rounding
+    if trial.coarse and largest > HALF_LIMIT:  # top scores of a vector that is mostly rounding
         yield told(ROWS, largest, what, _remedy(trial))
     else:
         yield at_most(ROWS, largest, _limit(trial), what, _remedy(trial))
 
 
 def _limit(trial: Trial) -> float:
-    return HALF_LIMIT if trial.half else LIMIT
+    return HALF_LIMIT if trial.coarse else LIMIT
 
 
 def _remedy(trial: Trial) -> str:
@@ -63,4 +63,6 @@ def _remedy(trial: Trial) -> str:
         return "use --attention exact"
     if trial.half:
         return "use --dtype float32 where rows have to be comparable"
+    if trial.coarse:
+        return "use unquantized weights where rows have to be comparable"
     return "run each prompt by itself (--batch-tokens 1), and report it as a defect"

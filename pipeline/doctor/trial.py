@@ -59,6 +59,11 @@ class Trial:
         return self.loaded.model.dtype != torch.float32
 
     @property
+    def coarse(self) -> bool:
+        """Whether its products have less: 8-bit layers round their inputs too, whatever their weights' type."""
+        return self.half or getattr(self.loaded.model, "is_loaded_in_8bit", False)
+
+    @property
     def layers(self) -> range:
         return range(len(self.loaded.anatomy.blocks))
 

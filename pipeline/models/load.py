@@ -138,7 +138,7 @@ def load_model(source: ModelSource, device: torch.device, spread: Spread | None 
     placement = {"device_map": placed, "offload_folder": folder} if placed else {}
     model = _read_weights(source, config, placement)
     model.eval().requires_grad_(False)
-    _keep_kernels_with_a_backward_pass(model)
+    _tame_bitsandbytes(model)
     if folder is not None and any(os.scandir(folder)):
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     elif folder is not None:
@@ -175,9 +175,10 @@ def _read_weights(
         ) from error
 
 
-def _keep_kernels_with_a_backward_pass(model: PreTrainedModel) -> None:
-    """On CPUs with bfloat16 instructions, bitsandbytes' 4-bit layers change to one without, and for good, when they
+def _tame_bitsandbytes(model: PreTrainedModel) -> None:
+    """Keep layers on kernels with a backward pass. On CPUs with bfloat16 instructions, bitsandbytes' 4-bit layers change to one without, and for good, when they
     first see an input without a graph: in any `no_grad`, and in the first pass of checkpointing."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # 8-bit layers warn at every product
     for module in model.modules():
         if hasattr(module, BITSANDBYTES_SWITCH):
             setattr(module, BITSANDBYTES_SWITCH, False)
