@@ -176,8 +176,11 @@ def _read_weights(
 
 
 def _tame_bitsandbytes(model: PreTrainedModel) -> None:
-    """Keep layers on kernels with a backward pass. On CPUs with bfloat16 instructions, bitsandbytes' 4-bit layers change to one without, and for good, when they
-    first see an input without a graph: in any `no_grad`, and in the first pass of checkpointing."""
+    """Keep 4-bit layers on a kernel with a backward pass.
+
+    On CPUs with bfloat16 instructions they change to one without, and for good, when they first see an input without
+    a graph: in any `no_grad`, and in the first pass of checkpointing.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # 8-bit layers warn at every product
     for module in model.modules():
         if hasattr(module, BITSANDBYTES_SWITCH):
