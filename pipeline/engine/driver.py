@@ -69,7 +69,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
     config = with_demo_defaults(config)
     assert config.out is not None
     directory = Directory.at(config.out)
-    with DriverLock(directory):
+    with DriverLock(directory) as lock:
         plan = make_plan(config)
         weights = weight_hash(model_files(plan.source), plan.source)
         opened = open_run(
@@ -85,7 +85,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
         write_vocab(directory, *vocabulary(load_tokenizer(plan.source), plan.model_facts["vocabulary"]))
         done = committed(directory)
         progress.planned(plan, sum(commit.prompts for commit in done.values()))
-        work = _run_shards(plan, opened, set(done), progress, started)
+        work = _run_shards(plan, opened, set(done), lock, progress, started)
         directory.remove_leftovers()  # of workers that died and were replaced
         finished = finish(opened) if opened.record.status != "done" else opened
         commits = list(committed(finished.directory).values())
@@ -112,7 +112,7 @@ class _Work:
 
 
 def _run_shards(
-    plan: RunPlan, opened: RunDirectory, done: set[int], progress: Progress, started: float
+    plan: RunPlan, opened: RunDirectory, done: set[int], lock: DriverLock, progress: Progress, started: float
 ) -> _Work:
     work = _Work()
     if len(done) == plan.shards.shards:
@@ -133,6 +133,7 @@ def _run_shards(
                 {k.removeprefix("seconds_"): v for k, v in commit.stats.items() if k != "tokens"}
             )
             progress.committed(commit)
+            lock.confirm()
         work.deaths = executor.deaths
     missing = plan.shards.shards - len(committed(opened.directory))
     if missing:
