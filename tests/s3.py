@@ -20,10 +20,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 from urllib.request import urlopen
 
+from s3fs import S3FileSystem
+
 FAULTS = ("slow down", "internal error", "reset before", "reset after", "truncated")
 """What becomes of a spoilt request: 503, 500, cut off before the server has it, after it, or within the answer."""
 CODES = {"slow down": (503, "SlowDown"), "internal error": (500, "InternalError")}
 BUCKET = "runs"
+KEY = "key"
+"""The access key that is not refused."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class S3Server:
 
     direct: str
     faulty: str
+
+    @property
+    def store(self) -> S3FileSystem:
+        """What a bystander sees, past the proxy."""
+        return S3FileSystem(endpoint_url=self.direct, use_listings_cache=False)
 
     def faults(self) -> dict[str, int]:
         """How many requests the proxy has seen, and has spoilt in which way."""
@@ -55,8 +64,10 @@ def s3_server(share: float = 0.0, seed: int = 0) -> Iterator[S3Server]:
         ports = json.loads(process.stdout.readline())
         server = S3Server(*(f"http://127.0.0.1:{ports[name]}" for name in ("direct", "faulty")))
         with mock.patch.dict(os.environ, s3_environment(server.faulty)):
+            S3FileSystem.clear_instance_cache()  # an instance keeps the endpoint it was made with
             yield server
     finally:
+        S3FileSystem.clear_instance_cache()
         process.stdin.close()
         process.wait(10)
 
@@ -64,7 +75,7 @@ def s3_server(share: float = 0.0, seed: int = 0) -> Iterator[S3Server]:
 def s3_environment(endpoint: str) -> dict[str, str]:
     return {
         "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
@@ -85,12 +96,14 @@ class _Proxy(BaseHTTPRequestHandler):
             self._answer(200, {}, json.dumps(self.seen).encode())
             return
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if f"Credential={KEY}/" not in self.headers.get("Authorization", ""):
+            self._refuse(403, "InvalidAccessKeyId", "The AWS Access Key Id you provided does not exist")
+            return
         with self.lock:
             fault = self.draw.choice(FAULTS) if self.draw.random() < self.share else None
             self.seen.update(["requests", *([fault] if fault else [])])
         if fault in CODES:
-            status, code = CODES[fault]
-            self._answer(status, {}, f"<Error><Code>{code}</Code><Message>{fault}</Message></Error>".encode())
+            self._refuse(*CODES[fault], fault)
         elif fault == "reset before":
             self._cut()
         else:
@@ -123,6 +136,9 @@ class _Proxy(BaseHTTPRequestHandler):
         if cut:
             self._cut()
 
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        self._answer(status, {}, f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode())
+
     def _cut(self) -> None:
         """A reset, not an orderly end."""
         self.wfile.flush()
@@ -146,12 +162,13 @@ def _serve(share: float, seed: int) -> None:
         "s3",
         endpoint_url=f"http://127.0.0.1:{direct}",
         region_name="us-east-1",
-        aws_access_key_id="key",
+        aws_access_key_id=KEY,
         aws_secret_access_key="secret",
     ).create_bucket(Bucket=BUCKET)
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), _Proxy)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    print(json.dumps({"direct": direct, "faulty": proxy.server_address[1]}), flush=True)
+    sys.stdout.write(json.dumps({"direct": direct, "faulty": proxy.server_address[1]}) + "\n")
+    sys.stdout.flush()
     sys.stdin.read()
     os._exit(0)
 

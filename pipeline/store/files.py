@@ -113,7 +113,7 @@ class Directory:
             self._ask(name, self.fs.makedirs, self.path(name), True)
         except OSError as error:
             if error.errno in FULL:
-                raise self._full(name) from error
+                raise self._full(name, error) from error
             raise BacklensError(f"out: cannot create {self.given}: {error.strerror or error}") from error
 
     def remove(self, name: str) -> None:
@@ -213,7 +213,7 @@ class Directory:
             ) from error
         except OSError as error:
             if error.errno in FULL:
-                raise self._full(name) from error
+                raise self._full(name, error) from error
             if isinstance(error, FileNotFoundError) and not self.is_local:
                 raise BacklensError(
                     f"out: cannot write {self}/{name}: {reason(error)}; make the bucket or choose another --out"
@@ -222,10 +222,11 @@ class Directory:
                 f"out: cannot write {self}/{name} ({error}); mend that and run the same command again"
             ) from error
 
-    def _full(self, name: str) -> Interrupted:
-        disk = f"the disk of {self.root if self.is_local else tempfile.gettempdir()} is full"
+    def _full(self, name: str, error: OSError) -> Interrupted:
+        disk = self.root if self.is_local else tempfile.gettempdir()
         return Interrupted(
-            f"out: cannot write {self}/{name}: {disk}; make room there and run the same command again"
+            f"out: cannot write {self}/{name} ({error}); "
+            f"make room on the disk of {disk} and run the same command again"
         )
 
     def _ask(self, name: str, call: Callable[..., Answer], *arguments: object) -> Answer:
