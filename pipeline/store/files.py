@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO, Any, Literal, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -130,8 +130,10 @@ class Directory:
         In one step on stores that can put an object on that condition (S3, Google Cloud Storage, Azure); on others
         two may write at the same moment. So whoever has to know which file it is reads it.
         """
-        with suppress(FileExistsError):
-            self.publish(self.stage(name, lambda file: file.write(content)), mode="create")
+        staged = self.stage(name, lambda file: file.write(content))
+        with self.writing(name), ExitStack() as ending, suppress(FileExistsError):
+            ending.callback(staged.discard)
+            self._put(staged, os.link, "create")
 
     def stage(self, name: str, write: Callable[[IO[bytes]], object]) -> "Staged":
         """Writes a file under a temporary local name, durably; `publish` gives it its own."""
@@ -145,18 +147,21 @@ class Directory:
             undoing.pop_all()
             return staged
 
-    def publish(self, staged: "Staged", mode: Literal["overwrite", "create"] = "overwrite") -> None:
+    def publish(self, staged: "Staged") -> None:
         """The staged file appears under its final name, and stays there through a power cut."""
         with self.writing(staged.name), ExitStack() as ending:
             ending.callback(staged.discard)
-            final = self.path(staged.name)
-            if self.is_local:
-                put = os.link if mode == "create" else os.replace
-                put(staged.local_path, final)
-                sync_folder(os.path.dirname(final))
-            else:
-                put = functools.partial(self.fs.put_file, mode=mode)
-                self._ask(staged.name, put, staged.local_path, final)
+            self._put(staged, os.replace, "overwrite")
+
+    def _put(self, staged: "Staged", rename: Callable[[str, str], None], mode: str) -> None:
+        """One step: a rename on a local disk, a put in fsspec's `mode` on a store."""
+        final = self.path(staged.name)
+        if self.is_local:
+            rename(staged.local_path, final)
+            sync_folder(os.path.dirname(final))
+        else:
+            put_file = functools.partial(self.fs.put_file, mode=mode)
+            self._ask(staged.name, put_file, staged.local_path, final)
 
     def remove_leftovers(self) -> list[str]:
         """Deletes what killed processes left half-written. Only for the driver that holds the lock."""
@@ -205,8 +210,6 @@ class Directory:
         """Turns what the system says into what the user can do."""
         try:
             yield
-        except FileExistsError:
-            raise
         except PermissionError as error:
             raise BacklensError(
                 f"out: may not write {self}/{name} ({error}); choose another --out"

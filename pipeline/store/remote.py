@@ -68,13 +68,13 @@ def _s3_options() -> dict[str, Any]:
 def ask(call: Callable[[], Answer], where: str) -> Answer:
     """What `call` asks of a store, tried again if it fails for a reason that may pass.
 
-    A FileNotFoundError goes to the caller, who may have asked for what need not be there. Raises BacklensError
+    FileNotFoundError and FileExistsError are answers, and the caller's affair. Raises BacklensError
     where the user's rights or credentials do not do, Interrupted where the store goes on failing.
     """
     for number in range(TRIES):
         try:
             return call()
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
             raise
         except (PermissionError, *_imported(_REFUSALS)) as error:
             raise BacklensError(f"{where}: {reason(error)}; see that the credentials are right") from error

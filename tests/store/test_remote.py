@@ -54,10 +54,10 @@ def test_what_the_user_has_to_mend_is_refused_at_once(error: Exception) -> None:
     assert end.value.status == 2
 
 
-def test_an_absent_file_is_the_callers_affair_and_so_is_a_defect() -> None:
-    for error in (FileNotFoundError("s3://a/b"), KeyError("defect")):
-        with pytest.raises(type(error)):
-            ask(failing(1, error), "out: s3://a/b")
+@pytest.mark.parametrize("error", [FileNotFoundError("a"), FileExistsError("a"), KeyError("defect")])
+def test_answers_and_defects_are_the_callers_affair(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        ask(failing(1, error), "out: s3://a/b")
 
 
 def test_how_often_botocore_tries_is_ours_to_say_unless_its_variables_do(
