@@ -150,6 +150,8 @@ def _executor(config: RunConfig) -> Iterator[Executor]:
     else:
         # Ray reads this when it is imported. That a worker died is ours to say, not a paragraph on standard output.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+        # The first shard that fails ends the run; Ray would print the traceback of the next one in flight as well.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         from pipeline.engine.ray_executor import RayExecutor, RayOptions  # Ray takes seconds to import
 
         executor = RayExecutor(RayOptions(config.address, config.replicas, config.gpus_per_replica))

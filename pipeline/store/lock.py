@@ -87,11 +87,12 @@ class _FileLock:
 
     def acquire(self) -> None:
         with self.directory.writing(LOCK_FILE):
-            for _ in range(LOOKS):
-                if (holder := self._try()) is None:
-                    return
+            looks = 0
+            while (holder := self._try()) is not None:
+                looks += 1
+                if looks == LOOKS:
+                    raise BacklensError(_in_use(self.directory, holder))
                 time.sleep(0.01)
-        raise BacklensError(_in_use(self.directory, holder))
 
     def _try(self) -> bytes | None:
         """Takes the lock, or says what its holder wrote."""

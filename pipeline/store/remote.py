@@ -87,12 +87,12 @@ def ask(call: Callable[[], Answer], where: str) -> Answer:
     raise AssertionError("unreachable")
 
 
-def store_errors() -> tuple[type[BaseException], ...]:
+def store_errors() -> tuple[type[Exception], ...]:
     """What a request to a store may raise."""
     return OSError, *_imported(_FAILURES), *_imported(_REFUSALS)
 
 
-def _imported(names: dict[str, str]) -> tuple[type[BaseException], ...]:
+def _imported(names: dict[str, str]) -> tuple[type[Exception], ...]:
     return tuple(
         getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules
     )
