@@ -43,7 +43,7 @@ def command(server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple
     prompts = write_jsonl(folder / "prompts.jsonl", some_prompts(PROMPTS, longest=12))
     server.store.put_file(prompts, f"{BUCKET}/prompts.jsonl")
     model = save_tiny(folder / "model")
-    options = ("--shard-prompts", 2, "--neurons", 4, "--top-k", 5)
+    options = ("--shard-prompts", 2, "--neurons", 4, "--top-k", 5, "--layers", 0)
     return ("run", "--model", model, "--prompts", f"s3://{BUCKET}/prompts.jsonl", *options)
 
 
