@@ -78,7 +78,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
     config = with_demo_defaults(config)
     assert config.out is not None
     directory = Directory.at(config.out)
-    with DriverLock(directory):
+    with DriverLock(directory) as lock:
         plan = make_plan(config)
         weights = weight_hash(model_files(plan.source), plan.source)
         opened = open_run(
@@ -94,7 +94,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
         write_vocab(directory, *vocabulary(load_tokenizer(plan.source), plan.model_facts["vocabulary"]))
         done = committed(directory)
         progress.planned(plan, sum(commit.prompts for commit in done.values()))
-        work = _run_shards(plan, opened, set(done), progress, started)
+        work = _run_shards(plan, opened, set(done), lock, progress, started)
         directory.remove_leftovers()  # of workers that died and were replaced
         finished = finish(opened) if opened.record.status != "done" else opened
         commits = list(committed(finished.directory).values())
@@ -143,7 +143,7 @@ class _Work:
 
 
 def _run_shards(
-    plan: RunPlan, opened: RunDirectory, done: set[int], progress: Progress, started: float
+    plan: RunPlan, opened: RunDirectory, done: set[int], lock: DriverLock, progress: Progress, started: float
 ) -> _Work:
     work = _Work()
     if len(done) == plan.shards.shards:
@@ -162,6 +162,7 @@ def _run_shards(
             work.add(commit)
             work.standing = executor.standing()
             progress.committed(commit, work.standing)
+            lock.confirm()
     missing = plan.shards.shards - len(committed(opened.directory))
     if missing:
         raise Interrupted(
@@ -177,6 +178,8 @@ def _executor(config: RunConfig, progress: Progress) -> Iterator[Executor]:
     else:
         # Ray reads this when it is imported. That a worker died is ours to say, not a paragraph on standard output.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+        # The first shard that fails ends the run; Ray would print the traceback of the next one in flight as well.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         from pipeline.engine.ray_executor import RayExecutor, RayOptions  # Ray takes seconds to import
 
         options = RayOptions(

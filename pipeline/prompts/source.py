@@ -16,6 +16,7 @@ import fsspec.compression
 import fsspec.utils
 
 from pipeline.errors import BacklensError
+from pipeline.store.remote import file_system, store_errors
 
 _COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
@@ -35,7 +36,7 @@ class Source:
     @functools.cached_property
     def _located(self) -> tuple[Any, str]:
         with self._reporting():
-            return fsspec.core.url_to_fs(self.url)
+            return file_system(self.url)
 
     @property
     def name(self) -> str:
@@ -89,7 +90,7 @@ class Source:
     def _next_line(self, lines: Iterator[bytes], number: int) -> bytes | None:
         try:
             return next(lines, None)
-        except READ_ERRORS as error:
+        except (*READ_ERRORS, *store_errors()) as error:
             self.fail_at(f":{number}", error)
 
     @contextmanager

@@ -5,21 +5,28 @@ step: on a local disk by fsync and rename, on an object store by a single put, s
 and show an object only when its upload is complete. A reader therefore finds a file whole or not at all.
 """
 
+import errno
 import fcntl
+import functools
 import os
 import posixpath
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import BacklensError, Interrupted
+from pipeline.store.remote import ask, file_system, reason
+
+Answer = TypeVar("Answer")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
+"""Protocols of stores without folders, whose libraries would make a missing bucket if they were asked for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +45,9 @@ class Directory:
             return out
         given = os.fspath(out)
         try:
-            filesystem, path = url_to_fs(given)
-        except (ValueError, ImportError) as error:
-            raise BacklensError(f"out: cannot use {given}: {error}") from error
+            filesystem, path = file_system(given)
+        except BacklensError as error:
+            raise BacklensError(f"out: {error}") from error
         if isinstance(filesystem, LocalFileSystem):
             return cls(os.path.abspath(path), given)
         return cls(filesystem.unstrip_protocol(path), given)
@@ -50,8 +57,8 @@ class Directory:
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
-        """fsspec caches instances, so asking again is cheap."""
-        return url_to_fs(self.root)[0]
+        """The file system that it is in, for libraries that are given one."""
+        return file_system(self.root)[0]
 
     @property
     def is_local(self) -> bool:
@@ -66,77 +73,95 @@ class Directory:
 
     def path(self, name: str = "") -> str:
         """The same as `fs` wants it: without the protocol."""
-        return url_to_fs(self.location(name) if name else self.root)[1]
+        return file_system(self.location(name) if name else self.root)[1]
 
     def open(self, name: str, mode: str = "rb") -> IO[Any]:
-        return cast(IO[Any], self.fs.open(self.path(name), mode))
+        return cast(IO[Any], self._ask(name, self.fs.open, self.path(name), mode))
 
     def read(self, name: str) -> bytes:
-        return cast(bytes, self.fs.cat_file(self.path(name)))
+        return cast(bytes, self._ask(name, self.fs.cat_file, self.path(name)))
 
     def read_all(self, names: list[str]) -> dict[str, bytes]:
         """Several small files, fetched at the same time where the store allows it."""
         paths = {self.path(name): name for name in names}
         if not paths:
             return {}
-        contents = cast(dict[str, bytes], self.fs.cat(list(paths)))
+        contents = cast(dict[str, bytes], self._ask(names[0], self.fs.cat, list(paths)))
         return {paths[path]: content for path, content in contents.items()}
 
     def size(self, name: str) -> int:
-        return self.fs.info(self.path(name))["size"]
+        return self._ask(name, self.fs.info, self.path(name))["size"]
 
     def exists(self, name: str = "") -> bool:
         self._forget_listing()
-        return self.fs.exists(self.path(name))
+        return self._ask(name, self.fs.exists, self.path(name))
 
     def names(self, name: str = "") -> list[str]:
         """The names in this directory or in a folder of it, sorted; none if it does not exist."""
         self._forget_listing()
         try:
-            found = self.fs.ls(self.path(name), detail=False)
+            found = self._ask(name, self.fs.ls, self.path(name), False)
         except FileNotFoundError:
             return []
         return sorted(posixpath.basename(path.rstrip("/")) for path in found)
 
     def makedirs(self, name: str = "") -> None:
+        """Object stores have no folders: a name is made with its file, and a bucket is its owner's to make."""
+        if self.root.partition("://")[0] in BUCKETS:
+            return
         try:
-            self.fs.makedirs(self.path(name), exist_ok=True)
+            self._ask(name, self.fs.makedirs, self.path(name), True)
         except OSError as error:
+            if error.errno in FULL:
+                raise self._full(name, error) from error
             raise BacklensError(f"out: cannot create {self.given}: {error.strerror or error}") from error
 
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
-            self.fs.rm_file(self.path(name))
+            self._ask(name, self.fs.rm_file, self.path(name))
 
     def write_atomically(self, name: str, content: bytes) -> None:
         """A small file, whole or not at all; an older one of that name is replaced."""
+        self.publish(self.stage(name, lambda file: file.write(content)))
+
+    def create(self, name: str, content: bytes) -> None:
+        """As `write_atomically`, unless a file of that name is there, which then stays.
+
+        In one step on stores that can put an object on that condition (S3, Google Cloud Storage, Azure); on others
+        two may write at the same moment. So whoever has to know which file it is reads it.
+        """
         staged = self.stage(name, lambda file: file.write(content))
-        self.publish(staged)
+        with self.writing(name), ExitStack() as ending, suppress(FileExistsError):
+            ending.callback(staged.discard)
+            self._put(staged, os.link, "create")
 
     def stage(self, name: str, write: Callable[[IO[bytes]], object]) -> "Staged":
         """Writes a file under a temporary local name, durably; `publish` gives it its own."""
-        with self._writing(name):
+        with self.writing(name), ExitStack() as undoing:
             staged = Staged(self._temporary_path(name), name)
-            try:
-                with open(staged.local_path, "wb") as file:
-                    write(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except BaseException:
-                staged.discard()
-                raise
+            undoing.callback(staged.discard)
+            with open(staged.local_path, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            undoing.pop_all()
             return staged
 
     def publish(self, staged: "Staged") -> None:
         """The staged file appears under its final name, and stays there through a power cut."""
-        with self._writing(staged.name):
-            final = self.path(staged.name)
-            if self.is_local:
-                os.replace(staged.local_path, final)
-                sync_folder(os.path.dirname(final))
-            else:
-                self.fs.put_file(staged.local_path, final)
-                staged.discard()
+        with self.writing(staged.name), ExitStack() as ending:
+            ending.callback(staged.discard)
+            self._put(staged, os.replace, "overwrite")
+
+    def _put(self, staged: "Staged", rename: Callable[[str, str], None], mode: str) -> None:
+        """One step: a rename on a local disk, a put in fsspec's `mode` on a store."""
+        final = self.path(staged.name)
+        if self.is_local:
+            rename(staged.local_path, final)
+            sync_folder(os.path.dirname(final))
+        else:
+            put_file = functools.partial(self.fs.put_file, mode=mode)
+            self._ask(staged.name, put_file, staged.local_path, final)
 
     def remove_leftovers(self) -> list[str]:
         """Deletes what killed processes left half-written. Only for the driver that holds the lock."""
@@ -162,7 +187,8 @@ class Directory:
         if not self.is_local:
             yield
             return
-        descriptor = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with self.writing(name):
+            descriptor = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -180,7 +206,7 @@ class Directory:
         return os.path.join(folder, f".{base}.{uuid.uuid4().hex}.tmp")
 
     @contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
+    def writing(self, name: str) -> Iterator[None]:
         """Turns what the system says into what the user can do."""
         try:
             yield
@@ -189,9 +215,28 @@ class Directory:
                 f"out: may not write {self}/{name} ({error}); choose another --out"
             ) from error
         except OSError as error:
+            if error.errno in FULL:
+                raise self._full(name, error) from error
+            if isinstance(error, FileNotFoundError) and not self.is_local:
+                raise BacklensError(
+                    f"out: cannot write {self}/{name}: {reason(error)}; make the bucket or choose another --out"
+                ) from error
             raise Interrupted(
                 f"out: cannot write {self}/{name} ({error}); mend that and run the same command again"
             ) from error
+
+    def _full(self, name: str, error: OSError) -> Interrupted:
+        disk = self.root if self.is_local else tempfile.gettempdir()
+        return Interrupted(
+            f"out: cannot write {self}/{name} ({error}); "
+            f"make room on the disk of {disk} and run the same command again"
+        )
+
+    def _ask(self, name: str, call: Callable[..., Answer], *arguments: object) -> Answer:
+        """One request about a file; on a local disk there is nobody to be asked twice."""
+        if self.is_local:
+            return call(*arguments)
+        return ask(functools.partial(call, *arguments), f"out: {self}/{name}".rstrip("/"))
 
     def _forget_listing(self) -> None:
         # Object-store file systems remember listings; other processes write here, so ours would be stale.

@@ -1,8 +1,10 @@
 """One driver per run directory.
 
 On a local disk the lock is the kernel's: it is gone with the process that holds it, however that ended.
-An object store has no locks, so there the driver keeps a lease fresh, and another may take it over once
-it is stale.
+An object store has no locks, so there the driver keeps a lease fresh. Another driver waits to see whether
+somebody does: it is refused as soon as the lease is renewed, and takes it over once it is stale, a minute after
+a kill at most. Two that take over the same lease at the same moment may both believe that they have it, until
+the next renewal: then one of them finds that it has `lost` it and ends. Meanwhile they write the same rows.
 """
 
 import contextlib
@@ -18,12 +20,15 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
-from pipeline.errors import BacklensError
+from pipeline.errors import BacklensError, Interrupted
 from pipeline.store.files import Directory
 
 LOCK_FILE = "_driver.lock"
 REFRESH_SECONDS = 10.0
 STALE_SECONDS = 60.0
+"""Longer than a store's outage that a driver survives, with the clocks of two machines a few seconds apart."""
+LOOK_SECONDS = 2.0
+"""How often a driver that waits for a lease to end looks whether it is kept fresh."""
 LOOKS = 5
 """How often a driver tries for a file's lock: `find_holder` may have it for the instant of a look."""
 
@@ -63,6 +68,14 @@ class DriverLock:
         """Whether another driver took over an object store's lease, which can follow a pause of a minute."""
         return self._lock.lost
 
+    def confirm(self) -> None:
+        """Raises Interrupted if the lock is lost: the run is the other driver's then."""
+        if self.lost:
+            raise Interrupted(
+                f"out: {self.directory} was taken over by another backlens run while this one was out of reach; "
+                "let that one finish, or stop it and run the same command again"
+            )
+
 
 class _FileLock:
     lost = False
@@ -73,32 +86,37 @@ class _FileLock:
         self.descriptor = -1
 
     def acquire(self) -> None:
-        looks = 0
-        while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(descriptor, 4096, 0)
-                os.close(descriptor)
+        with self.directory.writing(LOCK_FILE):
+            looks = 0
+            while (holder := self._try()) is not None:
                 looks += 1
                 if looks == LOOKS:
-                    raise BacklensError(_in_use(self.directory, holder)) from None
+                    raise BacklensError(_in_use(self.directory, holder))
                 time.sleep(0.01)
-                continue
-            except OSError as error:
-                os.close(descriptor)
-                raise BacklensError(
-                    f"out: cannot lock {self.directory} ({error.strerror}); "
-                    "use an --out on a file system that has locks"
-                ) from error
-            if self._is_current(descriptor):
-                break
-            os.close(descriptor)  # its holder removed the file on leaving, between our open and our lock
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, _holder(_now()), 0)
-        _held_descriptors.add(descriptor)
-        self.descriptor = descriptor
+
+    def _try(self) -> bytes | None:
+        """Takes the lock, or says what its holder wrote."""
+        while True:
+            with contextlib.ExitStack() as undoing:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                undoing.callback(os.close, descriptor)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return os.pread(descriptor, 4096, 0)
+                except OSError as error:
+                    raise BacklensError(
+                        f"out: cannot lock {self.directory} ({error.strerror}); "
+                        "use an --out on a file system that has locks"
+                    ) from error
+                if not self._is_current(descriptor):
+                    continue  # its holder removed the file on leaving, between our open and our lock
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, _holder(_now()), 0)
+                undoing.pop_all()
+                _held_descriptors.add(descriptor)
+                self.descriptor = descriptor
+                return None
 
     def release(self) -> None:
         if self.descriptor not in _held_descriptors:
@@ -127,31 +145,41 @@ class _Lease:
     def acquire(self) -> None:
         standing = self._read()
         if standing is not None:
-            seconds_left = float(standing["refreshed_at"]) + STALE_SECONDS - time.time()
-            if seconds_left > 0:
-                dead = f" (or, if that run is dead, {seconds_left:.0f} s)"
-                raise BacklensError(_in_use(self.directory, json.dumps(standing).encode(), dead))
-        self._write()
+            self._outwait(standing)
+            self.directory.remove(LOCK_FILE)
+        self.directory.create(LOCK_FILE, self._content())
         standing = self._read()
         if standing is None or standing["token"] != self.token:  # two drivers started at the same moment
             raise BacklensError(_in_use(self.directory, json.dumps(standing or {}).encode()))
         self._refreshing.start()
 
+    def _outwait(self, standing: dict[str, Any]) -> None:
+        """Wait until a lease is stale that nobody keeps fresh; refuse as soon as somebody does."""
+        while (left := float(standing["refreshed_at"]) + STALE_SECONDS - time.time()) > 0:
+            time.sleep(min(left, LOOK_SECONDS))
+            now = self._read()
+            if now is None:
+                return
+            if now != standing:
+                raise BacklensError(_in_use(self.directory, json.dumps(now).encode()))
+
     def release(self) -> None:
         self._stopped.set()
         self._refreshing.join()
         if not self.lost:
-            self.directory.remove(LOCK_FILE)
+            # If the store does not answer, the lease ends by itself; why the run ends is more worth saying.
+            with contextlib.suppress(BacklensError):
+                self.directory.remove(LOCK_FILE)
 
     def _refresh(self) -> None:
         while not self._stopped.wait(REFRESH_SECONDS):
-            # A store that does not answer now may answer at the next turn; the lease outlives five of them.
-            with contextlib.suppress(OSError):
+            # A store that does not answer now may answer at the next turn; the lease outlives a few of them.
+            with contextlib.suppress(BacklensError):
                 standing = self._read()
                 if standing is not None and standing["token"] != self.token:
                     self.lost = True
                     return
-                self._write()
+                self.directory.write_atomically(LOCK_FILE, self._content())
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -159,10 +187,8 @@ class _Lease:
         except FileNotFoundError:
             return None
 
-    def _write(self) -> None:
-        self.directory.write_atomically(
-            LOCK_FILE, _holder(self.since, token=self.token, refreshed_at=time.time())
-        )
+    def _content(self) -> bytes:
+        return _holder(self.since, token=self.token, refreshed_at=time.time())
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +243,10 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _in_use(directory: Directory, holder: bytes, dead: str = "") -> str:
+def _in_use(directory: Directory, holder: bytes) -> str:
     try:
         fields = json.loads(holder)
         who = f" ({fields['host']}, pid {fields['pid']})"
     except (ValueError, KeyError, TypeError):
         who = ""  # its holder has only just opened the file
-    return (
-        f"out: {directory} is in use by another backlens run{who}; wait for it{dead} or choose another --out"
-    )
+    return f"out: {directory} is in use by another backlens run{who}; wait for it or choose another --out"

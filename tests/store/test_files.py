@@ -35,6 +35,13 @@ def test_what_is_written_can_be_read(directory: Directory):
     assert directory.names("b") == []
 
 
+def test_a_file_is_created_only_where_there_is_none(directory: Directory):
+    directory.create("one", b"first")
+    directory.create("one", b"second")
+    assert directory.read("one") == b"first"
+    assert directory.names() == ["one"]
+
+
 def test_a_relative_path_means_the_same_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     travelled = pickle.dumps(Directory.at("./run"))
