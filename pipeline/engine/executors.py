@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
-from pipeline.engine.worker import Job, Readiness, Worker
+from pipeline.engine.worker import Attempt, Job, Readiness, Worker
 from pipeline.prompts.shards import Shard
 from pipeline.store.commit import ShardCommit
 
@@ -42,7 +42,7 @@ class LocalExecutor:
             running: set[Future[ShardCommit]] = set()
             try:
                 for shard in shards:
-                    running.add(pool.submit(self._worker.run, shard))
+                    running.add(pool.submit(self._worker.run, Attempt(shard)))
                     if len(running) == AHEAD:
                         done, running = wait(running, return_when=FIRST_COMPLETED)
                         yield from (future.result() for future in done)

@@ -9,15 +9,17 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from pipeline.engine.executors import AHEAD
 from pipeline.engine.placement import Node, cpus_per_replica
-from pipeline.engine.worker import Job, Readiness, Worker
+from pipeline.engine.replica import ActorKind, Replica, ReplicaKind
+from pipeline.engine.worker import Attempt, Job, Readiness
 from pipeline.errors import BacklensError, Interrupted
 from pipeline.prompts.shards import Shard
 from pipeline.store.commit import ShardCommit
@@ -41,9 +43,9 @@ class RayOptions:
 class _Given:
     """A shard in flight."""
 
-    shard: Shard
+    attempt: Attempt
     slot: int
-    attempt: int
+    references: tuple[Any, ...]
 
 
 class RayExecutor:
@@ -56,36 +58,28 @@ class RayExecutor:
 
     def start(self, job: Job) -> list[Readiness]:
         _connect(self._options.address)
-        cpus, gpus = _resources(self._options)
-        self._remote = ray.remote(Worker).options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_concurrency=AHEAD + 1
-        )
-        self._job = job
-        self._threads = max(1, int(cpus))
-        self._actors: list[Any] = [self._new_actor() for _ in range(self._options.replicas)]
-        return [self._ready(slot) for slot in range(len(self._actors))]
+        self._kind = _kind(self._options, job)
+        self._replicas = [_place(self._kind) for _ in range(self._options.replicas)]
+        return [self._ready(slot) for slot in range(len(self._replicas))]
 
     def run(self, shards: Iterator[Shard]) -> Iterator[ShardCommit]:
         running: dict[Any, _Given] = {}
         for shard in shards:
-            while len(running) >= AHEAD * len(self._actors):
+            while len({id(given) for given in running.values()}) >= AHEAD * len(self._replicas):
                 yield from self._wait(running)
-            self._give(shard, 1, running)
+            self._give(Attempt(shard), running)
         while running:
             yield from self._wait(running)
 
     def stop(self) -> None:
         ray.shutdown()
 
-    def _new_actor(self) -> Any:
-        return self._remote.remote(self._job, self._threads)
-
     def _ready(self, slot: int) -> Readiness:
-        """Wait until a worker has loaded its model; one that dies over it is replaced."""
+        """Wait until a replica has loaded its model; one that dies over it is replaced."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 with _as_ours():
-                    return ray.get(self._actors[slot].ready.remote())
+                    return ray.get(list(self._replicas[slot].replica.ready()))[0]
             except RayActorError as error:
                 self.deaths += 1
                 if attempt == ATTEMPTS:
@@ -97,43 +91,65 @@ class RayExecutor:
         raise AssertionError("unreachable")
 
     def _renew(self, slot: int) -> None:
-        # An actor that is only out of reach may still be at work; two workers on one shard would waste one.
-        ray.kill(self._actors[slot])
-        self._actors[slot] = self._new_actor()
+        self._replicas[slot].remove()
+        self._replicas[slot] = _place(self._kind)
 
-    def _give(self, shard: Shard, attempt: int, running: dict[Any, _Given]) -> None:
+    def _give(self, attempt: Attempt, running: dict[Any, _Given]) -> None:
         busy = [given.slot for given in running.values()]
-        slot = min(range(len(self._actors)), key=busy.count)
-        running[self._actors[slot].run.remote(shard)] = _Given(shard, slot, attempt)
+        slot = min(range(len(self._replicas)), key=busy.count)
+        given = _Given(attempt, slot, tuple(self._replicas[slot].replica.run(attempt)))
+        running.update(dict.fromkeys(given.references, given))
 
     def _wait(self, running: dict[Any, _Given]) -> Iterator[ShardCommit]:
-        """Wait for one shard; replace its actor if that is what ended it."""
+        """Wait for one process's share of a shard; replace its replica if that is what ended it."""
         finished, _ = ray.wait(list(running), num_returns=1)
         given = running.pop(finished[0])
         try:
             with _as_ours():
-                commit = ray.get(finished[0])
+                ray.get(finished[0])
         except RayActorError as error:
             self._replace(given, error, running)
         else:
-            yield commit
+            if not any(reference in running for reference in given.references):
+                yield ray.get(given.references[0])
 
     def _replace(self, lost: _Given, error: RayActorError, running: dict[Any, _Given]) -> None:
-        """A new actor in the place of a dead one, and its shards given out again."""
+        """A new replica in the place of a dead one, and its shards given out again."""
         self.deaths += 1
-        orphans = [
-            lost,
-            *(running.pop(ref) for ref in [r for r, g in running.items() if g.slot == lost.slot]),
-        ]
-        worst = max(orphans, key=lambda given: given.attempt)
-        if worst.attempt >= ATTEMPTS:
+        dropped = [running.pop(ref) for ref in [r for r, g in running.items() if g.slot == lost.slot]]
+        orphans = {given.attempt.shard.index: given.attempt for given in (lost, *dropped)}
+        worst = max(orphans.values(), key=lambda attempt: attempt.number)
+        if worst.number >= ATTEMPTS:
             raise Interrupted(
                 f"shard {worst.shard.index} was lost with its worker {ATTEMPTS} times "
                 f"({_reason(error)}); what is committed stays, the same command goes on from there"
             )
         self._renew(lost.slot)
-        for given in orphans:
-            self._give(given.shard, given.attempt + 1, running)
+        for attempt in orphans.values():
+            self._give(replace(attempt, number=attempt.number + 1), running)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A replica and the place that was made for it."""
+
+    group: PlacementGroup
+    replica: Replica
+
+    def remove(self) -> None:
+        self.replica.kill()
+        remove_placement_group(self.group)
+
+
+def _place(kind: ReplicaKind) -> _Placed:
+    group = placement_group([dict(bundle) for bundle in kind.bundles], strategy="PACK")
+    return _Placed(group, kind.start(group))
+
+
+def _kind(options: RayOptions, job: Job) -> ReplicaKind:
+    """What replicas are like, by how the model is sharded."""
+    cpus, gpus = _resources(options)
+    return ActorKind(job, cpus, gpus)
 
 
 def _connect(address: str | None) -> None:

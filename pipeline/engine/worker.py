@@ -48,6 +48,14 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Attempt:
+    """A shard to compute, and what is known of earlier attempts that ended with their worker."""
+
+    shard: Shard
+    number: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Readiness:
     """What a worker says once its model is loaded."""
 
@@ -80,8 +88,9 @@ class Worker:
     def ready(self) -> Readiness:
         return self._readiness
 
-    def run(self, shard: Shard) -> ShardCommit:
+    def run(self, attempt: Attempt) -> ShardCommit:
         """Compute and commit one shard; a shard that is already committed is left as it is."""
+        shard = attempt.shard
         done = find_commit(self._job.directory, shard.index)
         if done is not None:
             return done
