@@ -17,6 +17,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from pipeline.engine.executors import AHEAD
+from pipeline.engine.gang import GangKind
 from pipeline.engine.placement import Node, cpus_per_replica
 from pipeline.engine.replica import ActorKind, Replica, ReplicaKind
 from pipeline.engine.worker import Attempt, Job, Readiness
@@ -148,8 +149,13 @@ def _place(kind: ReplicaKind) -> _Placed:
 
 def _kind(options: RayOptions, job: Job) -> ReplicaKind:
     """What replicas are like, by how the model is sharded."""
-    cpus, gpus = _resources(options)
-    return ActorKind(job, cpus, gpus)
+    if job.zero3 is not None:
+        ranks = job.zero3.ranks
+        gpus = None if options.gpus_per_replica is None else min(1, options.gpus_per_replica)
+        return GangKind(
+            job, *_resources(replace(options, replicas=options.replicas * ranks, gpus_per_replica=gpus))
+        )
+    return ActorKind(job, *_resources(options))
 
 
 def _connect(address: str | None) -> None:

@@ -21,6 +21,7 @@ from pipeline.errors import BacklensError
 from pipeline.lens import Scaling, make_lens, verify_lens
 from pipeline.models.load import ModelSource, load_model
 from pipeline.models.spread import Spread
+from pipeline.models.zero3 import Zero3, whole_for_the_lens
 from pipeline.prompts.record import Prompt, Rejected
 from pipeline.prompts.shards import Shard
 from pipeline.prompts.tokenize import Example, PrependBos, context_length, tokenize
@@ -36,6 +37,8 @@ class Job:
     model: ModelSource
     spread: Spread | None
     """Over which devices each copy of the model is spread; None for one device."""
+    zero3: Zero3 | None
+    """Over how many processes each copy is partitioned; None for one."""
     wanted: Wanted
     scaling: Scaling
     screening: Precision
@@ -75,9 +78,12 @@ class Worker:
             torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._job = job
-        self._loaded = load_model(job.model, device, job.spread)
-        self._lens = make_lens(self._loaded.anatomy, job.scaling)
+        self._loaded = load_model(job.model, device, job.spread, job.zero3)
+        parts = self._loaded.anatomy
+        self._lens = make_lens(whole_for_the_lens(parts) if job.zero3 else parts, job.scaling)
         verify_lens(self._loaded.model, self._loaded.anatomy, self._lens)
+        # Autograd would keep every offloaded block's weights on the device until the backward pass.
+        self._recompute = job.activation_checkpointing or self._loaded.offloaded
         self._context = context_length(self._loaded.model.config)
         # One thread computes, whichever thread called: the allocator keeps freed memory by thread, and a second
         # one would keep as much again.
@@ -98,8 +104,9 @@ class Worker:
         with self._tokenizing:
             examples, rejected = self._tokenize(shard)
         tokenizing = time.perf_counter() - started
-        computed = self._computing.submit(self._compute, examples).result()
-        computed.seconds["tokenize"] = tokenizing
+        computed = self._compute(self._batches(examples))
+        computed.seconds["tokenize"] += tokenizing
+        self._refuse([_overflow(example) for example in computed.overflowed])
         return self._commit(shard, computed, rejected)
 
     def _tokenize(self, shard: Shard) -> tuple[list[Example], list[Rejected]]:
@@ -116,19 +123,25 @@ class Worker:
         self._refuse(rejected)
         return [result for result in results if isinstance(result, Example)], rejected
 
-    def _compute(self, examples: Sequence[Example]) -> "_Computed":
+    def _batches(self, examples: Sequence[Example]) -> list[list[Example]]:
         lengths = [sum(map(len, sequence(example, self._job.wanted.target_mode))) - 1 for example in examples]
-        computed = _Computed()
-        for indices in pack(lengths, self._job.batch_tokens):
-            batch = [examples[index] for index in indices]
+        packed = pack(lengths, self._job.batch_tokens)
+        return [[examples[index] for index in indices] for indices in packed]
+
+    def _compute(self, batches: Sequence[Sequence[Example]]) -> "Computed":
+        return self._computing.submit(self.compute, batches).result()
+
+    def compute(self, batches: Sequence[Sequence[Example]]) -> "Computed":
+        """Every row of some batches; in the thread that calls."""
+        computed = Computed()
+        for batch in batches:
             extracted = extract(
                 self._loaded,
                 self._lens,
                 batch,
                 self._job.wanted,
                 screening=self._job.screening,
-                # Autograd would keep every offloaded block's weights on the device until the backward pass.
-                recompute=self._job.activation_checkpointing or self._loaded.offloaded,
+                recompute=self._recompute,
             )
             computed.examples += batch
             computed.outcomes.append(extracted.outcome)
@@ -141,10 +154,9 @@ class Worker:
                 computed.seconds[stage] += seconds
             del extracted
             release_freed_memory()
-        self._refuse([_overflow(example) for example in computed.overflowed])
         return computed
 
-    def _commit(self, shard: Shard, computed: "_Computed", rejected: list[Rejected]) -> ShardCommit:
+    def _commit(self, shard: Shard, computed: "Computed", rejected: list[Rejected]) -> ShardCommit:
         started = time.perf_counter()
         tables = computed.tables(self._job.wanted.save_factors)
         tables["failures"] = failure_table([*rejected, *map(_overflow, computed.overflowed)])
@@ -168,7 +180,7 @@ class Worker:
             raise BacklensError(f"{rejected[0].message} (--on-error fail)")
 
 
-class _Computed:
+class Computed:
     """What the batches of one shard gave."""
 
     def __init__(self) -> None:
@@ -177,6 +189,15 @@ class _Computed:
         self.overflowed: list[Example] = []
         self.blocks: defaultdict[str, list[Block]] = defaultdict(list)
         self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, other: "Computed") -> None:
+        self.examples += other.examples
+        self.outcomes += other.outcomes
+        self.overflowed += other.overflowed
+        for name, blocks in other.blocks.items():
+            self.blocks[name] += blocks
+        for stage, seconds in other.seconds.items():
+            self.seconds[stage] += seconds
 
     def tables(self, save_factors: bool) -> dict[str, pa.Table]:
         names = ("layers", "neurons", "tokens", *(["factors"] if save_factors else []))

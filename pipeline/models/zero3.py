@@ -22,10 +22,12 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+from torch.distributed import TCPStore
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.errors import BacklensError
 from pipeline.models.anatomy import Anatomy
+from pipeline.models.spread import stored_dtype
 
 LONGEST_WAIT = timedelta(hours=1)
 """For the other ranks, in one collective: rank 0 reads the whole checkpoint meanwhile."""
@@ -40,43 +42,43 @@ class Zero3:
     """Keep each rank's share in main memory, and bring it to its device to be gathered."""
 
 
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """One process's place in the group that shares a copy."""
-
-    rank: int
-    ranks: int
-    address: str
-    """Host and port where rank 0 listens."""
-    host: str
-    """This process's own address, in the network that the ranks share."""
-
-
-def refuse_unpartitionable(config: PretrainedConfig) -> None:
-    """Raises BacklensError where DeepSpeed is missing, and for weights that it would not partition."""
+def refuse_unpartitionable(config: PretrainedConfig, dtype: str) -> None:
+    """Raises BacklensError where DeepSpeed is missing, and for weights that it would not partition as they are."""
     if importlib.util.find_spec("deepspeed") is None:
-        raise BacklensError('sharding: zero3 needs DeepSpeed; install it with pip install "backlens[deepspeed]"')
+        raise BacklensError(
+            'sharding: zero3 needs DeepSpeed; install it with pip install "backlens[deepspeed]"'
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise BacklensError(
             "sharding: zero3 does not partition quantized weights; use --sharding accelerate for this model"
         )
+    if dtype == "auto" and config.dtype is None:
+        raise BacklensError(
+            "sharding: zero3 must know the weights' type before they are read, and the model's config.json does not "
+            "say it; give --dtype"
+        )
 
 
-def take_seat(seat: Seat) -> None:
-    """Join the process group that shares a copy: NCCL between GPUs, gloo between CPUs."""
-    interface = _interface(seat.host)
+def open_meeting(host: str) -> TCPStore:
+    """Where ranks find each other: the first one listens there, on a port of the system's choice."""
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
+def join(rank: int, ranks: int, meeting: TCPStore, host: str) -> None:
+    """Join the group that shares a copy, which waits for all: NCCL between GPUs, gloo between CPUs.
+
+    `host` is this process's own address in the network that the ranks share.
+    """
+    has_gpu = torch.cuda.is_available()
+    interface = _interface(host)
     # By itself gloo listens where the host's own name points to, which other nodes may not reach.
     os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
-    host, _, port = seat.address.rpartition(":")
     # DeepSpeed reads these. A rank sees one device, whose number is 0.
-    os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, LOCAL_RANK="0")
-    os.environ.update(RANK=str(seat.rank), WORLD_SIZE=str(seat.ranks))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0")
+    os.environ.update(MASTER_ADDR=meeting.host, MASTER_PORT=str(meeting.port))
+    os.environ["DS_ACCELERATOR"] = "cuda" if has_gpu else "cpu"
     torch.distributed.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        init_method=f"tcp://{seat.address}",
-        rank=seat.rank,
-        world_size=seat.ranks,
-        timeout=LONGEST_WAIT,
+        "nccl" if has_gpu else "gloo", store=meeting, rank=rank, world_size=ranks, timeout=LONGEST_WAIT
     )
 
 
@@ -89,10 +91,12 @@ def _interface(host: str) -> str:
 
 
 class Partitioning:
-    """A model's way into its partitions: `before_loading` is entered around `from_pretrained`, then `engage`."""
+    """A model's way into its partitions: `loading` around `from_pretrained`, then `engage`."""
 
-    def __init__(self, zero3: Zero3, dtype: torch.dtype, d_model: int) -> None:
-        self._settings = _settings(zero3, dtype, d_model)
+    def __init__(self, zero3: Zero3, config: PretrainedConfig, dtype: str) -> None:
+        refuse_unpartitionable(config, dtype)
+        d_model = int(config.get_text_config().hidden_size)
+        self._settings = _settings(zero3, stored_dtype(config, dtype), d_model)
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -100,7 +104,9 @@ class Partitioning:
         from transformers.integrations import HfDeepSpeedConfig
 
         _use_ready_made_collectives()
-        alive = HfDeepSpeedConfig(self._settings)  # transformers keeps a weak reference to it, and asks for no more
+        alive = HfDeepSpeedConfig(
+            self._settings
+        )  # transformers keeps a weak reference to it, and asks for no more
         yield
         del alive
 
