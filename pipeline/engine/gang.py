@@ -1,25 +1,26 @@
 """A replica of several processes that share one copy of the model (DeepSpeed's ZeRO-3): a gang of ranks.
 
-The leader is given a shard as any worker is: it tokenizes, packs the very batches that a worker would, and commits.
-In between it deals the batches out to all ranks, itself among them, and takes together what they computed. Every pass
-gathers weights from all ranks, so all make as many passes as the one with the most batches, the last ones idle.
+The leader is given a shard as any worker is: it tokenizes, packs the batches that a worker would, and commits. In
+between it deals the batches out, one to each rank, itself among them, and takes together what they computed. A pass
+gathers weights from all ranks, so a rank for which no batch is left makes its pass with a token of no account.
 
-A gang lives and dies as a whole: a rank that ends leaves the others in a collective that nobody completes. The leader,
-which waits beside its own computation and not in it, is told of that by Ray, and ends too. To the executor
-that is the death of the replica: it kills what is left and starts another.
+A gang lives and dies as a whole: a rank that ends leaves the others in a pass that nobody completes. The leader,
+which waits beside its own pass and not in it, is told of that by Ray, and ends too. To the executor that is the
+death of the replica: it kills what is left and starts another.
 """
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+import torch
+from ray.exceptions import RayError, RayTaskError
 from ray.util import get_node_ip_address
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -27,8 +28,10 @@ from torch.distributed import TCPStore
 
 from pipeline.capture import Outcome, capture, make_batch
 from pipeline.engine.executors import AHEAD
+from pipeline.engine.memory import release_freed_memory
+from pipeline.engine.packing import pack
 from pipeline.engine.replica import References
-from pipeline.engine.worker import Attempt, Computed, Job, Worker
+from pipeline.engine.worker import Attempt, Computed, Job, Worker, overflow
 from pipeline.models.zero3 import join, open_meeting
 from pipeline.prompts.tokenize import Example
 
@@ -36,43 +39,33 @@ SETTLING = 15.0
 """Seconds after which Ray will have told the leader of a rank's end."""
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one rank computes of a shard."""
-
-    batches: Sequence[Sequence[Example]]
-    idle: int
-    """Passes to make besides, so that every rank makes as many."""
-
-
-def deal(batches: Sequence[Sequence[Example]], ranks: int) -> list[Share]:
-    """A share for each rank. Neighbours are of like length, so every pass takes all ranks about as long."""
-    passes = -(-len(batches) // ranks)
-    dealt = [batches[rank::ranks] for rank in range(ranks)]
-    return [Share(own, passes - len(own)) for own in dealt]
-
-
 class _Member(Worker):
-    """A worker with its part of every weight; whatever it computes, all ranks have to."""
+    """A worker with its part of every weight: a pass that it makes, all ranks have to make."""
 
-    def compute_share(self, share: Share) -> Computed:
-        computed = self.compute(share.batches)
-        for _ in range(share.idle):
-            self._pass_idly()
+    def make_pass(self, batch: Sequence[Example]) -> Computed:
+        """Compute a batch; an empty one as a pass all the same."""
+        computed = Computed()
+        recompute = self._job.activation_checkpointing or self._loaded.offloaded
+        try:
+            if batch:
+                self._extract(batch, computed, recompute)
+            else:
+                token = make_batch([([1], [1])], self._loaded.device)
+                capture(self._loaded, token, (), (), lambda _: None, recompute=recompute)
+        except (torch.OutOfMemoryError, MemoryError):
+            os._exit(1)  # the others cannot be told to leave this pass
         computed.outcomes = [
             Outcome(o.loss.cpu(), o.target_rank.cpu(), o.predicted_id.cpu()) for o in computed.outcomes
         ]
+        release_freed_memory()
         return computed
-
-    def _pass_idly(self) -> None:
-        batch = make_batch([([1], [1])], self._loaded.device)
-        capture(self._loaded, batch, (), (), lambda _: None, recompute=self._recompute)
 
 
 class Peer:
     """A rank that follows the leader; an actor, which takes one call at a time, in their order."""
 
     def __init__(self, job: Job, threads: int) -> None:
+        _see_only_what_is_given()
         self._job, self._threads = job, threads
 
     def load(self, rank: int, ranks: int, meeting: tuple[str, int]) -> None:
@@ -80,71 +73,75 @@ class Peer:
             join(rank, ranks, TCPStore(*meeting, is_master=False), get_node_ip_address())
             self._member = _Member(self._job, self._threads)
 
-    def compute(self, share: Share) -> Computed:
+    def make_pass(self, batch: Sequence[Example]) -> Computed:
         with _late_to_complain():
-            return self._member.compute_share(share)
+            return self._member.make_pass(batch)
 
 
 class Leader(_Member):
     """Rank 0."""
 
     def __init__(self, job: Job, threads: int, peers: Sequence[Any]) -> None:
+        _see_only_what_is_given()
         self._peers = peers
-        self._dealing = threading.Lock()
+        self._passing = ThreadPoolExecutor(1, thread_name_prefix="pass")
         ranks, host = 1 + len(peers), get_node_ip_address()
         meeting = open_meeting(host)
+        place = (meeting.host, meeting.port)
 
         def load() -> None:
             join(0, ranks, meeting, host)
             Worker.__init__(self, job, threads)
 
-        loading = ThreadPoolExecutor(1).submit(_complaining_late(load))
-        place = (meeting.host, meeting.port)
-        _all_of(loading, [peer.load.remote(rank, ranks, place) for rank, peer in enumerate(peers, 1)])
+        self._together(load, [peer.load.remote(rank, ranks, place) for rank, peer in enumerate(peers, 1)])
         self._readiness = replace(self._readiness, device=f"{ranks} ranks on {self._readiness.device}")
 
-    def _compute(self, batches: Sequence[Sequence[Example]]) -> Computed:
-        first, *others = deal(batches, 1 + len(self._peers))
-        # Two shards may be dealt out at a time, and every rank must come to them in the same order.
-        with self._dealing:
-            own = self._computing.submit(_complaining_late(self.compute_share), first)
-            theirs = [peer.compute.remote(share) for peer, share in zip(self._peers, others, strict=True)]
-        computed = Computed()
-        for part in _all_of(own, theirs):
-            computed.add(part)
+    def _compute(self, examples: Sequence[Example], attempt: Attempt) -> Computed:
+        # Ranks end when they run out of memory, and nobody can say whether that is what the last gang died of.
+        budget = max(1, self._job.batch_tokens >> (attempt.number - 1))
+        batches = [[examples[i] for i in indices] for indices in pack(self._lengths(examples), budget)]
+        computed, ranks = Computed(), 1 + len(self._peers)
+        # Neighbours are of like length: a pass takes all ranks about as long.
+        for start in range(0, len(batches), ranks):
+            own, *others = [*batches[start : start + ranks], *[[]] * ranks][:ranks]
+            theirs = [peer.make_pass.remote(batch) for peer, batch in zip(self._peers, others, strict=True)]
+            for part in self._together(partial(self.make_pass, own), theirs):
+                computed.merge(part)
+        self._refuse([overflow(example) for example in computed.overflowed])
         return computed
 
+    def _together(self, own: Callable[[], Any], theirs: Sequence[Any]) -> list[Any]:
+        """What all ranks return. The first error ends the wait: the others may be in a pass, for ever.
 
-def _all_of(own: Future[Any], theirs: Sequence[Any]) -> list[Any]:
-    """What all ranks return. The first error ends the wait: the others may be in a collective, for ever.
+        Where a rank's process is gone (Ray's error, not its own), so is this one: its own pass cannot be stopped in
+        another way.
+        """
+        waiting = [
+            self._passing.submit(_late_to_complain()(own)),
+            *(reference.future() for reference in theirs),
+        ]
+        done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
+        for error in filter(None, (each.exception() for each in done)):
+            if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+                os._exit(1)
+            raise error
+        return [each.result() for each in waiting]
 
-    Where a rank's process is gone, so is this one: its own part of the work cannot be stopped in another way.
-    """
-    futures = [own, *(reference.future() for reference in theirs)]
-    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for error in filter(None, (future.exception() for future in done)):
-        if isinstance(error, RayActorError):
-            os._exit(1)
-        raise error
-    return [future.result() for future in futures]
+
+def _see_only_what_is_given() -> None:
+    """Ray hides GPUs from actors that have some, not from those that have none."""
+    if not ray.get_gpu_ids():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @contextmanager
 def _late_to_complain() -> Iterator[None]:
-    """A broken collective is most often the end of another rank, and that is what the leader should hear first."""
+    """A broken pass is most often the end of another rank, and that is what the leader should hear first."""
     try:
         yield
     except RuntimeError:
         time.sleep(SETTLING)
         raise
-
-
-def _complaining_late(function: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        with _late_to_complain():
-            return function(*args)
-
-    return run
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ import torch
 
 from pipeline.capture import Outcome
 from pipeline.engine.columns import fact_table, failure_table, prompt_table, without_prompts
-from pipeline.engine.extract import Block, Wanted, extract, sequence
+from pipeline.engine.extract import Block, Extracted, Wanted, extract, sequence
 from pipeline.engine.memory import release_freed_memory
 from pipeline.engine.packing import pack
 from pipeline.engine.versions import package_versions
@@ -82,8 +82,6 @@ class Worker:
         parts = self._loaded.anatomy
         self._lens = make_lens(whole_for_the_lens(parts) if job.zero3 else parts, job.scaling)
         verify_lens(self._loaded.model, self._loaded.anatomy, self._lens)
-        # Autograd would keep every offloaded block's weights on the device until the backward pass.
-        self._recompute = job.activation_checkpointing or self._loaded.offloaded
         self._context = context_length(self._loaded.model.config)
         # One thread computes, whichever thread called: the allocator keeps freed memory by thread, and a second
         # one would keep as much again.
@@ -104,9 +102,8 @@ class Worker:
         with self._tokenizing:
             examples, rejected = self._tokenize(shard)
         tokenizing = time.perf_counter() - started
-        computed = self._compute(self._batches(examples))
-        computed.seconds["tokenize"] += tokenizing
-        self._refuse([_overflow(example) for example in computed.overflowed])
+        computed = self._computing.submit(self._compute, examples, attempt).result()
+        computed.seconds["tokenize"] = tokenizing
         return self._commit(shard, computed, rejected)
 
     def _tokenize(self, shard: Shard) -> tuple[list[Example], list[Rejected]]:
@@ -123,43 +120,34 @@ class Worker:
         self._refuse(rejected)
         return [result for result in results if isinstance(result, Example)], rejected
 
-    def _batches(self, examples: Sequence[Example]) -> list[list[Example]]:
-        lengths = [sum(map(len, sequence(example, self._job.wanted.target_mode))) - 1 for example in examples]
-        packed = pack(lengths, self._job.batch_tokens)
-        return [[examples[index] for index in indices] for indices in packed]
-
-    def _compute(self, batches: Sequence[Sequence[Example]]) -> "Computed":
-        return self._computing.submit(self.compute, batches).result()
-
-    def compute(self, batches: Sequence[Sequence[Example]]) -> "Computed":
-        """Every row of some batches; in the thread that calls."""
+    def _compute(self, examples: Sequence[Example], _attempt: Attempt) -> "Computed":
         computed = Computed()
-        for batch in batches:
-            extracted = extract(
-                self._loaded,
-                self._lens,
-                batch,
-                self._job.wanted,
-                screening=self._job.screening,
-                recompute=self._recompute,
-            )
-            computed.examples += batch
-            computed.outcomes.append(extracted.outcome)
-            computed.overflowed += [
-                e for e, fine in zip(batch, extracted.finite.tolist(), strict=True) if not fine
-            ]
-            for name, blocks in extracted.blocks.items():
-                computed.blocks[name] += blocks
-            for stage, seconds in extracted.seconds.items():
-                computed.seconds[stage] += seconds
-            del extracted
+        # Autograd would keep every offloaded block's weights on the device until the backward pass.
+        recompute = self._job.activation_checkpointing or self._loaded.offloaded
+        for indices in pack(self._lengths(examples), self._job.batch_tokens):
+            self._extract([examples[index] for index in indices], computed, recompute)
             release_freed_memory()
+        self._refuse([overflow(example) for example in computed.overflowed])
         return computed
+
+    def _lengths(self, examples: Sequence[Example]) -> list[int]:
+        return [sum(map(len, sequence(example, self._job.wanted.target_mode))) - 1 for example in examples]
+
+    def _extract(self, batch: Sequence[Example], computed: "Computed", recompute: bool) -> None:
+        extracted = extract(
+            self._loaded,
+            self._lens,
+            batch,
+            self._job.wanted,
+            screening=self._job.screening,
+            recompute=recompute,
+        )
+        computed.add(batch, extracted)
 
     def _commit(self, shard: Shard, computed: "Computed", rejected: list[Rejected]) -> ShardCommit:
         started = time.perf_counter()
         tables = computed.tables(self._job.wanted.save_factors)
-        tables["failures"] = failure_table([*rejected, *map(_overflow, computed.overflowed)])
+        tables["failures"] = failure_table([*rejected, *map(overflow, computed.overflowed)])
         stats = {
             "tokens": float(sum(len(example.token_ids) for example in computed.examples)),
             **{f"seconds_{stage}": seconds for stage, seconds in computed.seconds.items()},
@@ -190,14 +178,24 @@ class Computed:
         self.blocks: defaultdict[str, list[Block]] = defaultdict(list)
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
-    def add(self, other: "Computed") -> None:
+    def add(self, batch: Sequence[Example], extracted: Extracted) -> None:
+        self.examples += batch
+        self.outcomes.append(extracted.outcome)
+        self.overflowed += [e for e, fine in zip(batch, extracted.finite.tolist(), strict=True) if not fine]
+        self._add_rows(extracted.blocks, extracted.seconds)
+
+    def merge(self, other: "Computed") -> None:
+        """Take in what another process computed of the same shard."""
         self.examples += other.examples
         self.outcomes += other.outcomes
         self.overflowed += other.overflowed
-        for name, blocks in other.blocks.items():
-            self.blocks[name] += blocks
-        for stage, seconds in other.seconds.items():
-            self.seconds[stage] += seconds
+        self._add_rows(other.blocks, other.seconds)
+
+    def _add_rows(self, blocks: Mapping[str, list[Block]], seconds: Mapping[str, float]) -> None:
+        for name, more in blocks.items():
+            self.blocks[name] += more
+        for stage, taken in seconds.items():
+            self.seconds[stage] += taken
 
     def tables(self, save_factors: bool) -> dict[str, pa.Table]:
         names = ("layers", "neurons", "tokens", *(["factors"] if save_factors else []))
@@ -207,7 +205,7 @@ class Computed:
         return {name: without_prompts(table, dropped) for name, table in tables.items()}
 
 
-def _overflow(example: Example) -> Rejected:
+def overflow(example: Example) -> Rejected:
     prompt = example.prompt
     return Rejected(
         prompt.prompt_id,

@@ -71,6 +71,8 @@ class LoadedModel:
     attention: Attention = "exact"
     placed: Mapping[str, Device] = field(default_factory=dict)
     """Where its parts are, by path, if it is spread over several devices."""
+    partitioned: bool = False
+    """Whether each of several processes has a part of every weight (`zero3`)."""
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +88,12 @@ class LoadedModel:
 
     @property
     def offloaded(self) -> bool:
-        """Whether blocks are brought to a device for as long as they compute."""
+        """Whether blocks are brought to a device for as long as they compute, and autograd would keep what was brought.
+
+        Of partitioned weights it keeps those that are sliced, which only experts do.
+        """
+        if self.partitioned:
+            return any(block.experts is not None for block in self.anatomy.blocks)
         places = set(self.placed.values())
         return "disk" in places or ("cpu" in places and self.device.type != "cpu")
 
@@ -156,7 +163,7 @@ def load_model(
         nn.Module.to(model, device)
     parts = anatomy(model, source.layout)
     verify_backward(model, [block.module for block in parts.blocks])
-    return LoadedModel(model, tokenizer, parts, source.attention, placed)
+    return LoadedModel(model, tokenizer, parts, source.attention, placed, zero3 is not None)
 
 
 def _read_weights(

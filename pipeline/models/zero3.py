@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch.distributed import TCPStore
@@ -84,6 +83,8 @@ def join(rank: int, ranks: int, meeting: TCPStore, host: str) -> None:
 
 def _interface(host: str) -> str:
     """The name of the network interface that has an address."""
+    import psutil  # comes with DeepSpeed
+
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == host and address.family == socket.AF_INET for address in addresses):
             return name
@@ -104,11 +105,11 @@ class Partitioning:
         from transformers.integrations import HfDeepSpeedConfig
 
         _use_ready_made_collectives()
-        alive = HfDeepSpeedConfig(
+        known = HfDeepSpeedConfig(
             self._settings
-        )  # transformers keeps a weak reference to it, and asks for no more
+        )  # to transformers, which asks for no argument, as long as it lives
         yield
-        del alive
+        del known
 
     def engage(self, model: PreTrainedModel) -> PreTrainedModel:
         """Let a partitioned model gather each module's weights when it computes."""

@@ -6,10 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pipeline.engine.gang import deal
 from tests.engine.cluster import alive, descendants, kill
 from tests.engine.command import (
     assert_complete,
@@ -106,16 +103,10 @@ def test_a_gang_that_lost_a_rank_is_rebuilt_and_its_shards_are_computed_again(
 
 def ranks(head: int) -> list:
     return [
-        process for process in descendants(head) if process.cmdline()[0].startswith(("ray::Peer", "ray::Leader"))
+        process
+        for process in descendants(head)
+        if process.cmdline()[0].startswith(("ray::Peer", "ray::Leader"))
     ]
-
-
-@given(st.integers(0, 40), st.integers(1, 9))
-def test_every_batch_is_dealt_once_and_all_ranks_make_as_many_passes(count: int, ranks: int) -> None:
-    batches = [[number] for number in range(count)]
-    shares = deal(batches, ranks)  # type: ignore[arg-type]
-    assert sorted(batch for share in shares for batch in share.batches) == batches
-    assert {len(share.batches) + share.idle for share in shares} == {-(-count // ranks)}
 
 
 @pytest.mark.parametrize(
@@ -149,7 +140,10 @@ def test_without_deepspeed_the_extra_is_named(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantized weights"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "quantized weights",
+        ),
         ({"dtype": None}, "give --dtype"),
     ],
 )
