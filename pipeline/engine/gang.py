@@ -24,7 +24,6 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util import get_node_ip_address
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch.distributed import TCPStore
 
 from pipeline.capture import Outcome, capture, make_batch
 from pipeline.engine.executors import AHEAD
@@ -32,7 +31,7 @@ from pipeline.engine.memory import release_freed_memory
 from pipeline.engine.packing import pack
 from pipeline.engine.replica import References
 from pipeline.engine.worker import Attempt, Computed, Job, Worker, overflow
-from pipeline.models.zero3 import join, open_meeting
+from pipeline.models.zero3 import go_to_meeting, join, open_meeting
 from pipeline.prompts.tokenize import Example
 
 SETTLING = 15.0
@@ -70,7 +69,7 @@ class Peer:
 
     def load(self, rank: int, ranks: int, meeting: tuple[str, int]) -> None:
         with _late_to_complain():
-            join(rank, ranks, TCPStore(*meeting, is_master=False), get_node_ip_address())
+            join(rank, ranks, go_to_meeting(*meeting), get_node_ip_address())
             self._member = _Member(self._job, self._threads)
 
     def make_pass(self, batch: Sequence[Example]) -> Computed:

@@ -158,7 +158,7 @@ def load_model(
     elif folder is not None:
         os.rmdir(folder)  # the weights are read from where they are, as their type is the checkpoint's
     if partitioning is not None:
-        model = partitioning.engage(model)
+        partitioning.engage(model)
     elif not placed:
         nn.Module.to(model, device)
     parts = anatomy(model, source.layout)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.errors import BacklensError
@@ -63,6 +63,10 @@ def open_meeting(host: str) -> TCPStore:
     return TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
+def go_to_meeting(host: str, port: int) -> TCPStore:
+    return TCPStore(host, port, is_master=False)
+
+
 def join(rank: int, ranks: int, meeting: TCPStore, host: str) -> None:
     """Join the group that shares a copy, which waits for all: NCCL between GPUs, gloo between CPUs.
 
@@ -102,7 +106,7 @@ class Partitioning:
     @contextmanager
     def loading(self) -> Iterator[None]:
         """Within it, transformers partitions each weight as it is read."""
-        from transformers.integrations import HfDeepSpeedConfig
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         _use_ready_made_collectives()
         known = HfDeepSpeedConfig(
@@ -111,12 +115,13 @@ class Partitioning:
         yield
         del known
 
-    def engage(self, model: PreTrainedModel) -> PreTrainedModel:
+    def engage(self, model: PreTrainedModel) -> None:
         """Let a partitioned model gather each module's weights when it computes."""
         import deepspeed
 
-        engine, *_ = deepspeed.initialize(model=model, config=self._settings)
-        return engine.module
+        deepspeed.initialize(
+            model=model, config=self._settings
+        )  # the model's hooks hold on to what this returns
 
 
 def _settings(zero3: Zero3, dtype: torch.dtype, d_model: int) -> dict[str, Any]:

@@ -26,8 +26,6 @@ from tests.tiny import byte_tokenizer, random_model
 
 PROMPTS = 24
 ZERO3 = ("--sharding", "zero3", "--ranks", 2)
-SMALL_SHARDS = ("--shard-prompts", 3, "--batch-tokens", 24)
-"""A shard is one to three batches: often one rank has a batch to compute and the other has none."""
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +42,11 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(model: Path, prompts: Path, out: Path) -> tuple[object, ...]:
+    """Its shards are one to three batches: often one rank has a batch to compute and the other has none."""
     return (
         *("run", "--model", model, "--prompts", prompts, "--out", out),
         *("--modules", "all", "--neurons", 4, "--top-k", 5, "--target-mode", "all"),
+        *("--shard-prompts", 3, "--batch-tokens", 24),
     )
 
 
@@ -68,9 +68,7 @@ def test_rows_do_not_depend_on_partitioning(
     here = called(*command(model, prompts, whole), *save, "--executor", "local")
     assert here.status == 0, here.stderr
 
-    done = backlens(
-        *command(model, prompts, parted), *ZERO3, *SMALL_SHARDS, *options, "--address", cluster[0]
-    )
+    done = backlens(*command(model, prompts, parted), *ZERO3, *options, "--address", cluster[0])
 
     assert done.status == 0, done.stderr
     assert "2 ranks on cpu" in done.stderr
@@ -87,7 +85,7 @@ def test_a_gang_that_lost_a_rank_is_rebuilt_and_its_shards_are_computed_again(
     here = called(*command(gpt2, prompts, whole), "--executor", "local")
     assert here.status == 0, here.stderr
 
-    driver = start(*command(gpt2, prompts, parted), *ZERO3, *SMALL_SHARDS, "--address", address)
+    driver = start(*command(gpt2, prompts, parted), *ZERO3, "--address", address)
     wait_for(lambda: commits(parted) or driver.poll() is not None, every=0.01)
     gang = ranks(head)
     kill([process for process in gang if process.cmdline()[0].startswith("ray::Peer")])
