@@ -162,7 +162,10 @@ class RunConfig:
             return
         ranks, gpus = self.ranks_per_replica, self.gpus_per_replica
         _require(self.executor == "ray", "--sharding zero3 takes several processes; use --executor ray")
-        _require(ranks != 0, "--sharding zero3: over how many actors? Give --ranks, e.g. --ranks 4")
+        _require(
+            bool(self.ranks is not None or gpus),
+            "--sharding zero3: over how many actors? Give --ranks, e.g. --ranks 4",
+        )
         _require(ranks >= 2, f"--ranks {ranks}: sharding takes 2 or more (--sharding none for one)")
         _require(
             gpus in (None, 0, ranks),
