@@ -123,12 +123,17 @@ class RunConfig:
     """local: this process. ray: one actor per replica."""
     replicas: Annotated[int | Literal["auto"], ENGINE, WHOLE_OR_AUTO] = 1
     """Copies of the model that work side by side (ray). auto: as many as fit on the nodes, as these come and go."""
-    sharding: Annotated[Literal["none", "accelerate"], ENGINE] = "none"
-    """How one copy is spread over devices. accelerate: whole blocks over its GPUs, and over what offloading adds."""
+    sharding: Annotated[Literal["none", "accelerate", "zero3"], ENGINE] = "none"
+    """How one copy is spread over devices. accelerate: whole blocks over its GPUs, and over what offloading adds.
+    zero3: a part of every weight on each of several actors (DeepSpeed), which compute side by side."""
     max_memory: Annotated[str | None, ENGINE] = None
     """With accelerate, the devices and how much of each, e.g. "0:20GiB,1:20GiB,cpu:50GiB". Default: its GPUs."""
     offload: Annotated[str | None, ENGINE] = None
     """With accelerate, a local folder from which blocks are read that fit on no device."""
+    ranks: Annotated[int | None, ENGINE, WHOLE] = None
+    """With zero3, the actors that share one copy, a GPU each if the cluster has any. Default: gpus-per-replica."""
+    offload_to_cpu: Annotated[bool, ENGINE] = False
+    """With zero3, keep each actor's part of the weights in main memory."""
     gpus_per_replica: Annotated[int | None, ENGINE, WHOLE] = None
     """GPUs that one copy asks for (ray). Default: 1 if the cluster has any."""
     address: Annotated[str | None, ENGINE] = None
@@ -157,10 +162,35 @@ class RunConfig:
         for name, value in (("max-memory", self.max_memory), ("offload", self.offload)):
             _require(value is None or spread, f"--{name} {value}: is for --sharding accelerate")
         parse_max_memory(self.max_memory)
+        self._require_ranks()
         _require(
             self.executor == "ray" or (self.replicas == 1 and self.address is None),
             "--executor local runs one copy in this process; use --executor ray with --replicas or --address",
         )
+
+    def _require_ranks(self) -> None:
+        if self.sharding != "zero3":
+            _require(self.ranks is None, f"--ranks {self.ranks}: is for --sharding zero3")
+            _require(not self.offload_to_cpu, "--offload-to-cpu: is for --sharding zero3")
+            return
+        ranks, gpus = self.ranks_per_replica, self.gpus_per_replica
+        _require(self.executor == "ray", "--sharding zero3 takes several processes; use --executor ray")
+        _require(
+            bool(self.ranks is not None or gpus),
+            "--sharding zero3: over how many actors? Give --ranks, e.g. --ranks 4",
+        )
+        _require(ranks >= 2, f"--ranks {ranks}: sharding takes 2 or more (--sharding none for one)")
+        _require(
+            gpus in (None, 0, ranks),
+            f"--gpus-per-replica {gpus}: each of the {ranks} --ranks has one GPU; leave it out, or 0 for none",
+        )
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Processes that share one copy of the model; 0 where it is not said."""
+        if self.sharding != "zero3":
+            return 1
+        return self.ranks if self.ranks is not None else self.gpus_per_replica or 0
 
     @property
     def prompt_fields(self) -> PromptFields:

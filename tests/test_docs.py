@@ -24,6 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 JOB_SERVER = "needs a cluster; tests/engine/test_jobs.py runs it against a job server of its own"
+GANG = "takes half a minute; tests/engine/test_zero3.py runs the same"
 NODES = "needs machines; tests/test_cluster_files.py checks the file that it is given"
 
 NOT_RUN = {
@@ -34,6 +35,7 @@ NOT_RUN = {
     "backlens jobs status --address http://127.0.0.1:8265": JOB_SERVER,
     "backlens jobs logs project-1a2b3c4d --follow --address http://127.0.0.1:8265": JOB_SERVER,
     "backlens jobs stop project-1a2b3c4d --address http://127.0.0.1:8265": JOB_SERVER,
+    "backlens run --model my-model --out zero3-run --limit 5 --sharding zero3 --ranks 2 --gpus-per-replica 0": GANG,
     "ray get-auth-token --generate": "would make a token for whoever runs this test",
     "ray up cluster.yaml": NODES,
     "ray dashboard cluster.yaml": NODES,

@@ -26,6 +26,7 @@ from pipeline.models.load import (
 )
 from pipeline.models.spread import Spread
 from pipeline.models.widths import misfits
+from pipeline.models.zero3 import Zero3, refuse_unpartitionable
 from pipeline.prompts.survey import Survey, survey
 from pipeline.prompts.written import chat_template
 from pipeline.store.files import Directory
@@ -69,6 +70,7 @@ class RunPlan:
         return Job(
             model=self.source,
             spread=spread_of(self.config),
+            zero3=zero3_of(self.config),
             wanted=self.wanted,
             scaling=self.config.scaling,
             prepend_bos=self.config.prepend_bos,
@@ -103,6 +105,8 @@ def make_plan(config: RunConfig) -> RunPlan:
     source = model_source(config)
     model_config = load_config(source)
     refuse_pickle(source)
+    if config.sharding == "zero3":
+        refuse_unpartitionable(model_config, config.dtype)
     if config.chat_template:
         chat_template(load_tokenizer(source))
     layout = source.layout or layout_of(model_config)
@@ -151,10 +155,15 @@ def model_source(config: RunConfig) -> ModelSource:
 
 def spread_of(config: RunConfig) -> Spread | None:
     """How a copy of the model is to be spread over devices. No part of the fingerprint: rows are the same."""
-    if config.sharding == "none":
+    if config.sharding != "accelerate":
         return None
     offload = os.path.abspath(config.offload) if config.offload is not None else None
     return Spread(parse_max_memory(config.max_memory), offload)
+
+
+def zero3_of(config: RunConfig) -> Zero3 | None:
+    """Over how many processes a copy of the model is to be partitioned. No part of the fingerprint either."""
+    return Zero3(config.ranks_per_replica, config.offload_to_cpu) if config.sharding == "zero3" else None
 
 
 def fingerprint(plan: RunPlan, weights: str) -> dict[str, FingerprintValue]:

@@ -13,6 +13,7 @@ import ray
 
 from pipeline.engine.executors import AHEAD, Standing
 from pipeline.engine.fleet import Fleet, Member
+from pipeline.engine.gang import GangKind
 from pipeline.engine.notes import forget, noted
 from pipeline.engine.placement import cpus_per_replica, cpus_to_fill
 from pipeline.engine.replica import ActorKind, ReplicaKind
@@ -161,12 +162,13 @@ def _kind(options: RayOptions, job: Job, joinable: bool) -> ReplicaKind:
     gpus = options.gpus_per_replica
     if gpus is None:
         gpus = int(any(node.gpus for node in there))
+    kind, processes = (GangKind, job.zero3.ranks) if job.zero3 else (ActorKind, 1)
     if options.replicas == "auto":
-        return ActorKind(job, cpus_to_fill(there, gpus), gpus)
+        return kind(job, cpus_to_fill(there, gpus), gpus)
     try:
-        cpus = cpus_per_replica(there, options.replicas, gpus)
+        cpus = cpus_per_replica(there, options.replicas * processes, gpus)
     except BacklensError:
         if not joinable:
             raise
         cpus = cpus_to_fill(there, gpus)  # nodes may join: the replicas wait for them
-    return ActorKind(job, cpus, gpus)
+    return kind(job, cpus, gpus)

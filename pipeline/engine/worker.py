@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +24,7 @@ from pipeline.errors import BacklensError
 from pipeline.lens import Scaling, make_lens, verify_lens
 from pipeline.models.load import ModelSource, load_model
 from pipeline.models.spread import Spread
+from pipeline.models.zero3 import Zero3, whole_for_the_lens
 from pipeline.prompts.record import Prompt, Rejected
 from pipeline.prompts.shards import Shard
 from pipeline.prompts.source import one_line
@@ -53,6 +54,8 @@ class Job:
     model: ModelSource
     spread: Spread | None
     """Over which devices each copy of the model is spread; None for one device."""
+    zero3: Zero3 | None
+    """Over how many processes each copy is partitioned; None for one."""
     wanted: Wanted
     scaling: Scaling
     screening: Precision
@@ -76,6 +79,10 @@ class Attempt:
     condemned: frozenset[int] = frozenset()
     """Prompts to record as failures and leave out."""
 
+    def suspected(self, examples: Sequence[Example]) -> set[int]:
+        """The places of the suspects."""
+        return {place for place, example in enumerate(examples) if example.prompt.prompt_id in self.suspects}
+
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
@@ -97,8 +104,9 @@ class Worker:
             torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._job = job
-        self._loaded = load_model(job.model, device, job.spread)
-        self._lens = make_lens(self._loaded.anatomy, job.scaling)
+        self._loaded = load_model(job.model, device, job.spread, job.zero3)
+        parts = self._loaded.anatomy
+        self._lens = make_lens(whole_for_the_lens(parts) if job.zero3 else parts, job.scaling)
         verify_lens(self._loaded.model, self._loaded.anatomy, self._lens)
         self._context = context_length(self._loaded.model.config)
         self._budget = TokenBudget(job.batch_tokens, self._loaded.device)
@@ -141,18 +149,17 @@ class Worker:
         )
         rejected = [record for record in (*shard.records, *results) if isinstance(record, Rejected)]
         rejected += [
-            _rejected(prompt, "worker-died", WORKER_DIED)
+            rejected_prompt(prompt, "worker-died", WORKER_DIED)
             for prompt in prompts
             if prompt.prompt_id in condemned
         ]
         self._refuse(rejected)
         return [result for result in results if isinstance(result, Example)], rejected
 
-    def _compute(self, examples: Sequence[Example], attempt: Attempt) -> "_Computed":
-        lengths = [sum(map(len, sequence(example, self._job.wanted.target_mode))) - 1 for example in examples]
-        suspects = {i for i, e in enumerate(examples) if e.prompt.prompt_id in attempt.suspects}
-        packer = Packer(lengths, suspects)
-        computed = _Computed()
+    def _compute(self, examples: Sequence[Example], attempt: Attempt) -> "Computed":
+        lengths = self._lengths(examples)
+        packer = Packer(lengths, attempt.suspected(examples))
+        computed = Computed()
         while packer:
             indices = packer.take(self._budget.at)
             batch = [examples[index] for index in indices]
@@ -175,7 +182,10 @@ class Worker:
         self._refuse(computed.failed)
         return computed
 
-    def _try(self, batch: Sequence[Example], computed: "_Computed") -> Exception | None:
+    def _lengths(self, examples: Sequence[Example]) -> list[int]:
+        return [sum(map(len, sequence(example, self._job.wanted.target_mode))) - 1 for example in examples]
+
+    def _try(self, batch: Sequence[Example], computed: "Computed") -> Exception | None:
         """Compute a batch; an error that its prompts or its size may be to blame for is returned."""
         # Autograd would keep every offloaded block's weights on the device until the backward pass.
         recompute = self._job.activation_checkpointing or self._loaded.offloaded
@@ -187,7 +197,7 @@ class Worker:
         release_freed_memory()
         return error
 
-    def _extract(self, batch: Sequence[Example], computed: "_Computed", recompute: bool) -> Exception | None:
+    def _extract(self, batch: Sequence[Example], computed: "Computed", recompute: bool) -> Exception | None:
         try:
             extracted = extract(
                 self._loaded,
@@ -209,13 +219,13 @@ class Worker:
     def _failure(self, example: Example, error: Exception) -> Rejected:
         """The row of a prompt that failed alone. A model that fails at everything is no matter of prompts."""
         if is_out_of_memory(error):
-            return _rejected(example.prompt, "out-of-memory", OUT_OF_MEMORY)
+            return rejected_prompt(example.prompt, "out-of-memory", OUT_OF_MEMORY)
         self._raised += 1
         if self._raised == FAILING and not self._any_computed:
             raise error
-        return _rejected(example.prompt, "raised", f"{type(error).__name__}: {error}")
+        return rejected_prompt(example.prompt, "raised", f"{type(error).__name__}: {error}")
 
-    def _commit(self, attempt: Attempt, computed: "_Computed", rejected: Sequence[Rejected]) -> ShardCommit:
+    def _commit(self, attempt: Attempt, computed: "Computed", rejected: Sequence[Rejected]) -> ShardCommit:
         started, shard = time.perf_counter(), attempt.shard
         tables = computed.tables(self._job.wanted.save_factors)
         failed = [*rejected, *computed.failed]
@@ -245,7 +255,7 @@ class Worker:
             raise BacklensError(f"{rejected[0].message} (--on-error fail)")
 
 
-class _Computed:
+class Computed:
     """What the batches of one shard gave."""
 
     def __init__(self) -> None:
@@ -266,11 +276,23 @@ class _Computed:
         for example, fine in zip(batch, extracted.finite.tolist(), strict=True):
             if not fine:
                 self._overflowed.append(example.prompt.prompt_id)
-                self.failed.append(_rejected(example.prompt, "not-finite", NOT_FINITE))
-        for name, blocks in extracted.blocks.items():
-            self.blocks[name] += blocks
-        for stage, seconds in extracted.seconds.items():
-            self.seconds[stage] += seconds
+                self.failed.append(rejected_prompt(example.prompt, "not-finite", NOT_FINITE))
+        self._add_rows(extracted.blocks, extracted.seconds)
+
+    def merge(self, other: "Computed") -> None:
+        """Take in what another process computed of the same shard."""
+        self.examples += other.examples
+        self.outcomes += other.outcomes
+        self.failed += other.failed
+        self.padded += other.padded
+        self._overflowed += other._overflowed
+        self._add_rows(other.blocks, other.seconds)
+
+    def _add_rows(self, blocks: Mapping[str, list[Block]], seconds: Mapping[str, float]) -> None:
+        for name, more in blocks.items():
+            self.blocks[name] += more
+        for stage, taken in seconds.items():
+            self.seconds[stage] += taken
 
     def tables(self, save_factors: bool) -> dict[str, pa.Table]:
         names = ("layers", "neurons", "tokens", *(["factors"] if save_factors else []))
@@ -279,5 +301,5 @@ class _Computed:
         return {name: without_prompts(table, self._overflowed) for name, table in tables.items()}
 
 
-def _rejected(prompt: Prompt, error: str, message: str) -> Rejected:
+def rejected_prompt(prompt: Prompt, error: str, message: str) -> Rejected:
     return Rejected(prompt.prompt_id, "compute", error, one_line(f"{prompt.where}: {message}"))

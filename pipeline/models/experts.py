@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pipeline.errors import BacklensError
 from pipeline.models.layout import Cut
+from pipeline.models.structure import full_shape
 
 IMPLEMENTATION = "backlens"
 
@@ -36,7 +37,9 @@ def expert_matrices(experts: nn.Module) -> Mapping[str, tuple[str, Cut | None]]:
     """
     wanted = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
     weights = [getattr(experts, name, None) for name in wanted]
-    if not hasattr(experts, "_apply_gate") or not all(isinstance(w, Tensor) and w.ndim == 3 for w in weights):
+    if not hasattr(experts, "_apply_gate") or not all(
+        isinstance(w, Tensor) and len(full_shape(w)) == 3 for w in weights
+    ):
         raise BacklensError(
             f"model: its experts ({type(experts).__name__}) are not 3-D weights that transformers computes through its "
             "experts interface; load the model with unquantized experts"
@@ -54,7 +57,7 @@ def expert_matrices(experts: nn.Module) -> Mapping[str, tuple[str, Cut | None]]:
 
 def _width(experts: Any) -> int:
     """Units of one expert."""
-    return experts.down_proj.shape[1 if experts.is_transposed else 2]
+    return full_shape(experts.down_proj)[1 if experts.is_transposed else 2]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ from pipeline.models.anatomy import Anatomy, anatomy
 from pipeline.models.layout import Layout
 from pipeline.models.spread import Device, Spread, place, refuse_missing, stored_dtype
 from pipeline.models.structure import input_device, verify_backward
+from pipeline.models.zero3 import Partitioning, Zero3
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["exact", "fast"]
@@ -69,6 +71,8 @@ class LoadedModel:
     attention: Attention = "exact"
     placed: Mapping[str, Device] = field(default_factory=dict)
     """Where its parts are, by path, if it is spread over several devices."""
+    partitioned: bool = False
+    """Whether each of several processes has a part of every weight (`zero3`)."""
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +88,12 @@ class LoadedModel:
 
     @property
     def offloaded(self) -> bool:
-        """Whether blocks are brought to a device for as long as they compute."""
+        """Whether blocks are brought to a device for as long as they compute, and autograd would keep what was brought.
+
+        Of partitioned weights it keeps those that are sliced, which only experts do.
+        """
+        if self.partitioned:
+            return any(block.experts is not None for block in self.anatomy.blocks)
         places = set(self.placed.values())
         return "disk" in places or ("cpu" in places and self.device.type != "cpu")
 
@@ -116,10 +125,13 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         raise _unreadable(source, error) from error
 
 
-def load_model(source: ModelSource, device: torch.device, spread: Spread | None = None) -> LoadedModel:
+def load_model(
+    source: ModelSource, device: torch.device, spread: Spread | None = None, zero3: Zero3 | None = None
+) -> LoadedModel:
     """Load weights (safetensors, unless pickles are allowed), freeze them, and find the model's parts.
 
-    With `spread`, each weight goes straight to its place of several, and `device` is of no meaning.
+    With `spread`, each weight goes straight to its place of several, and `device` is of no meaning. With `zero3`, this
+    process has joined its group (`take_seat`) and keeps its share of each weight; loading is then collective.
 
     `exact` attention is the eager one, or PyTorch's "math" kernel where the eager one computes something else:
     memory-efficient kernels make gradients depend on padding and batch (DESIGN §8). Evaluation mode is forced because
@@ -136,18 +148,22 @@ def load_model(source: ModelSource, device: torch.device, spread: Spread | None 
         placed = place(empty_model(source, config), stored_dtype(config, source.dtype), spread)
         folder = _offload_folder(spread) if "disk" in placed.values() else None
     placement = {"device_map": placed, "offload_folder": folder} if placed else {}
-    model = _read_weights(source, config, placement)
+    partitioning = Partitioning(zero3, config, source.dtype) if zero3 is not None else None
+    with partitioning.loading() if partitioning is not None else nullcontext():
+        model = _read_weights(source, config, placement)
     model.eval().requires_grad_(False)
     _tame_bitsandbytes(model)
     if folder is not None and any(os.scandir(folder)):
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     elif folder is not None:
         os.rmdir(folder)  # the weights are read from where they are, as their type is the checkpoint's
-    if not placed:
+    if partitioning is not None:
+        partitioning.engage(model)
+    elif not placed:
         nn.Module.to(model, device)
     parts = anatomy(model, source.layout)
     verify_backward(model, [block.module for block in parts.blocks])
-    return LoadedModel(model, tokenizer, parts, source.attention, placed)
+    return LoadedModel(model, tokenizer, parts, source.attention, placed, zero3 is not None)
 
 
 def _read_weights(

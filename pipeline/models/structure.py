@@ -33,7 +33,12 @@ def has_matrix(module: nn.Module) -> bool:
     and out.
     """
     stated = hasattr(module, "in_features") and hasattr(module, "out_features")
-    return stated or any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+    return stated or any(len(full_shape(weight)) > 1 for weight in module.parameters(recurse=False))
+
+
+def full_shape(weight: Tensor) -> torch.Size:
+    """A weight's shape; of one that DeepSpeed has partitioned and that is empty here, what it has when gathered."""
+    return getattr(weight, "ds_shape", weight.shape)
 
 
 def matrix_paths(block: nn.Module) -> list[str]:
