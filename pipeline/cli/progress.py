@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.cli.logs import LogFormat
 from pipeline.engine.driver import Progress as ProgressProtocol
 from pipeline.engine.plan import RunPlan
 from pipeline.store.commit import ShardCommit
@@ -16,8 +17,11 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def shown_progress() -> Iterator[ProgressProtocol]:
+def shown_progress(format: LogFormat) -> Iterator[ProgressProtocol]:
     """What suits standard error."""
+    if format == "json":
+        yield NoProgress()
+        return
     if not sys.stderr.isatty():
         yield PlainProgress()
         return
@@ -26,6 +30,16 @@ def shown_progress() -> Iterator[ProgressProtocol]:
         *columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Console(stderr=True)
     ) as bar:
         yield BarProgress(bar)
+
+
+class NoProgress:
+    """The events of the run say it all."""
+
+    def planned(self, plan: RunPlan, already_done: int) -> None: ...
+
+    def started(self, workers: int, devices: str, seconds: float) -> None: ...
+
+    def committed(self, commit: ShardCommit) -> None: ...
 
 
 class BarProgress:

@@ -4,6 +4,7 @@ Ray schedules and restarts nothing for us: its own task retries burn out before 
 it does not know what is committed. So an actor that dies is replaced here, and its shards are given out again.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -15,7 +16,9 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
+from pipeline.engine.events import LOGGER, emit
 from pipeline.engine.executors import AHEAD
+from pipeline.engine.metrics import RayMetrics
 from pipeline.engine.placement import Node, cpus_per_replica
 from pipeline.engine.worker import Job, Readiness, Worker
 from pipeline.errors import BacklensError, Interrupted
@@ -53,9 +56,14 @@ class RayExecutor:
         self._options = options
         self.deaths = 0
         """Actors that died and were replaced."""
+        self._loading: set[int] = set()
+        """Slots of actors that were started again and have given nothing yet."""
+        self._metrics: logging.Handler = logging.NullHandler()
 
     def start(self, job: Job) -> list[Readiness]:
         _connect(self._options.address)
+        self._metrics = RayMetrics(str(job.directory))
+        LOGGER.addHandler(self._metrics)
         cpus, gpus = _resources(self._options)
         self._remote = ray.remote(Worker).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_concurrency=AHEAD + 1
@@ -75,6 +83,7 @@ class RayExecutor:
             yield from self._wait(running)
 
     def stop(self) -> None:
+        LOGGER.removeHandler(self._metrics)
         ray.shutdown()
 
     def _new_actor(self) -> Any:
@@ -88,6 +97,7 @@ class RayExecutor:
                     return ray.get(self._actors[slot].ready.remote())
             except RayActorError as error:
                 self.deaths += 1
+                emit("worker-died", level=logging.WARNING, replica=slot, error=_reason(error))
                 if attempt == ATTEMPTS:
                     raise Interrupted(
                         f"a worker died {ATTEMPTS} times while it loaded the model ({_reason(error)}); "
@@ -116,11 +126,17 @@ class RayExecutor:
         except RayActorError as error:
             self._replace(given, error, running)
         else:
+            if given.slot in self._loading:
+                self._loading.remove(given.slot)
+                emit("replicas", alive=len(self._actors) - len(self._loading))
             yield commit
 
     def _replace(self, lost: _Given, error: RayActorError, running: dict[Any, _Given]) -> None:
         """A new actor in the place of a dead one, and its shards given out again."""
         self.deaths += 1
+        self._loading.add(lost.slot)
+        emit("worker-died", level=logging.WARNING, replica=lost.slot, error=_reason(error))
+        emit("replicas", alive=len(self._actors) - len(self._loading))
         orphans = [
             lost,
             *(running.pop(ref) for ref in [r for r, g in running.items() if g.slot == lost.slot]),
@@ -133,6 +149,7 @@ class RayExecutor:
             )
         self._renew(lost.slot)
         for given in orphans:
+            emit("retry", level=logging.WARNING, shard=given.shard.index, attempt=given.attempt + 1)
             self._give(given.shard, given.attempt + 1, running)
 
 
