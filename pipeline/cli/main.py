@@ -16,6 +16,7 @@ from pipeline.cli.jobs import app as jobs_app
 from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error
 from pipeline.config import RunConfig, flag, read_yaml
 from pipeline.doctor.options import DoctorOptions
+from pipeline.engine.plan_options import PlanOptions
 from pipeline.errors import BacklensError
 
 app = App(
@@ -30,6 +31,7 @@ app = App(
 ConfigFile = Annotated[str | None, Parameter(help="A YAML file of options; the command line overrides it.")]
 Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
 DEFAULTS = RunConfig()
+PLAN_DEFAULTS = PlanOptions()
 DOCTOR_DEFAULTS = DoctorOptions()
 
 
@@ -61,17 +63,24 @@ def run(
 
 
 @app.command
-def plan(config_file: ConfigFile = None, /, *, options: RunConfig = DEFAULTS, debug: Debug = False) -> int:
-    """Say what a run would cost: shards, work, bytes and memory. Computes nothing, loads no weights.
+def plan(
+    config_file: ConfigFile = None,
+    /,
+    *,
+    planning: PlanOptions = PLAN_DEFAULTS,
+    options: RunConfig = DEFAULTS,
+    debug: Debug = False,
+) -> int:
+    """Say what a run would take: rows and bytes, work, memory and devices, time and cost. Loads no weights.
 
-    Example: backlens plan --model gpt2 --prompts facts.jsonl --out ./run
+    The model's folder needs no more than its config.json if --prompt-count stands in for prompts.
+
+    Example: backlens plan --model gpt2 --prompt-count 100000 --cluster docs/h100.yaml
     """
-    from pipeline.cli.report import print_estimate
-    from pipeline.engine.estimate import estimate
-    from pipeline.engine.plan import make_plan, with_demo_defaults
+    from pipeline.cli.planning import print_outlook
+    from pipeline.engine.outlook import look_ahead
 
-    resolved = make_plan(with_demo_defaults(options))
-    print_estimate(resolved, estimate(resolved))
+    print_outlook(look_ahead(options, planning))
     return 0
 
 
