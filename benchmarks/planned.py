@@ -73,7 +73,15 @@ def compare(folder: Path, label: str, model: Path, arguments: list[str], threads
     from pipeline.engine.plan_options import PlanOptions
 
     out = folder / label
-    common = ["--model", str(model), "--prompts", str(folder / "prompts.jsonl"), "--out", str(out), *arguments]
+    common = [
+        "--model",
+        str(model),
+        "--prompts",
+        str(folder / "prompts.jsonl"),
+        "--out",
+        str(out),
+        *arguments,
+    ]
     _, bound, *_ = app.parse_args(["run", *common])
     outlook = look_ahead(bound.arguments["options"], PlanOptions(calibrate=True))
     entry = [sys.executable, "-c", "from pipeline.cli.main import main; main()", "run", "--executor", "local"]

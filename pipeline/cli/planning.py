@@ -72,6 +72,8 @@ def _summary(outlook: Outlook) -> Iterable[str]:
     devices = "1 device" if count == 1 else f"{count} devices, one at work at a time"
     copies = "1 copy" if times.replicas == 1 else f"{times.replicas:,} copies"
     yield f"{copies} of the model on {cluster.name}, each on {devices}"
+    if count > 1 and outlook.plan.config.sharding == "none":
+        yield f"run it with --sharding accelerate --gpus-per-replica {count}"
     how = "measured here on a few blocks" if outlook.measured else "reckoned from stated speeds"
     if not outlook.measured and cluster.name == "this machine":
         how = "reckoned from short products here; --calibrate measures"

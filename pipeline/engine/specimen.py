@@ -235,9 +235,7 @@ def _factors(spec: ShardSpec, generator: torch.Generator) -> pa.Table:
     for layer in range(layers):
         last = spec.has_last and layers == spec.layers and layer == layers - 1
         for size in spec.matrices:
-            rows = max(1, min(TURNS = 64
-"""Ways to spread a specimen's ids over the vocabulary: a prompt keeps to one, so that what it repeats stays so."""
-FACTOR_ROWS, FACTOR_NUMBERS // (size.wide + size.high)))
+            rows = max(1, min(FACTOR_ROWS, FACTOR_NUMBERS // (size.wide + size.high)))
             x, delta = (
                 torch.randn(rows, wide, generator=generator).to(spec.dtype).float().numpy()
                 for wide in (size.wide, size.high)

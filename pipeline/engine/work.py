@@ -44,8 +44,13 @@ class Work:
 
     @property
     def flops(self) -> dict[str, float]:
-        names = ("forward", "backward", "lens", "neurons", "factors")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "forward": self.forward,
+            "backward": self.backward,
+            "lens, positions": self.lens,
+            "lens, neurons": self.neurons,
+            "factors": self.factors,
+        }
 
 
 def work_of(plan: RunPlan, sample: Sample, expected: Estimate, fit: Fit) -> Work:
