@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,15 +58,19 @@ def _batch(plan: RunPlan, sample: Sample) -> list[Example]:
 def _seconds(plan: RunPlan, layers: int, batch: Sequence[Example], device: torch.device) -> dict[str, float]:
     loaded = _random_model(plan, layers, device)
     lens = make_lens(loaded.anatomy, plan.config.scaling)
-    options = {"screening": plan.config.screening, "recompute": plan.config.activation_checkpointing}
-    wanted = _of_layers(plan.wanted, layers)
-    rounds = [extract(loaded, lens, batch, wanted, **options).seconds for _ in range(ROUNDS + 1)]
+    wanted = replace(plan.wanted, layers=tuple(range(layers)))
+    rounds = [
+        extract(
+            loaded,
+            lens,
+            batch,
+            wanted,
+            screening=plan.config.screening,
+            recompute=plan.config.activation_checkpointing,
+        ).seconds
+        for _ in range(ROUNDS + 1)
+    ]
     return {stage: min(seconds[stage] for seconds in rounds[1:]) for stage in rounds[0]}
-
-
-def _of_layers(wanted: Wanted, layers: int) -> Wanted:
-    values = {name: getattr(wanted, name) for name in Wanted.__dataclass_fields__}
-    return Wanted(**values | {"layers": tuple(range(layers))})
 
 
 def _random_model(plan: RunPlan, layers: int, device: torch.device) -> LoadedModel:

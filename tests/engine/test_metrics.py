@@ -1,5 +1,6 @@
 """What Prometheus would read of a run, from the endpoint of a real Ray node."""
 
+import logging
 import re
 import urllib.request
 from pathlib import Path
@@ -29,7 +30,7 @@ def scraped(port: int, run: str) -> dict[str, float]:
 @pytest.mark.slow
 def test_a_runs_events_arrive_at_the_nodes_endpoint(cluster: tuple[str, int], tmp_path: Path) -> None:
     run = str(tmp_path)
-    ray.init(address=cluster[0], logging_level="ERROR", log_to_driver=False)
+    ray.init(address=cluster[0], logging_level=logging.ERROR, log_to_driver=False)
     try:
         metrics = RayMetrics(run)
         LOGGER.addHandler(metrics)
