@@ -13,8 +13,10 @@ from cyclopts.config import Dict
 from pipeline import __version__
 from pipeline.cli.jobs import Address
 from pipeline.cli.jobs import app as jobs_app
+from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error
 from pipeline.config import RunConfig, flag, read_yaml
 from pipeline.doctor.options import DoctorOptions
+from pipeline.engine.plan_options import PlanOptions
 from pipeline.errors import BacklensError
 
 app = App(
@@ -29,11 +31,21 @@ app = App(
 ConfigFile = Annotated[str | None, Parameter(help="A YAML file of options; the command line overrides it.")]
 Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
 DEFAULTS = RunConfig()
+PLAN_DEFAULTS = PlanOptions()
 DOCTOR_DEFAULTS = DoctorOptions()
 
 
 @app.command
-def run(config_file: ConfigFile = None, /, *, options: RunConfig = DEFAULTS, debug: Debug = False) -> int:
+def run(
+    config_file: ConfigFile = None,
+    /,
+    *,
+    options: RunConfig = DEFAULTS,
+    log_format: Annotated[
+        LogFormat, Parameter(help="Standard error as text, or as one JSON object per event and line.")
+    ] = "text",
+    debug: Debug = False,
+) -> int:
     """Project the gradients of every prompt and write the tables. The same command resumes a stopped run.
 
     Without arguments it runs the bundled demo into ./demo-run.
@@ -44,24 +56,31 @@ def run(config_file: ConfigFile = None, /, *, options: RunConfig = DEFAULTS, deb
     from pipeline.cli.report import print_report
     from pipeline.engine.driver import run as run_pipeline
 
-    with shown_progress() as progress:
+    with shown_progress(log_format) as progress:
         report = run_pipeline(options, progress)
     print_report(report)
     return 1 if report.rows.get("failures") else 0
 
 
 @app.command
-def plan(config_file: ConfigFile = None, /, *, options: RunConfig = DEFAULTS, debug: Debug = False) -> int:
-    """Say what a run would cost: shards, work, bytes and memory. Computes nothing, loads no weights.
+def plan(
+    config_file: ConfigFile = None,
+    /,
+    *,
+    planning: PlanOptions = PLAN_DEFAULTS,
+    options: RunConfig = DEFAULTS,
+    debug: Debug = False,
+) -> int:
+    """Say what a run would take: rows and bytes, work, memory and devices, time and cost. Loads no weights.
 
-    Example: backlens plan --model gpt2 --prompts facts.jsonl --out ./run
+    The model's folder needs no more than its config.json if --prompt-count stands in for prompts.
+
+    Example: backlens plan --model gpt2 --prompt-count 100000 --cluster docs/h100.yaml
     """
-    from pipeline.cli.report import print_estimate
-    from pipeline.engine.estimate import estimate
-    from pipeline.engine.plan import make_plan, with_demo_defaults
+    from pipeline.cli.planning import print_outlook
+    from pipeline.engine.outlook import look_ahead
 
-    resolved = make_plan(with_demo_defaults(options))
-    print_estimate(resolved, estimate(resolved))
+    print_outlook(look_ahead(options, planning))
     return 0
 
 
@@ -267,25 +286,27 @@ def main() -> None:
 
 def call(tokens: list[str]) -> int:
     """Run one command line and return its exit status."""
-    try:
-        _use_config_file(tokens)
-        result = app(tokens, result_action="return_value")
-        return result if isinstance(result, int) else 0
-    except BacklensError as error:
-        if "--debug" in tokens:
-            raise
-        print(f"backlens: {error}", file=sys.stderr)
-        return error.status
-    except CycloptsError as error:
-        print(f"backlens: {' '.join(str(error).split())} See `backlens --help`.", file=sys.stderr)
-        return BacklensError.status
-    except KeyboardInterrupt:
-        print("backlens: interrupted; the same command goes on from what is committed", file=sys.stderr)
-        return 3
-    except BrokenPipeError:
-        return 0
-    finally:
-        app.config = ()
+    format = log_format(tokens)
+    with logging_as(format):
+        try:
+            _use_config_file(tokens)
+            result = app(tokens, result_action="return_value")
+            return result if isinstance(result, int) else 0
+        except BacklensError as error:
+            if "--debug" in tokens:
+                raise
+            say_error(str(error), format)
+            return error.status
+        except CycloptsError as error:
+            say_error(f"{' '.join(str(error).split())} See `backlens --help`.", format)
+            return BacklensError.status
+        except KeyboardInterrupt:
+            say_error("interrupted; the same command goes on from what is committed", format)
+            return 3
+        except BrokenPipeError:
+            return 0
+        finally:
+            app.config = ()
 
 
 def _use_config_file(tokens: list[str]) -> None:

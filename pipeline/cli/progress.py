@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pipeline.cli.durations import duration
+from pipeline.cli.logs import LogFormat
 from pipeline.engine.driver import Progress as ProgressProtocol
+from pipeline.engine.events import emit
 from pipeline.engine.executors import Standing
 from pipeline.engine.plan import RunPlan
 from pipeline.store.commit import ShardCommit
@@ -18,14 +20,30 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def shown_progress() -> Iterator[ProgressProtocol]:
+def shown_progress(format: LogFormat) -> Iterator[ProgressProtocol]:
     """What suits standard error."""
+    if format == "json":
+        yield NoProgress()
+        return
     if not sys.stderr.isatty():
         yield PlainProgress()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
     with Progress(*columns, TextColumn("{task.fields[pace]}"), console=Console(stderr=True)) as bar:
         yield BarProgress(bar)
+
+
+class NoProgress:
+    """The events of the run say it all."""
+
+    def planned(self, plan: RunPlan, already_done: int) -> None: ...
+
+    def started(self, workers: int, devices: str, seconds: float) -> None: ...
+
+    def committed(self, commit: ShardCommit, standing: Standing) -> None: ...
+
+    def note(self, text: str) -> None:
+        emit("note", text=text)
 
 
 class BarProgress:

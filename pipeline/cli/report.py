@@ -5,10 +5,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cli.sizes import human_bytes
 from pipeline.engine.driver import Report
-from pipeline.engine.estimate import Estimate
-from pipeline.engine.plan import RunPlan
 
 STAGES = {
     "tokenize": "tokenize",
@@ -91,41 +88,3 @@ def _stages_table(report: Report) -> Table:
     for label, seconds in known.items():
         table.add_row(label, f"{seconds:.2f}", f"{seconds / total:.0%}")
     return table
-
-
-def print_estimate(plan: RunPlan, expected: Estimate) -> None:
-    """The plan's size, work, bytes, memory and time."""
-    console = Console(highlight=False)
-    facts = plan.model_facts
-    console.print(
-        f"{facts['name']}: {facts['family']}, {facts['layers']} layers, d_model {facts['d_model']}, "
-        f"vocabulary {facts['vocabulary']:,}",
-        markup=False,
-    )
-    if plan.survey.rejected:
-        console.print(f"{plan.survey.rejected:,} of {plan.survey.prompts:,} prompts cannot be read")
-    console.print(
-        f"{expected.prompts:,} prompts, about {expected.tokens:,} tokens, in {plan.shards.shards:,} shards "
-        f"of {plan.shards.shard_prompts:,}"
-    )
-    table = Table("table", "rows", "size")
-    for name, rows in expected.rows.items():
-        table.add_row(name, f"{rows:,}", human_bytes(expected.bytes[name]))
-    table.add_row("all", f"{sum(expected.rows.values()):,}", human_bytes(sum(expected.bytes.values())))
-    work = Table("work", "operations")
-    for name, flops in expected.flops.items():
-        work.add_row(name, f"{flops:.2e}")
-    memory = Table("memory of one copy", "size")
-    for name, size in expected.memory.items():
-        memory.add_row(name, human_bytes(size))
-    memory.add_row("all", human_bytes(sum(expected.memory.values())))
-    for each in (table, work, memory):
-        for column in each.columns[1:]:
-            column.justify = "right"
-        console.print(each)
-    copies = "one copy" if expected.replicas == 1 else f"{expected.replicas} copies"
-    console.print(
-        f"at least {expected.seconds:,.0f} s with {copies} of the model on devices like this one "
-        f"({expected.flops_per_second / 1e9:,.0f} GFLOP/s in float32)",
-        soft_wrap=True,
-    )

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from pipeline.config import RunConfig
+from pipeline.engine.events import emit, emit_shard
 from pipeline.engine.executors import Executor, LocalExecutor, Standing
 from pipeline.engine.plan import RunPlan, fingerprint, make_plan, with_demo_defaults
 from pipeline.engine.versions import package_versions
@@ -93,15 +94,23 @@ def run(config: RunConfig, progress: Progress) -> Report:
         directory.remove_leftovers()
         write_vocab(directory, *vocabulary(load_tokenizer(plan.source), plan.model_facts["vocabulary"]))
         done = committed(directory)
-        progress.planned(plan, sum(commit.prompts for commit in done.values()))
+        resumed = sum(commit.prompts for commit in done.values())
+        progress.planned(plan, resumed)
+        emit(
+            "planned",
+            prompts=plan.shards.prompts,
+            shards=plan.shards.shards,
+            prompts_done=resumed,
+            shards_done=len(done),
+        )
         work = _run_shards(plan, opened, set(done), lock, progress, started)
         directory.remove_leftovers()  # of workers that died and were replaced
         finished = finish(opened) if opened.record.status != "done" else opened
         commits = list(committed(finished.directory).values())
-        return Report(
+        report = Report(
             out=str(directory),
             prompts=work.prompts,
-            resumed_prompts=sum(commit.prompts for commit in done.values()),
+            resumed_prompts=resumed,
             rows=count_rows(commits),
             seconds=time.perf_counter() - started,
             seconds_to_start=work.seconds_to_start,
@@ -111,6 +120,17 @@ def run(config: RunConfig, progress: Progress) -> Report:
             failures=_failures(commits),
             standing=work.standing,
         )
+        emit(
+            "finished",
+            prompts=report.prompts,
+            prompts_resumed=resumed,
+            rows=report.rows,
+            seconds=report.seconds,
+            seconds_to_start=report.seconds_to_start,
+            stages=dict(report.stages),
+            deaths=report.standing.deaths,
+        )
+        return report
 
 
 def _failures(commits: Sequence[ShardCommit]) -> dict[str, int]:
@@ -158,10 +178,20 @@ def _run_shards(
         work.seconds_to_start = time.perf_counter() - started
         devices = ", ".join(sorted({worker.device for worker in workers}))
         progress.started(len(workers), devices, work.seconds_to_start)
+        shards_left = plan.shards.shards - len(done)
+        emit(
+            "started",
+            replicas=len(workers),
+            devices=devices,
+            seconds=work.seconds_to_start,
+            shards_left=shards_left,
+        )
         for commit in executor.run(left):
             work.add(commit)
             work.standing = executor.standing()
             progress.committed(commit, work.standing)
+            shards_left -= 1
+            emit_shard(commit, shards_left)
             lock.confirm()
     missing = plan.shards.shards - len(committed(opened.directory))
     if missing:

@@ -124,8 +124,8 @@ def extract_batch(
 ) -> Extracted:
     """As `extract`, for a batch padded by the caller (either side)."""
     started = time.perf_counter()
-    extraction = _Extraction(
-        lens, batch, wanted, _chosen_positions(examples, batch, wanted.positions), examples, screening
+    extraction = Extraction(
+        lens, batch, wanted, chosen_positions(examples, batch, wanted.positions), examples, screening
     )
     outcome = capture(loaded, batch, wanted.layers, wanted.modules, extraction.add, recompute=recompute)
     seconds = extraction.seconds
@@ -134,7 +134,7 @@ def extract_batch(
     return Extracted(outcome, finite, dict(extraction.blocks), dict(seconds))
 
 
-def _chosen_positions(
+def chosen_positions(
     examples: Sequence[Example], batch: Batch, positions: Positions
 ) -> Bool[Tensor, "prompt position"]:
     if positions == "all":
@@ -152,7 +152,7 @@ def _chosen_positions(
     return chosen & batch.mask
 
 
-class _Extraction:
+class Extraction:
     """Collects a batch's rows as groups of gradients arrive."""
 
     def __init__(

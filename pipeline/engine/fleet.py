@@ -10,6 +10,7 @@ A member of the fleet is in one of these states:
 Ray restarts nothing for us: its own retries burn out before a dead node is declared dead.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
+from pipeline.engine.events import emit
 from pipeline.engine.placement import capacity, shortage
 from pipeline.engine.replica import Replica, ReplicaKind
 from pipeline.engine.session import ReplicaLost, errors_as_ours, nodes, reason
@@ -104,11 +106,14 @@ class Fleet:
             member.answer = member.awaited[0]
         elif not member.awaited:
             member.readiness = ray.get(member.answer)
+            emit("replicas", alive=len(self.ready))
 
     def lose(self, member: Member, error: BaseException) -> None:
         """Kill what is left of a replica that died, and ask for another."""
         self.deaths += 1
         self._remove(member)
+        emit("worker-died", level=logging.WARNING, error=reason(error))
+        emit("replicas", alive=len(self.ready))
         if member.readiness is not None:
             self._request(starts=1)
         elif member.starts < STARTS:

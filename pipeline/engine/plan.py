@@ -95,13 +95,14 @@ def with_demo_defaults(config: RunConfig) -> RunConfig:
     return replace(config, model=model, prompts=prompts)
 
 
-def make_plan(config: RunConfig) -> RunPlan:
+def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
     """Resolve `config`: reads the model's configuration and every prompt once, loads no weights.
+
+    With `assumed`, prompts are as it says and none are read.
 
     Raises BacklensError when model, prompts, layers or modules are not to be had, or, with `--on-error fail`,
     when a prompt cannot be read.
     """
-    assert config.prompts is not None
     source = model_source(config)
     model_config = load_config(source)
     refuse_pickle(source)
@@ -127,7 +128,7 @@ def make_plan(config: RunConfig) -> RunPlan:
     )
     if config.top_k > int(model_config.vocab_size):
         raise BacklensError(f"--top-k {config.top_k}: the vocabulary has {model_config.vocab_size} tokens")
-    found = survey(config.prompts, config.format, config.prompt_fields, config.limit)
+    found = assumed or _survey(config)
     if found.first_rejected is not None and config.on_error == "fail":
         raise BacklensError(f"{found.first_rejected.message} (--on-error fail)")
     if not found.prompts:
@@ -137,6 +138,11 @@ def make_plan(config: RunConfig) -> RunPlan:
     )
     shards = ShardPlan(found.prompts, -(-found.prompts // size), size)
     return RunPlan(config, source, model_config, found, shards, wanted, blocks)
+
+
+def _survey(config: RunConfig) -> Survey:
+    assert config.prompts is not None
+    return survey(config.prompts, config.format, config.prompt_fields, config.limit)
 
 
 def model_source(config: RunConfig) -> ModelSource:

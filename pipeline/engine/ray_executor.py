@@ -4,6 +4,7 @@ Ray is not the source of truth: a shard is done when its record is there. What a
 given out again here.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from typing import Any, Literal
 
 import ray
 
+from pipeline.engine.events import LOGGER, emit
 from pipeline.engine.executors import AHEAD, Standing
 from pipeline.engine.fleet import Fleet, Member
 from pipeline.engine.gang import GangKind
+from pipeline.engine.metrics import RayMetrics
 from pipeline.engine.notes import forget, noted
 from pipeline.engine.placement import cpus_per_replica, cpus_to_fill
 from pipeline.engine.replica import ActorKind, ReplicaKind
@@ -62,9 +65,12 @@ class RayExecutor:
         """Shards that were lost with their worker."""
         self._retries = 0
         self._condemned = 0
+        self._metrics: logging.Handler = logging.NullHandler()
 
     def start(self, job: Job) -> list[Readiness]:
         joinable = connect(self._options.address)
+        self._metrics = RayMetrics(str(job.directory))
+        LOGGER.addHandler(self._metrics)
         self._directory = job.directory
         kind = _kind(self._options, job, joinable)
         patience = self._options.placement_timeout
@@ -84,6 +90,7 @@ class RayExecutor:
             yield from self._wait()
 
     def stop(self) -> None:
+        LOGGER.removeHandler(self._metrics)
         ray.shutdown()
 
     def standing(self) -> Standing:
@@ -140,7 +147,9 @@ class RayExecutor:
         self._fleet.lose(lost.member, error)
         for given in sorted({lost, *dropped}, key=lambda given: given.attempt.shard.index):
             self._retries += 1
-            self._again.append(self._next(given.attempt, error))
+            attempt = self._next(given.attempt, error)
+            emit("retry", level=logging.WARNING, shard=attempt.shard.index, attempt=attempt.number)
+            self._again.append(attempt)
 
     def _next(self, lost: Attempt, error: BaseException) -> Attempt:
         shard = lost.shard.index

@@ -15,6 +15,7 @@ from pipeline.models.widths import expert_widths, widths
 class MatrixSize:
     """One module of one layer; for experts, all of a layer's together."""
 
+    layer: int
     module: str
     wide: int
     """Width of the input."""
@@ -46,22 +47,27 @@ def matrices_of(blocks: Sequence[Block], wanted: Wanted, config: PretrainedConfi
     return [
         size
         for layer in wanted.layers
-        for size in _sizes(blocks[layer], config)
+        for size in _sizes(layer, blocks[layer], config)
         if size.module in wanted.modules
     ]
 
 
-def _sizes(block: Block, config: PretrainedConfig) -> Iterator[MatrixSize]:
+def every_matrix(blocks: Sequence[Block], config: PretrainedConfig) -> list[MatrixSize]:
+    """All of the model's that have a module name."""
+    return [size for layer, block in enumerate(blocks) for size in _sizes(layer, block, config)]
+
+
+def _sizes(layer: int, block: Block, config: PretrainedConfig) -> Iterator[MatrixSize]:
     for module, located in block.matrices.items():
         found = widths(block.module.get_submodule(located.path))
         assert found is not None
-        yield MatrixSize(module, found[0], _part(found[1], located))
+        yield MatrixSize(layer, module, found[0], _part(found[1], located))
     if block.experts is not None:
         experts, chosen = block.experts.module, int(config.get_text_config().num_experts_per_tok)
         for module, located in block.experts.matrices.items():
             wide, high = expert_widths(experts, located.path)
             count = len(getattr(experts, located.path))
-            yield MatrixSize(module, wide, _part(high, located), count, chosen)
+            yield MatrixSize(layer, module, wide, _part(high, located), count, chosen)
 
 
 def _part(high: int, located: Located) -> int:

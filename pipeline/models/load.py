@@ -177,7 +177,7 @@ def _read_weights(
             dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype),
             # None takes pickles only where there are no safetensors; torch unpickles tensors and nothing else.
             use_safetensors=None if source.allow_pickle else True,
-            **({"attn_implementation": _exact_attention(config)} if source.attention == "exact" else {}),
+            **({"attn_implementation": exact_attention(config)} if source.attention == "exact" else {}),
             **placement,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
@@ -215,7 +215,7 @@ def _offload_folder(spread: Spread) -> str:
         ) from error
 
 
-def _exact_attention(config: PretrainedConfig) -> str:
+def exact_attention(config: PretrainedConfig) -> str:
     # the eager attention of transformers' Falcon adds ALiBi's slopes twice, in the mask and to the logits
     return "sdpa" if config.model_type == "falcon" and config.alibi else "eager"
 

@@ -41,6 +41,21 @@ def test_a_run_without_a_driver_is_stopped(tmp_path: Path) -> None:
     assert (status.prompts_done, status.prompts_failed) == (3, 1)
 
 
+def test_a_run_that_has_committed_nothing_yet_has_no_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = directory(tmp_path)
+    example_run(place, shards=3, committed=0)
+    with DriverLock(place):
+        status = run_status(place.root)
+        assert call(["status", place.root]) == 0
+    assert (status.state, status.shards_committed, status.prompts_done, status.bytes) == ("running", 0, 0, 0)
+    assert (status.last_commit_at, status.prompts_per_second, status.seconds_left) == (None, None, None)
+    table = capsys.readouterr().out
+    assert "0 of 3" in table
+    assert "none yet" in table
+
+
 @pytest.mark.parametrize("where", ["local", "memory"])
 def test_the_driver_at_work_is_named(where: str, tmp_path: Path) -> None:
     place = directory(tmp_path) if where == "local" else Directory.at(f"memory://{tmp_path.name}")

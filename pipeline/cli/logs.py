@@ -1,0 +1,59 @@
+"""What a command says on standard error: text for people, or one JSON object a line for programs."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Literal
+
+from pipeline.engine.events import LOGGER, emit
+
+LogFormat = Literal["text", "json"]
+
+
+class JsonFormatter(logging.Formatter):
+    """time (ISO 8601, UTC), level, event, then the event's fields; of other libraries' records, their message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line: dict[str, object] = {"time": time, "level": record.levelname.lower()}
+        if record.name == LOGGER.name:
+            line |= {"event": record.getMessage(), **getattr(record, "fields", {})}
+        else:
+            line |= {"event": "log", "logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def log_format(tokens: Sequence[str]) -> LogFormat:
+    """What a command line asks for, before it is parsed: its mistakes are told in the same format."""
+    given = " ".join(tokens).replace("--log-format=", "--log-format ")
+    return "json" if "--log-format json" in given else "text"
+
+
+@contextmanager
+def logging_as(format: LogFormat) -> Iterator[None]:
+    """Write every record, of other libraries too, and Python's warnings; in text, nothing is written."""
+    if format == "text":
+        yield
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+
+
+def say_error(message: str, format: LogFormat) -> None:
+    if format == "json":
+        emit("error", level=logging.ERROR, message=message)
+    else:
+        print(f"backlens: {message}", file=sys.stderr)

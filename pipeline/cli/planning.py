@@ -1,0 +1,102 @@
+"""`backlens plan`: what a run would take, as tables."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.cli.sizes import human_bytes, human_seconds
+from pipeline.engine.outlook import Outlook
+
+
+def print_outlook(outlook: Outlook) -> None:
+    """The plan's size, rows and bytes, operations, devices, and time."""
+    console = Console(highlight=False)
+    plan, expected = outlook.plan, outlook.expected
+    facts = plan.model_facts
+    console.print(
+        f"{facts['name']}: {facts['family']}, {facts['layers']} layers, d_model {facts['d_model']}, "
+        f"vocabulary {facts['vocabulary']:,}",
+        markup=False,
+        soft_wrap=True,
+    )
+    if plan.survey.rejected:
+        console.print(f"{plan.survey.rejected:,} of {plan.survey.prompts:,} prompts cannot be read")
+    console.print(
+        f"{expected.prompts:,} prompts, about {expected.tokens:,} tokens, in {plan.shards.shards:,} shards "
+        f"of {plan.shards.shard_prompts:,}"
+    )
+    for table in (_tables(outlook), _work(outlook), _devices(outlook), _times(outlook)):
+        console.print(table)
+    for line in _summary(outlook):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _tables(outlook: Outlook) -> Table:
+    rows, sizes = outlook.expected.rows, outlook.expected.bytes
+    lines = [(name, f"{count:,}", human_bytes(sizes[name])) for name, count in rows.items()]
+    return _table(
+        ("table", "rows", "size"),
+        [*lines, ("all", f"{sum(rows.values()):,}", human_bytes(sum(sizes.values())))],
+    )
+
+
+def _work(outlook: Outlook) -> Table:
+    flops = outlook.work.flops
+    lines = [(name, f"{value:.2e}") for name, value in flops.items()]
+    return _table(("work", "operations"), [*lines, ("all", f"{sum(flops.values()):.2e}")])
+
+
+def _devices(outlook: Outlook) -> Table:
+    return _table(
+        ("device of a copy", "blocks", "weights", "activations", "lens", "peak"),
+        [
+            (
+                str(use.device),
+                _ranges(use.blocks),
+                *map(human_bytes, (use.weights, use.activations, use.tiles, use.total)),
+            )
+            for use in outlook.fit.devices
+        ],
+    )
+
+
+def _times(outlook: Outlook) -> Table:
+    shares = outlook.times.shares
+    return _table(("time", "alone"), [(name, human_seconds(seconds)) for name, seconds in shares.items()])
+
+
+def _summary(outlook: Outlook) -> Iterable[str]:
+    cluster, times = outlook.cluster, outlook.times
+    count = len(outlook.fit.devices)
+    devices = "1 device" if count == 1 else f"{count} devices, one at work at a time"
+    copies = "1 copy" if times.replicas == 1 else f"{times.replicas:,} copies"
+    yield f"{copies} of the model on {cluster.name}, each on {devices}"
+    if count > 1 and outlook.plan.config.sharding == "none":
+        yield f"run it with --sharding accelerate --gpus-per-replica {count}"
+    how = "measured here on a few blocks" if outlook.measured else "reckoned from stated speeds"
+    if not outlook.measured and cluster.name == "this machine":
+        how = "reckoned from short products here; --calibrate measures"
+    price = f", ${outlook.dollars:,.0f}" if outlook.dollars is not None else ""
+    yield f"about {human_seconds(times.seconds)}{price} ({how})"
+    yield f"bottleneck: {times.bottleneck}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 → 0-2, 5."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts) or "none"
+
+
+def _table(headers: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
+    table = Table(*headers)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for line in lines:
+        table.add_row(*line)
+    return table

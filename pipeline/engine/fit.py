@@ -1,0 +1,138 @@
+"""How a copy of the model fits on a cluster's devices: how many it takes, what lies where, and the peak of each."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.engine.budget import most_tokens
+from pipeline.engine.cluster import Cluster
+from pipeline.engine.plan import RunPlan, spread_of
+from pipeline.engine.sizes import MatrixSize, every_matrix
+from pipeline.errors import BacklensError
+from pipeline.models.load import empty_model
+from pipeline.models.spread import FREE_SHARE, Device, Spread, place, stored_dtype
+from pipeline.models.structure import find_block_list
+
+GPU_TILE, CPU_TILE = 2**30, 3 * 2**22
+"""Bytes of a tile of scores (`projection.project`)."""
+TILES = 3
+"""Tiles held at a time: two of scores, and what is gathered from them."""
+SAVED = 2
+"""What autograd keeps, over the inputs of the blocks' matrices: activations, norms and attention are as much again."""
+
+
+@dataclass(frozen=True)
+class DeviceUse:
+    """What one device of a copy holds at the peak, in bytes."""
+
+    device: Device
+    blocks: Sequence[int]
+    weights: int
+    activations: int
+    tiles: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.tiles
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A copy on its devices, and how many copies the cluster has room for."""
+
+    devices: Sequence[DeviceUse]
+    replicas: int
+    batch_tokens: int
+
+
+def fit(plan: RunPlan, cluster: Cluster) -> Fit:
+    """The fewest devices that hold a copy, or as many as `--gpus-per-replica` says.
+
+    Raises BacklensError when no number of a node's devices does.
+    """
+    stated = spread_of(plan.config)
+    named = [device for device in stated.max_memory if device != "cpu"] if stated is not None else []
+    asked = len(named) or plan.config.gpus_per_replica
+    counts = [asked] if asked else range(1, cluster.devices + 1)
+    problem = ""
+    for count in counts:
+        try:
+            uses = _uses(plan, cluster, count)
+        except BacklensError as error:
+            problem = str(error)
+            continue
+        crowded = [use for use in uses if use.total > cluster.memory]
+        if not crowded:
+            return Fit(uses, _replicas(plan, cluster, count), _batch_tokens(plan, cluster))
+        problem = f"device {crowded[0].device} would hold {crowded[0].total / 1e9:.1f} GB"
+    raise BacklensError(
+        f"cluster: a copy does not fit on {counts[-1]} devices of {cluster.memory / 1e9:.0f} GB ({problem}); smaller "
+        "--batch-tokens, --activation-checkpointing and --dtype bfloat16 take less"
+    )
+
+
+def _replicas(plan: RunPlan, cluster: Cluster, count: int) -> int:
+    room = cluster.nodes * (cluster.devices // count)
+    asked = plan.config.replicas
+    if asked == "auto":
+        return room
+    if asked > room:
+        raise BacklensError(f"replicas: {asked} of {count} devices each; the cluster has room for {room}")
+    return asked if asked > 1 else room
+
+
+def _batch_tokens(plan: RunPlan, cluster: Cluster) -> int:
+    return most_tokens(plan.config.batch_tokens, "cuda" if cluster.gpus else "cpu")
+
+
+def _uses(plan: RunPlan, cluster: Cluster, count: int) -> list[DeviceUse]:
+    model = empty_model(plan.source, plan.model_config)
+    dtype = stored_dtype(plan.model_config, plan.config.dtype)
+    limits = _limits(plan, cluster, count)
+    # Accelerate warns of every device that this machine does not have
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    placed = place(model, dtype, Spread(limits))
+    path, _ = find_block_list(model)
+    tokens = _batch_tokens(plan, cluster)
+    kept = _activations(plan, every_matrix(plan.blocks, plan.model_config), tokens * dtype.itemsize)
+    home = [device for device in limits if device != "cpu"][-1]
+    uses = []
+    for device in dict.fromkeys([*limits, *placed.values()]):
+        blocks = [number for number in range(len(plan.blocks)) if placed[f"{path}.{number}"] == device]
+        weights = _weights(model, placed, device) * dtype.itemsize
+        saved = [kept[block] for block in blocks]
+        held = max(saved, default=0) if plan.config.activation_checkpointing else sum(saved)
+        tiles = TILES * (GPU_TILE if cluster.gpus else CPU_TILE) if device == home else 0
+        uses.append(DeviceUse(device, blocks, weights, held, tiles))
+    return uses
+
+
+def _limits(plan: RunPlan, cluster: Cluster, count: int) -> dict[Device, int]:
+    """Bytes for weights by device, as a run would have them."""
+    stated = spread_of(plan.config)
+    if stated is not None and stated.max_memory:
+        return dict(stated.max_memory)
+    if count == 1:  # a model on one device is not spread, and nothing is kept free
+        return {0: cluster.memory}
+    return {device: int(cluster.memory * FREE_SHARE) for device in range(count)}
+
+
+def _weights(model: torch.nn.Module, placed: Mapping[str, Device], device: Device) -> int:
+    """Numbers, a tied one once."""
+    there = {
+        id(weight): weight.numel()
+        for path, where in placed.items()
+        if where == device
+        for weight in model.get_submodule(path).parameters()
+    }
+    return sum(there.values())
+
+
+def _activations(plan: RunPlan, matrices: Sequence[MatrixSize], factor: int) -> list[int]:
+    """Bytes that autograd keeps of each block for one batch; `factor` of them for each number of a token."""
+    found = [0] * len(plan.blocks)
+    for matrix in matrices:
+        found[matrix.layer] += SAVED * matrix.wide * matrix.chosen * factor
+    return found

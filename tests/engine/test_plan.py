@@ -1,0 +1,213 @@
+"""What `backlens plan` says is what a run then does: rows, bytes, devices and time."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from pipeline.config import RunConfig
+from pipeline.engine.cluster import read_cluster
+from pipeline.engine.outlook import Outlook, look_ahead
+from pipeline.engine.plan_options import PlanOptions
+from pipeline.errors import BacklensError
+from tests.engine.command import called, error_line, write_jsonl
+from tests.engine.conftest import some_prompts
+
+CLUSTER = """
+nodes: 2
+gpus: 4
+memory: 80GB
+tflops: 1000
+float32-tflops: 60
+float64-tflops: 30
+memory-gbps: 3000
+link-gbps: 100
+storage-gbps: 2
+dollars-per-hour: 10
+"""
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("plan") / "prompts.jsonl", some_prompts(200))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the configuration of a model of 141 GB, and nothing else."""
+    folder = tmp_path_factory.mktemp("large")
+    LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        dtype="bfloat16",
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Path:
+    (tmp_path / "cluster.yaml").write_text(CLUSTER)
+    return tmp_path / "cluster.yaml"
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "off"),
+    [
+        ("gpt2", {}, 0.05),
+        ("llama", {"modules": "all", "neurons": 4, "top_k": 5}, 0.1),
+        ("gpt2", {"positions": "last", "neurons": -1, "modules": "mlp.down"}, 0.05),
+        ("llama", {"positions": "subject+last", "neurons": 0, "top_k": 20, "layers": "0-1"}, 0.15),
+        ("llama", {"save_factors": True, "neurons": 2, "shard_prompts": 60}, 0.2),
+    ],
+    ids=["defaults", "all modules", "every neuron", "no neurons", "factors"],
+)
+def test_rows_are_counted_and_bytes_foreseen(
+    family: str,
+    options: dict[str, object],
+    off: float,
+    prompts: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    # a specimen does not know that in the first layers of a tiny Llama equal tokens make equal rows
+    config = RunConfig(
+        model=str(request.getfixturevalue(family)),
+        prompts=str(prompts),
+        out=str(tmp_path / "out"),
+        executor="local",
+        **options,  # pyright: ignore[reportArgumentType]
+    )
+    expected = look_ahead(config, PlanOptions()).expected
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    assert called("run", tmp_path / "run.yaml").status == 0
+    rows: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for path in (tmp_path / "out" / "_commits").glob("*.json"):
+        for table, file in json.loads(path.read_text())["files"].items():
+            rows[table] += file["rows"]
+            sizes[table] += file["bytes"]
+    written = {table: count for table, count in rows.items() if count}
+    assert {table: count for table, count in expected.rows.items() if count} == written
+    total = sum(sizes.values())
+    assert sum(expected.bytes.values()) == pytest.approx(total, rel=off)
+    for table, size in sizes.items():
+        assert expected.bytes.get(table, size) == pytest.approx(size, rel=2 * off, abs=0.02 * total), table
+
+
+@pytest.mark.slow
+def test_a_calibrated_plan_foresees_the_time(gpt2: Path, prompts: Path, tmp_path: Path) -> None:
+    config = RunConfig(model=str(gpt2), prompts=str(prompts), out=str(tmp_path / "out"))
+    planned = look_ahead(config, PlanOptions(calibrate=True)).times.stages
+    files = ("--model", gpt2, "--prompts", prompts, "--out", tmp_path / "out")
+    assert called("run", *files, "--executor", "local").status == 0
+    taken = sum(
+        value
+        for path in (tmp_path / "out" / "_commits").glob("*.json")
+        for name, value in json.loads(path.read_text())["stats"].items()
+        if name.removeprefix("seconds_") in planned
+    )
+    # times of tiny models vary with whatever else the machine does: `benchmarks/planned.py` has the figures
+    assert taken / 3 <= sum(planned.values()) <= taken * 3
+
+
+def ahead(model: Path, cluster: Path, **options: object) -> Outlook:
+    config = RunConfig(model=str(model), **options)  # pyright: ignore[reportArgumentType]
+    return look_ahead(config, PlanOptions(cluster=str(cluster), prompt_count=100_000))
+
+
+def test_a_configuration_is_enough_to_place_a_model(large: Path, cluster: Path) -> None:
+    outlook = ahead(large, cluster, sharding="accelerate")
+    devices = outlook.fit.devices
+    assert [block for use in devices for block in use.blocks] == list(range(80))
+    assert sum(use.weights for use in devices) == 2 * 70_553_706_496  # the published number of parameters
+    assert all(use.total <= 80e9 for use in devices)
+    assert (len(devices), outlook.fit.replicas) == (
+        3,
+        2,
+    )  # 141 GB in four fifths of 80 GB each; 4 GPUs a node
+
+
+def test_time_and_cost_are_those_of_the_machines(large: Path, cluster: Path) -> None:
+    one = ahead(large, cluster, sharding="accelerate")
+    assert one.dollars == pytest.approx(2 * 10 * one.times.seconds / 3600)
+    assert one.times.bottleneck == "lens"
+    cluster.write_text(CLUSTER.replace("nodes: 2", "nodes: 4"))
+    four = ahead(large, cluster, sharding="accelerate")
+    assert four.fit.replicas == 4
+    assert four.times.stages == one.times.stages
+    assert four.times.shares["lens"] == pytest.approx(one.times.shares["lens"] / 2)
+    cluster.write_text(CLUSTER.replace("storage-gbps: 2", "storage-gbps: 0.001"))
+    assert ahead(large, cluster, sharding="accelerate").times.bottleneck == "loading"
+
+
+def test_work_is_that_of_the_formulas(large: Path, cluster: Path) -> None:
+    outlook = ahead(large, cluster, sharding="accelerate", modules="mlp.down", neurons=0)
+    tokens, blocks = outlook.expected.tokens, 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    head = 2 * 128256 * 8192
+    assert tokens == 1_200_000
+    assert outlook.work.forward == pytest.approx(2 * blocks * tokens + head * 100_000)
+    assert outlook.work.lens == pytest.approx(80 * head * tokens)
+    recomputed = ahead(
+        large, cluster, sharding="accelerate", modules="mlp.down", neurons=0, activation_checkpointing=True
+    )
+    assert recomputed.work.forward == pytest.approx(2 * outlook.work.forward)
+    assert recomputed.fit.devices[0].activations < outlook.fit.devices[0].activations
+
+
+def test_what_does_not_fit_is_one_line(large: Path, cluster: Path) -> None:
+    options = ("--model", large, "--prompt-count", 10, "--cluster", cluster)
+    cluster.write_text(CLUSTER.replace("80GB", "10GB"))
+    refused = called("plan", *options)
+    assert refused.status == 2
+    assert "does not fit on 4 devices of 10 GB" in error_line(refused)
+    cluster.write_text(CLUSTER)
+    assert "room for 2" in error_line(called("plan", *options, "--replicas", 3, "--sharding", "accelerate"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nodez: 2\n", ("nodez", "nodes")),
+        ("nodes: 2\n", ("lacks", "tflops")),
+        (CLUSTER.replace("nodes: 2", "nodes: 0"), ("nodes", "above 0")),
+        (CLUSTER.replace("gpus: 4", "gpus: many"), ("gpus", "many")),
+        (CLUSTER.replace("80GB", "lots"), ("lots",)),
+        ("- 1\n", ("mapping",)),
+    ],
+)
+def test_a_bad_description_is_one_line(text: str, words: tuple[str, ...], cluster: Path) -> None:
+    cluster.write_text(text)
+    with pytest.raises(BacklensError) as refused:
+        read_cluster(str(cluster))
+    assert all(word in str(refused.value) for word in words)
+
+
+@pytest.mark.parametrize("tokens", ["0", "9-8", "many", "-3"])
+def test_bad_lengths_are_refused(tokens: str, gpt2: Path) -> None:
+    refused = called("plan", "--model", gpt2, "--prompt-count", 5, f"--prompt-tokens={tokens}")
+    assert refused.status == 2
+    assert "--prompt-tokens" in error_line(refused)
+
+
+def test_a_plan_without_prompts_needs_no_tokenizer_and_writes_nothing(gpt2: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    shutil.copy(gpt2 / "config.json", tmp_path / "model")
+    out = tmp_path / "out"
+    done = called(
+        "plan", "--model", tmp_path / "model", "--prompt-count", 1000, "--prompt-tokens", "4-6", "--out", out
+    )
+    assert done.status == 0, done.stderr
+    assert "1,000 prompts, about 5,0" in done.stdout
+    assert not out.exists()
+
+
+def test_the_shipped_cluster_is_one() -> None:
+    found = read_cluster(str(Path(__file__).parents[2] / "docs" / "h100.yaml"))
+    assert (found.nodes * found.gpus, found.memory) == (64, 80 * 10**9)
