@@ -91,10 +91,8 @@ def disturb(
             nodes.drop(draw.randrange(len(nodes) - 1))
             nodes.add()
         else:
-            there = wait_for(lambda: workers(os.getpid()) or driver.poll() is not None, every=0.05)
-            if isinstance(there, list):
-                victim: psutil.Process = draw.choice(there)
-                kill([victim])
+            victim: psutil.Process = draw.choice(wait_for(lambda: workers(os.getpid()), every=0.05))
+            kill([victim])
         killed[what] += 1
         print(f"{killed.total()} kills ({what}), {count_commits(out)} shards done", flush=True)
     if driver.returncode:
