@@ -80,7 +80,8 @@ class RayExecutor:
     def run(self, shards: Iterator[Shard]) -> Iterator[ShardCommit]:
         more = True
         while True:
-            while more and (member := self._next_free()) is not None:
+            self._give_again()
+            while more and (member := self._free()) is not None:
                 shard = next(shards, None)
                 more = shard is not None
                 if shard is not None:
@@ -96,18 +97,20 @@ class RayExecutor:
     def standing(self) -> Standing:
         return Standing(len(self._fleet.ready), self._fleet.deaths, self._retries)
 
-    def _next_free(self) -> Member | None:
-        """Who gets the next new shard; retries go first, each to a replica that has nothing else."""
+    def _give_again(self) -> None:
+        """Lost shards go first, each to a replica that has nothing else."""
+        busy = {given.member for given in self._running.values()}
+        for member in self._fleet.ready:
+            if self._again and member not in busy:
+                self._give(self._again.popleft(), member)
+
+    def _free(self) -> Member | None:
+        """Who gets the next new shard: nobody while a lost one waits for a replica to be idle."""
+        if self._again:
+            return None
         load = dict.fromkeys(self._fleet.ready, 0)
         for given in set(self._running.values()):
             load[given.member] += AHEAD if given.attempt.number > 1 else 1
-        idle = [member for member in load if not load[member]]
-        while self._again and idle:
-            member = idle.pop()
-            self._give(self._again.popleft(), member)
-            load[member] = AHEAD
-        if self._again:
-            return None
         free = min(load, key=lambda member: load[member], default=None)
         return free if free is not None and load[free] < AHEAD else None
 
