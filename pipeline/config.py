@@ -41,6 +41,13 @@ WHOLE = Parameter(converter=_whole_number)
 """A number as it is written: cyclopts would round 1.5 to 2."""
 
 
+def _whole_number_or_auto(_type: type, tokens: Sequence[Token]) -> int | str:
+    return "auto" if tokens[0].value == "auto" else int(tokens[0].value)
+
+
+WHOLE_OR_AUTO = Parameter(converter=_whole_number_or_auto)
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
@@ -105,8 +112,8 @@ class RunConfig:
     screening: Annotated[Literal["float32", "bfloat16"], LENS] = "float32"
     """The products that pick tokens to be scored exactly; lists and ranks are the same. bfloat16 is for GPUs."""
 
-    batch_tokens: Annotated[int, BATCH, WHOLE] = 512
-    """Tokens in a batch, padding included. More suits a GPU; a CPU is busy with 512."""
+    batch_tokens: Annotated[int | Literal["auto"], BATCH, WHOLE_OR_AUTO] = "auto"
+    """Tokens in a batch, padding included. auto: what keeps the device busy, if the first batches show that it fits."""
     activation_checkpointing: Annotated[bool, BATCH] = False
     """Keep one block's activations at a time and compute them twice: for long prompts and large models."""
     shard_prompts: Annotated[int | None, BATCH, WHOLE] = None
@@ -114,8 +121,8 @@ class RunConfig:
 
     executor: Annotated[Literal["local", "ray"], ENGINE] = "ray"
     """local: this process. ray: one actor per replica."""
-    replicas: Annotated[int, ENGINE, WHOLE] = 1
-    """Copies of the model that work side by side (ray)."""
+    replicas: Annotated[int | Literal["auto"], ENGINE, WHOLE_OR_AUTO] = 1
+    """Copies of the model that work side by side (ray). auto: as many as fit on the nodes, as these come and go."""
     sharding: Annotated[Literal["none", "accelerate", "zero3"], ENGINE] = "none"
     """How one copy is spread over devices. accelerate: whole blocks over its GPUs, and over what offloading adds.
     zero3: a part of every weight on each of several actors (DeepSpeed), which compute side by side."""
@@ -131,6 +138,8 @@ class RunConfig:
     """GPUs that one copy asks for (ray). Default: 1 if the cluster has any."""
     address: Annotated[str | None, ENGINE] = None
     """A running Ray cluster. Default: $RAY_ADDRESS, else one on this machine for the length of the run."""
+    placement_timeout: Annotated[int, ENGINE, WHOLE] = 300
+    """Seconds to wait while the cluster has no place for any copy: nodes may have to be started first (ray)."""
 
     def __post_init__(self) -> None:
         """Raises BacklensError naming the flag and the values it takes."""
@@ -139,10 +148,14 @@ class RunConfig:
             self.neurons >= -1, f"--neurons {self.neurons}: give a number of neurons, 0 for none, -1 for all"
         )
         _require(self.limit is None or self.limit >= 1, f"--limit {self.limit}: give 1 or more")
-        _require(self.batch_tokens >= 1, f"--batch-tokens {self.batch_tokens}: give 1 or more")
+        tokens = self.batch_tokens
+        _require(tokens == "auto" or tokens >= 1, f"--batch-tokens {tokens}: give 1 or more, or auto")
         shard = self.shard_prompts
         _require(shard is None or shard >= 1, f"--shard-prompts {shard}: give 1 or more")
-        _require(self.replicas >= 1, f"--replicas {self.replicas}: give 1 or more")
+        copies = self.replicas
+        _require(copies == "auto" or copies >= 1, f"--replicas {copies}: give 1 or more, or auto")
+        patience = self.placement_timeout
+        _require(patience >= 0, f"--placement-timeout {patience}: give 0 or more seconds")
         gpus = self.gpus_per_replica
         _require(gpus is None or gpus >= 0, f"--gpus-per-replica {gpus}: give 0 or more")
         spread = self.sharding == "accelerate"

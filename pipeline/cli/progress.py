@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from pipeline.cli.durations import duration
 from pipeline.engine.driver import Progress as ProgressProtocol
+from pipeline.engine.executors import Standing
 from pipeline.engine.plan import RunPlan
 from pipeline.store.commit import ShardCommit
 
@@ -22,9 +24,7 @@ def shown_progress() -> Iterator[ProgressProtocol]:
         yield PlainProgress()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
-    with Progress(
-        *columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Console(stderr=True)
-    ) as bar:
+    with Progress(*columns, TextColumn("{task.fields[pace]}"), console=Console(stderr=True)) as bar:
         yield BarProgress(bar)
 
 
@@ -33,52 +33,83 @@ class BarProgress:
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
-        self._rate = _Rate()
 
     def planned(self, plan: RunPlan, already_done: int) -> None:
-        self._bar.console.print(_plan_line(plan, already_done), markup=False, highlight=False)
-        self._task = self._bar.add_task("loading", total=plan.shards.prompts, completed=already_done, rate="")
+        self.note(_plan_line(plan, already_done))
+        self._pace = _Pace(plan.shards.prompts, already_done)
+        self._task = self._bar.add_task("loading", total=plan.shards.prompts, completed=already_done, pace="")
 
     def started(self, workers: int, devices: str, seconds: float) -> None:
-        self._bar.console.print(_start_line(workers, devices, seconds), markup=False, highlight=False)
+        self.note(_start_line(workers, devices, seconds))
         self._bar.update(self._task, description="projecting")
-        self._rate = _Rate()
+        self._pace.begin()
 
-    def committed(self, commit: ShardCommit) -> None:
-        self._bar.update(self._task, advance=commit.prompts, rate=self._rate.after(commit))
+    def committed(self, commit: ShardCommit, standing: Standing) -> None:
+        self._bar.update(self._task, advance=commit.prompts, pace=self._pace.after(commit, standing))
+
+    def note(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False)
 
 
 class PlainProgress:
     """A line at the start, one every ten seconds, one at the end."""
 
     def planned(self, plan: RunPlan, already_done: int) -> None:
-        self._total, self._done = plan.shards.prompts, already_done
-        print(_plan_line(plan, already_done), file=sys.stderr, flush=True)
+        self._pace = _Pace(plan.shards.prompts, already_done)
+        self.note(_plan_line(plan, already_done))
 
     def started(self, workers: int, devices: str, seconds: float) -> None:
-        self._rate = _Rate()
+        self._pace.begin()
         self._shown_at = time.monotonic()
-        print(_start_line(workers, devices, seconds), file=sys.stderr, flush=True)
+        self.note(_start_line(workers, devices, seconds))
 
-    def committed(self, commit: ShardCommit) -> None:
-        self._done += commit.prompts
-        rate = self._rate.after(commit)
-        if self._done == self._total or time.monotonic() - self._shown_at >= SECONDS_BETWEEN_LINES:
-            self._shown_at = time.monotonic()
-            print(f"{self._done:,} of {self._total:,} prompts, {rate}", file=sys.stderr, flush=True)
+    def committed(self, commit: ShardCommit, standing: Standing) -> None:
+        pace, now = self._pace.after(commit, standing), time.monotonic()
+        if not self._pace.left or now - self._shown_at >= SECONDS_BETWEEN_LINES:
+            self._shown_at = now
+            self.note(f"{self._pace.done:,} of {self._pace.total:,} prompts, {pace}")
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
 
-class _Rate:
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._prompts = 0
+class _Pace:
+    """How fast a run goes, how long it will take, and what has gone wrong so far."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total = total
+        self.done = done
+        self._prompts = self._failures = 0
         self._tokens = 0.0
+        self.begin()
 
-    def after(self, commit: ShardCommit) -> str:
+    @property
+    def left(self) -> int:
+        return self.total - self.done
+
+    def begin(self) -> None:
+        self._started = time.monotonic()
+
+    def after(self, commit: ShardCommit, standing: Standing) -> str:
+        self.done += commit.prompts
         self._prompts += commit.prompts
+        self._failures += commit.rows.get("failures", 0)
         self._tokens += commit.stats.get("tokens", 0.0)
         seconds = max(time.monotonic() - self._started, 1e-9)
-        return f"{self._prompts / seconds:,.1f} prompts/s, {self._tokens / seconds:,.0f} tokens/s"
+        rate = self._prompts / seconds
+        parts = [f"{rate:,.1f} prompts/s", f"{self._tokens / seconds:,.0f} tokens/s"]
+        if self.left:
+            parts.append(f"{duration(self.left / rate)} left")
+        parts.append(_counted(standing.replicas, "replica"))
+        if standing.retries:
+            parts.append(_counted(standing.retries, "retry", "retries"))
+        if self._failures:
+            parts.append(_counted(self._failures, "failure"))
+        return ", ".join(parts)
+
+
+def _counted(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def _plan_line(plan: RunPlan, already_done: int) -> str:

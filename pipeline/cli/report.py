@@ -1,5 +1,7 @@
 """What a command prints when it is done."""
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.table import Table
 
@@ -22,29 +24,42 @@ STAGES = {
 def print_report(report: Report) -> None:
     """Prompts, rows, speed, where the time went, and what to do next."""
     console = Console(highlight=False)
-    failures = report.rows.get("failures", 0)
     if report.prompts:
         console.print(
-            f"{report.prompts:,} prompts in {report.seconds:.1f} s "
+            f"{report.prompts:,} prompts in {report.shards:,} shards in {report.seconds:.1f} s "
             f"({report.seconds_to_start:.1f} s to plan and load): {report.prompts_per_second:,.1f} prompts/s"
         )
     else:
         console.print(f"nothing to do: {report.out} is complete")
     if report.prompts and report.resumed_prompts:
         console.print(f"{report.resumed_prompts:,} more were done before")
-    if report.deaths:
-        console.print(f"workers that died and were replaced: {report.deaths}")
+    for line in _troubles(report):
+        console.print(line)
     console.print(_rows_table(report))
     if report.prompts:
         console.print(_stages_table(report))
-    if failures:
+    if failures := report.rows.get("failures", 0):
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in report.failures.items())
         console.print(
-            f"{failures:,} prompts could not be processed; the reasons are in the table `failures`:"
+            f"{failures:,} prompts could not be processed ({kinds}); the reasons are in the table `failures`:"
         )
         console.print(f'  backlens query {report.out} --sql "SELECT * FROM failures"', soft_wrap=True)
     console.print("Next:")
     for command in next_commands(report.out):
         console.print(f"  {command}", soft_wrap=True, markup=False)
+
+
+def _troubles(report: Report) -> Iterator[str]:
+    """What went wrong and was mended."""
+    standing = report.standing
+    if standing.deaths:
+        yield f"workers that died and were replaced: {standing.deaths} ({standing.replicas} at work at the end)"
+        yield f"shards that were given out again: {standing.retries}"
+    if report.out_of_memory:
+        yield (
+            f"batches that did not fit into memory and were made smaller: {report.out_of_memory} "
+            "(a smaller --batch-tokens saves the time)"
+        )
 
 
 def next_commands(out: str) -> tuple[str, str, str]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.cli.durations import duration
 from pipeline.store.status import RunStatus, run_status
 
 
@@ -35,16 +36,10 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
         yield "last commit", status.last_commit_at
     if status.prompts_per_second is not None and status.seconds_left is not None:
         yield "rate", f"{status.prompts_per_second:,.2f} prompts/s"
-        yield "time left", f"about {_duration(status.seconds_left)}"
+        yield "time left", f"about {duration(status.seconds_left)}"
 
 
 def _state(status: RunStatus) -> str:
     if status.state == "running" and status.driver is not None:
         return f"running on {status.driver.host} (pid {status.driver.pid}) since {status.driver.since}"
     return "stopped; the same command resumes it" if status.state == "stopped" else "done"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -3,15 +3,16 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from pipeline.config import RunConfig
-from pipeline.engine.executors import Executor, LocalExecutor
+from pipeline.engine.executors import Executor, LocalExecutor, Standing
 from pipeline.engine.plan import RunPlan, fingerprint, make_plan, with_demo_defaults
 from pipeline.engine.versions import package_versions
+from pipeline.engine.worker import FAILED, SECONDS
 from pipeline.errors import Interrupted
 from pipeline.models.load import load_tokenizer, model_files, weight_hash
 from pipeline.models.vocabulary import vocabulary
@@ -32,7 +33,9 @@ class Progress(Protocol):
 
     def started(self, workers: int, devices: str, seconds: float) -> None: ...
 
-    def committed(self, commit: ShardCommit) -> None: ...
+    def committed(self, commit: ShardCommit, standing: Standing) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,14 @@ class Report:
     """Planning, and loading the models."""
     stages: Mapping[str, float] = field(default_factory=dict)
     """Worker seconds by stage, summed over workers."""
-    deaths: int = 0
-    """Workers that died and were replaced."""
+    shards: int = 0
+    """Shards committed by this command."""
+    out_of_memory: int = 0
+    """Batches that did not fit and were computed in smaller ones."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Prompts in `failures` by kind, earlier commands' included."""
+    standing: Standing = field(default_factory=Standing)
+    """Replicas at the end, and what became of others."""
 
     @property
     def prompts_per_second(self) -> float:
@@ -97,8 +106,21 @@ def run(config: RunConfig, progress: Progress) -> Report:
             seconds=time.perf_counter() - started,
             seconds_to_start=work.seconds_to_start,
             stages=work.stages,
-            deaths=work.deaths,
+            shards=work.shards,
+            out_of_memory=work.out_of_memory,
+            failures=_failures(commits),
+            standing=work.standing,
         )
+
+
+def _failures(commits: Sequence[ShardCommit]) -> dict[str, int]:
+    """Failed prompts by kind, as the workers counted them."""
+    counts: Counter[str] = Counter()
+    for commit in commits:
+        for name, value in commit.stats.items():
+            if name.startswith(FAILED):
+                counts[name.removeprefix(FAILED)] += int(value)
+    return dict(counts.most_common())
 
 
 @dataclass
@@ -108,7 +130,16 @@ class _Work:
     prompts: int = 0
     seconds_to_start: float = 0.0
     stages: Counter[str] = field(default_factory=Counter)
-    deaths: int = 0
+    shards: int = 0
+    out_of_memory: int = 0
+    standing: Standing = field(default_factory=Standing)
+
+    def add(self, commit: ShardCommit) -> None:
+        self.prompts += commit.prompts
+        self.shards += 1
+        self.out_of_memory += int(commit.stats.get("out_of_memory", 0))
+        seconds = {k.removeprefix(SECONDS): v for k, v in commit.stats.items() if k.startswith(SECONDS)}
+        self.stages.update(seconds)
 
 
 def _run_shards(
@@ -122,18 +153,15 @@ def _run_shards(
     assert config.prompts is not None
     records = read_prompts(config.prompts, config.format, config.prompt_fields, config.limit)
     left = (s for s in shards(records, opened.record.plan.shard_prompts) if s.index not in done)
-    with _executor(config) as executor:
+    with _executor(config, progress) as executor:
         workers = executor.start(plan.job(opened.directory))
         work.seconds_to_start = time.perf_counter() - started
         devices = ", ".join(sorted({worker.device for worker in workers}))
         progress.started(len(workers), devices, work.seconds_to_start)
         for commit in executor.run(left):
-            work.prompts += commit.prompts
-            work.stages.update(
-                {k.removeprefix("seconds_"): v for k, v in commit.stats.items() if k != "tokens"}
-            )
-            progress.committed(commit)
-        work.deaths = executor.deaths
+            work.add(commit)
+            work.standing = executor.standing()
+            progress.committed(commit, work.standing)
     missing = plan.shards.shards - len(committed(opened.directory))
     if missing:
         raise Interrupted(
@@ -143,7 +171,7 @@ def _run_shards(
 
 
 @contextmanager
-def _executor(config: RunConfig) -> Iterator[Executor]:
+def _executor(config: RunConfig, progress: Progress) -> Iterator[Executor]:
     if config.executor == "local":
         executor: Executor = LocalExecutor()
     else:
@@ -151,7 +179,10 @@ def _executor(config: RunConfig) -> Iterator[Executor]:
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
         from pipeline.engine.ray_executor import RayExecutor, RayOptions  # Ray takes seconds to import
 
-        executor = RayExecutor(RayOptions(config.address, config.replicas, config.gpus_per_replica))
+        options = RayOptions(
+            config.address, config.replicas, config.gpus_per_replica, config.placement_timeout
+        )
+        executor = RayExecutor(options, progress.note)
     try:
         yield executor
     finally:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pipeline.engine.budget import most_tokens
 from pipeline.engine.plan import RunPlan
 from pipeline.engine.sizes import MatrixSize, matrices_of
 from pipeline.models.layout import MODULES, READS
@@ -67,7 +68,7 @@ def estimate(plan: RunPlan) -> Estimate:
         flops=_flops(plan, matrices, weights, prompts, tokens),
         memory=_memory(plan, weights),
         flops_per_second=_matrix_rate(),
-        replicas=plan.config.replicas,
+        replicas=1 if plan.config.replicas == "auto" else plan.config.replicas,
     )
 
 
@@ -153,7 +154,8 @@ def _memory(plan: RunPlan, weights: _Weights) -> dict[str, int]:
     stored = plan.model_config.dtype
     bytes_each = sizes.get(plan.config.dtype, stored.itemsize if isinstance(stored, torch.dtype) else 4)
     # autograd keeps about as much again as the modules' inputs (activations, norms, attention)
-    activations = 2 * weights.inputs * plan.config.batch_tokens * bytes_each
+    batch_tokens = most_tokens(plan.config.batch_tokens, "cuda" if torch.cuda.is_available() else "cpu")
+    activations = 2 * weights.inputs * batch_tokens * bytes_each
     if plan.config.activation_checkpointing:
         activations //= len(plan.blocks)
     tiles = 3 * (2**30 if torch.cuda.is_available() else 2**25)

@@ -5,6 +5,7 @@ An executor pulls shards lazily and keeps only a few in flight, so a million pro
 
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.engine.worker import Attempt, Job, Readiness, Worker
@@ -15,23 +16,32 @@ AHEAD = 2
 """Shards in flight per worker: one computing, one being written or waiting."""
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How an executor is doing."""
+
+    replicas: int = 0
+    """Copies of the model that are ready."""
+    deaths: int = 0
+    """Replicas that died."""
+    retries: int = 0
+    """Shards that were given out again."""
+
+
 class Executor(Protocol):
     """Runs shards on workers. `start` loads the models; `run` yields each shard's commit, in any order."""
-
-    deaths: int
-    """Workers that died and were replaced."""
 
     def start(self, job: Job) -> list[Readiness]: ...
 
     def run(self, shards: Iterator[Shard]) -> Iterator[ShardCommit]: ...
+
+    def standing(self) -> Standing: ...
 
     def stop(self) -> None: ...
 
 
 class LocalExecutor:
     """One worker in this process; shards are written by a second thread while the next is computed."""
-
-    deaths = 0
 
     def start(self, job: Job) -> list[Readiness]:
         self._worker = Worker(job)
@@ -52,6 +62,9 @@ class LocalExecutor:
             finally:
                 for future in running:
                     future.cancel()
+
+    def standing(self) -> Standing:
+        return Standing(replicas=1)
 
     def stop(self) -> None:
         """Nothing outlives `run`."""

@@ -10,6 +10,7 @@ death of the replica: it kills what is left and starts another.
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -19,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.util import get_node_ip_address
 from ray.util.placement_group import PlacementGroup
@@ -27,10 +27,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.capture import Outcome, capture, make_batch
 from pipeline.engine.executors import AHEAD
-from pipeline.engine.memory import release_freed_memory
-from pipeline.engine.packing import pack
+from pipeline.engine.faults import DeviceLost, is_out_of_memory
+from pipeline.engine.memory import MemoryGauge, release_freed_memory
+from pipeline.engine.notes import note
+from pipeline.engine.packing import Packer
 from pipeline.engine.replica import References
-from pipeline.engine.worker import Attempt, Computed, Job, Worker, overflow
+from pipeline.engine.worker import Attempt, Computed, Job, Worker
 from pipeline.models.zero3 import go_to_meeting, join, open_meeting
 from pipeline.prompts.tokenize import Example
 
@@ -46,18 +48,26 @@ class _Member(Worker):
         computed = Computed()
         recompute = self._job.activation_checkpointing or self._loaded.offloaded
         try:
-            if batch:
-                self._extract(batch, computed, recompute)
-            else:
-                token = make_batch([([1], [1])], self._loaded.device)
-                capture(self._loaded, token, (), (), lambda _: None, recompute=recompute)
-        except (torch.OutOfMemoryError, MemoryError):
-            os._exit(1)  # the others cannot be told to leave this pass
+            error = self._extract(batch, computed, recompute) if batch else self._pass_idly(recompute)
+        except DeviceLost as lost:
+            error = lost
+        if isinstance(error, DeviceLost) or (error is not None and is_out_of_memory(error)):
+            sys.stderr.write(
+                f"backlens: {error}; this rank ends, and with it the others, which are in its pass\n"
+            )
+            sys.stderr.flush()
+            os._exit(1)
+        if error is not None:
+            raise error
         computed.outcomes = [
             Outcome(o.loss.cpu(), o.target_rank.cpu(), o.predicted_id.cpu()) for o in computed.outcomes
         ]
         release_freed_memory()
         return computed
+
+    def _pass_idly(self, recompute: bool) -> None:
+        token = make_batch([([1], [1])], self._loaded.device)
+        capture(self._loaded, token, (), (), lambda _: None, recompute=recompute)
 
 
 class Peer:
@@ -96,18 +106,31 @@ class Leader(_Member):
         self._readiness = replace(self._readiness, device=f"{ranks} ranks on {self._readiness.device}")
 
     def _compute(self, examples: Sequence[Example], attempt: Attempt) -> Computed:
-        # Ranks end when they run out of memory, and nobody can say whether that is what the last gang died of.
-        budget = max(1, self._job.batch_tokens >> (attempt.number - 1))
-        batches = [[examples[i] for i in indices] for indices in pack(self._lengths(examples), budget)]
+        lengths = self._lengths(examples)
+        packer = Packer(lengths, attempt.among_suspects(examples))
         computed, ranks = Computed(), 1 + len(self._peers)
-        # Neighbours are of like length: a pass takes all ranks about as long.
-        for start in range(0, len(batches), ranks):
-            own, *others = [*batches[start : start + ranks], *[[]] * ranks][:ranks]
+        while packer:
+            # Neighbours are of like length: a pass takes all ranks about as long.
+            taken: list[list[int]] = []
+            while packer and len(taken) < ranks:
+                taken.append(packer.take(partial(self._tokens, attempt)))
+            if attempt.number > 1:
+                ids = [examples[index].prompt.prompt_id for indices in taken for index in indices]
+                note(self._job.directory, attempt.shard.index, ids)
+            dealt = [[examples[index] for index in indices] for indices in taken]
+            own, *others = [*dealt, *[[]] * (ranks - len(dealt))]
             theirs = [peer.make_pass.remote(batch) for peer, batch in zip(self._peers, others, strict=True)]
+            gauge = MemoryGauge()
             for part in self._together(partial(self.make_pass, own), theirs):
                 computed.merge(part)
-        self._refuse([overflow(example) for example in computed.overflowed])
+            self._budget.learn(gauge, len(own), lengths[taken[0][-1]])
+            computed.padded += sum(len(indices) * lengths[indices[-1]] for indices in taken)
+        self._refuse(computed.failed)
         return computed
+
+    def _tokens(self, attempt: Attempt, length: int) -> int:
+        # Ranks end when they run out of memory, and nobody can say whether that is what the last gang died of.
+        return max(1, self._budget.at(length) >> (attempt.number - 1))
 
     def _together(self, own: Callable[[], Any], theirs: Sequence[Any]) -> list[Any]:
         """What all ranks return. The first error ends the wait: the others may be in a pass, for ever.

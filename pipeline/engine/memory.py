@@ -1,6 +1,15 @@
-"""Giving freed memory back to the system."""
+"""How much memory there is, what a batch took of it, and giving it back."""
 
 import ctypes
+import gc
+import resource
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def release_freed_memory() -> None:
@@ -13,3 +22,56 @@ def release_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def release_all() -> None:
+    """Return what can be had back at all: before something is tried again that did not fit."""
+    gc.collect()
+    release_freed_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class MemoryGauge:
+    """What one batch took of each place's memory, and what there was; bytes.
+
+    Of a GPU, what PyTorch's allocator handed out at most. Of main memory an upper bound: the process's peak, which
+    may be that of an earlier moment, above what it held when the batch began. Nothing where the system does not tell.
+    """
+
+    def __init__(self) -> None:
+        self._gpus = range(torch.cuda.device_count())
+        for gpu in self._gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        self._before = [torch.cuda.memory_allocated(gpu) for gpu in self._gpus]
+        self._free = [
+            torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - before
+            for gpu, before in zip(self._gpus, self._before, strict=True)
+        ]
+        self._main = (_resident(), available_memory())
+
+    def taken(self) -> Iterator[tuple[int, int]]:
+        """Taken and available, by place."""
+        for gpu, before, free in zip(self._gpus, self._before, self._free, strict=True):
+            yield torch.cuda.max_memory_allocated(gpu) - before, free
+        resident, available = self._main
+        if not self._gpus and resident is not None and available is not None:
+            yield resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident, available
+
+
+def available_memory() -> int | None:
+    """Main memory that this process can have before the machine or its container runs out; None if nobody says."""
+    rooms: list[int] = []
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        rooms.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
+    with suppress(OSError, ValueError):  # "max" is no limit
+        limit = int((CGROUP / "memory.max").read_text())
+        rooms.append(limit - int((CGROUP / "memory.current").read_text()))
+    return max(0, min(rooms)) if rooms else None
+
+
+def _resident() -> int | None:
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return None

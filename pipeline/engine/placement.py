@@ -1,6 +1,6 @@
-"""What each replica may ask of the cluster so that all of them fit on its nodes."""
+"""What each replica may ask of the cluster, how many fit on its nodes, and what is missing when one does not."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import BacklensError
@@ -34,6 +34,36 @@ def cpus_per_replica(nodes: Sequence[Node], replicas: int, gpus: int) -> float:
         f"replicas: {replicas} with {gpus} GPUs each do not fit on the cluster's nodes ({found}"
         f"{', …' if len(nodes) > 8 else ''}); ask for fewer --replicas or --gpus-per-replica"
     )
+
+
+def cpus_to_fill(nodes: Sequence[Node], gpus: int) -> float:
+    """CPUs for each of as many replicas as there are GPUs for, or of one on each node where there are none.
+
+    All replicas are of one size. Nodes with less than half of what the largest can give do not make the others small:
+    a head node often has few CPUs, or none.
+    """
+    shares = [node.cpus / (node.gpus // gpus if gpus else 1) for node in nodes if node.gpus >= gpus]
+    largest = max(shares, default=0.0)
+    return _rounded_down(min((share for share in shares if share >= largest / 2), default=0.0)) or 1.0
+
+
+def capacity(nodes: Sequence[Node], bundles: Sequence[Mapping[str, float]]) -> int:
+    """How many replicas of equal processes the nodes hold together."""
+    asked = bundles[0]
+    return sum(node.room(asked["CPU"], int(asked.get("GPU", 0))) for node in nodes) // len(bundles)
+
+
+def shortage(
+    bundles: Sequence[Mapping[str, float]], free: Mapping[str, float], there: Mapping[str, float]
+) -> str:
+    """What a replica needs and what the cluster has of it."""
+    processes = f"{len(bundles)} processes with each " if len(bundles) > 1 else ""
+    needs = " and ".join(f"{amount:g} {name}s" for name, amount in sorted(bundles[0].items(), reverse=True))
+    has = " and ".join(
+        f"{free.get(name, 0):g} of {there.get(name, 0):g} {name}s"
+        for name in sorted(bundles[0], reverse=True)
+    )
+    return f"a replica needs {processes}{needs} on one node; the cluster has {has} free"
 
 
 def _rounded_down(cpus: float) -> float:

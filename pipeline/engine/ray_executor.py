@@ -1,32 +1,31 @@
-"""Shards on Ray actors: one actor per replica of the model; this process only schedules.
+"""Shards on Ray actors: this process only schedules.
 
-Ray schedules and restarts nothing for us: its own task retries burn out before a dead node is declared dead, and
-it does not know what is committed. So an actor that dies is replaced here, and its shards are given out again.
+Ray is not the source of truth: a shard is done when its record is there. What an actor had in hand when it died is
+given out again here.
 """
 
-import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from pipeline.engine.executors import AHEAD
+from pipeline.engine.executors import AHEAD, Standing
+from pipeline.engine.fleet import Fleet, Member
 from pipeline.engine.gang import GangKind
-from pipeline.engine.placement import Node, cpus_per_replica
-from pipeline.engine.replica import ActorKind, Replica, ReplicaKind
+from pipeline.engine.notes import forget, noted
+from pipeline.engine.placement import cpus_per_replica, cpus_to_fill
+from pipeline.engine.replica import ActorKind, ReplicaKind
+from pipeline.engine.retry import ATTEMPTS, next_attempt
+from pipeline.engine.session import ReplicaLost, connect, errors_as_ours, nodes, reason
 from pipeline.engine.worker import Attempt, Job, Readiness
 from pipeline.errors import BacklensError, Interrupted
 from pipeline.prompts.shards import Shard
 from pipeline.store.commit import ShardCommit
 
-ATTEMPTS = 4
-"""How often a shard is tried on a worker that dies under it before the run stops."""
+MOST_CONDEMNED = 8
+"""Prompts blamed for deaths with no shard done in between: beyond that it is not the prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,191 +34,146 @@ class RayOptions:
 
     address: str | None = None
     """An existing cluster; None starts one on this machine for the length of the run."""
-    replicas: int = 1
+    replicas: int | Literal["auto"] = 1
     gpus_per_replica: int | None = None
     """None asks for one GPU where the cluster has any, else for none."""
+    placement_timeout: float = 300.0
+    """Seconds to wait for a place on the cluster while no replica has one."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class _Given:
     """A shard in flight."""
 
     attempt: Attempt
-    slot: int
+    member: Member
     references: tuple[Any, ...]
 
 
 class RayExecutor:
-    """Keeps `replicas` actors busy with AHEAD shards each."""
+    """Keeps replicas busy with AHEAD shards each."""
 
-    def __init__(self, options: RayOptions) -> None:
+    def __init__(self, options: RayOptions, announce: Callable[[str], None]) -> None:
         self._options = options
-        self.deaths = 0
-        """Actors that died and were replaced."""
+        self._announce = announce
+        self._running: dict[Any, _Given] = {}
+        """By each reference that has not resolved."""
+        self._again: deque[Attempt] = deque()
+        """Shards that were lost with their worker."""
+        self._retries = 0
+        self._condemned = 0
 
     def start(self, job: Job) -> list[Readiness]:
-        _connect(self._options.address)
-        self._kind = _kind(self._options, job)
-        self._replicas = [_place(self._kind) for _ in range(self._options.replicas)]
-        return [self._ready(slot) for slot in range(len(self._replicas))]
+        joinable = connect(self._options.address)
+        self._directory = job.directory
+        kind = _kind(self._options, job, joinable)
+        patience = self._options.placement_timeout
+        self._fleet = Fleet(kind, self._options.replicas, patience, self._announce)
+        return self._fleet.gather()
 
     def run(self, shards: Iterator[Shard]) -> Iterator[ShardCommit]:
-        running: dict[Any, _Given] = {}
-        for shard in shards:
-            while len({id(given) for given in running.values()}) >= AHEAD * len(self._replicas):
-                yield from self._wait(running)
-            self._give(Attempt(shard), running)
-        while running:
-            yield from self._wait(running)
+        more = True
+        while True:
+            self._give_again()
+            while more and (member := self._free()) is not None:
+                shard = next(shards, None)
+                more = shard is not None
+                if shard is not None:
+                    self._give(Attempt(shard), member)
+            if not more and not self._running and not self._again:
+                return
+            yield from self._wait()
 
     def stop(self) -> None:
         ray.shutdown()
 
-    def _ready(self, slot: int) -> Readiness:
-        """Wait until a replica has loaded its model; one that dies over it is replaced."""
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                with _as_ours():
-                    return ray.get(list(self._replicas[slot].replica.ready()))[0]
-            except RayActorError as error:
-                self.deaths += 1
-                if attempt == ATTEMPTS:
-                    raise Interrupted(
-                        f"a worker died {ATTEMPTS} times while it loaded the model ({_reason(error)}); "
-                        "see that a copy fits into memory and run the same command again"
-                    ) from error
-                self._renew(slot)
-        raise AssertionError("unreachable")
+    def standing(self) -> Standing:
+        return Standing(len(self._fleet.ready), self._fleet.deaths, self._retries)
 
-    def _renew(self, slot: int) -> None:
-        self._replicas[slot].remove()
-        self._replicas[slot] = _place(self._kind)
+    def _give_again(self) -> None:
+        """Lost shards go first, each to a replica that has nothing else."""
+        busy = {given.member for given in self._running.values()}
+        for member in self._fleet.ready:
+            if self._again and member not in busy:
+                self._give(self._again.popleft(), member)
 
-    def _give(self, attempt: Attempt, running: dict[Any, _Given]) -> None:
-        busy = [given.slot for given in running.values()]
-        slot = min(range(len(self._replicas)), key=busy.count)
-        given = _Given(attempt, slot, tuple(self._replicas[slot].replica.run(attempt)))
-        running.update(dict.fromkeys(given.references, given))
+    def _free(self) -> Member | None:
+        """Who gets the next new shard: nobody while a lost one waits for a replica to be idle."""
+        if self._again:
+            return None
+        load = dict.fromkeys(self._fleet.ready, 0)
+        for given in set(self._running.values()):
+            load[given.member] += AHEAD if given.attempt.number > 1 else 1
+        free = min(load, key=lambda member: load[member], default=None)
+        return free if free is not None and load[free] < AHEAD else None
 
-    def _wait(self, running: dict[Any, _Given]) -> Iterator[ShardCommit]:
-        """Wait for one process's share of a shard; replace its replica if that is what ended it."""
-        finished, _ = ray.wait(list(running), num_returns=1)
-        given = running.pop(finished[0])
-        try:
-            with _as_ours():
-                ray.get(finished[0])
-        except RayActorError as error:
-            self._replace(given, error, running)
-        else:
-            if not any(reference in running for reference in given.references):
-                yield ray.get(given.references[0])
+    def _give(self, attempt: Attempt, member: Member) -> None:
+        assert member.replica is not None
+        given = _Given(attempt, member, tuple(member.replica.run(attempt)))
+        self._running.update(dict.fromkeys(given.references, given))
 
-    def _replace(self, lost: _Given, error: RayActorError, running: dict[Any, _Given]) -> None:
-        """A new replica in the place of a dead one, and its shards given out again."""
-        self.deaths += 1
-        dropped = [running.pop(ref) for ref in [r for r, g in running.items() if g.slot == lost.slot]]
-        orphans = {given.attempt.shard.index: given.attempt for given in (lost, *dropped)}
-        worst = max(orphans.values(), key=lambda attempt: attempt.number)
-        if worst.number >= ATTEMPTS:
-            raise Interrupted(
-                f"shard {worst.shard.index} was lost with its worker {ATTEMPTS} times "
-                f"({_reason(error)}); what is committed stays, the same command goes on from there"
-            )
-        self._renew(lost.slot)
-        for attempt in orphans.values():
-            self._give(replace(attempt, number=attempt.number + 1), running)
-
-
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """A replica and the place that was made for it."""
-
-    group: PlacementGroup
-    replica: Replica
-
-    def remove(self) -> None:
-        self.replica.kill()
-        remove_placement_group(self.group)
-
-
-def _place(kind: ReplicaKind) -> _Placed:
-    group = placement_group([dict(bundle) for bundle in kind.bundles], strategy="PACK")
-    return _Placed(group, kind.start(group))
-
-
-def _kind(options: RayOptions, job: Job) -> ReplicaKind:
-    """What replicas are like, by how the model is sharded."""
-    if job.zero3 is not None:
-        ranks = job.zero3.ranks
-        gpus = None if options.gpus_per_replica is None else min(1, options.gpus_per_replica)
-        return GangKind(
-            job, *_resources(replace(options, replicas=options.replicas * ranks, gpus_per_replica=gpus))
-        )
-    return ActorKind(job, *_resources(options))
-
-
-def _connect(address: str | None) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    try:
-        with _sigterm_kept():
-            if address:
-                ray.init(address=address, **quiet)
+    def _wait(self) -> Iterator[ShardCommit]:
+        """Wait for the next thing to happen."""
+        references = [*self._running, *self._fleet.references]
+        for reference in ray.wait(references, num_returns=1, timeout=1.0)[0]:
+            if reference in self._running:
+                yield from self._finish(reference)
             else:
-                ray.init(address="local", include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = address or "a local cluster"
-        raise BacklensError(f"address: cannot reach Ray at {where}: {_reason(error)}") from error
+                self._fleet.hear(reference)
+        self._fleet.tend()
+
+    def _finish(self, reference: Any) -> Iterator[ShardCommit]:
+        given = self._running.pop(reference)
+        try:
+            with errors_as_ours():
+                ray.get(reference)
+        except ReplicaLost as error:
+            self._lose(given, error)
+            return
+        if not any(other in self._running for other in given.references):
+            self._condemned = 0
+            if given.attempt.number > 1:
+                forget(self._directory, given.attempt.shard.index)
+            yield ray.get(given.references[0])
+
+    def _lose(self, lost: _Given, error: BaseException) -> None:
+        """Replace a dead replica, and put what it had in hand in line."""
+        dropped = {given for given in self._running.values() if given.member is lost.member}
+        self._running = {r: given for r, given in self._running.items() if given not in dropped}
+        self._fleet.lose(lost.member, error)
+        for given in sorted({lost, *dropped}, key=lambda given: given.attempt.shard.index):
+            self._retries += 1
+            self._again.append(self._next(given.attempt, error))
+
+    def _next(self, lost: Attempt, error: BaseException) -> Attempt:
+        shard = lost.shard.index
+        attempt = next_attempt(lost, noted(self._directory, shard) if lost.number > 1 else ())
+        if attempt is not None:
+            self._condemned += len(attempt.condemned) - len(lost.condemned)
+            forget(self._directory, shard)
+        if attempt is None or self._condemned > MOST_CONDEMNED:
+            raise Interrupted(
+                f"shard {shard} was lost with its worker {ATTEMPTS} times "
+                f"({reason(error)}); what is committed stays, the same command goes on from there"
+            )
+        return attempt
 
 
-@contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Ray takes SIGTERM for itself; whoever started the run has said already what it is to do."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit as error:  # what Ray's own handler does
-        raise KeyboardInterrupt from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-
-
-def _resources(options: RayOptions) -> tuple[float, int]:
-    """CPUs and GPUs to ask for per replica."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = [Node(node.get("CPU", 0), node.get("GPU", 0)) for node in alive]
+def _kind(options: RayOptions, job: Job, joinable: bool) -> ReplicaKind:
+    """What replicas are like: by how the model is sharded, and as large as lets all of them fit."""
+    there = nodes()
     gpus = options.gpus_per_replica
     if gpus is None:
-        gpus = int(any(node.gpus for node in nodes))
-    return cpus_per_replica(nodes, options.replicas, gpus), gpus
-
-
-@contextmanager
-def _as_ours() -> Iterator[None]:
-    """Give back the error that a worker raised, as if it had been raised here."""
+        gpus = int(any(node.gpus for node in there))
+    kind, ranks = ActorKind, 1
+    if job.zero3 is not None:
+        kind, ranks, gpus = GangKind, job.zero3.ranks, min(1, gpus)
+    if options.replicas == "auto":
+        return kind(job, cpus_to_fill(there, gpus), gpus)
     try:
-        yield
-    except ActorDiedError as error:
-        _raise_ours(error)
-        if error.actor_init_failed:
-            raise Interrupted(f"a worker could not start: {_reason(error)}") from error
-        raise
-    except RayTaskError as error:
-        _raise_ours(error)
-        raise
-
-
-def _raise_ours(error: BaseException) -> None:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, BacklensError):
-            raise type(cause)(str(getattr(cause, "cause", cause))) from error
-        cause = getattr(cause, "cause", None) or cause.__cause__
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+        cpus = cpus_per_replica(there, options.replicas * ranks, gpus)
+    except BacklensError:
+        if not joinable:
+            raise
+        cpus = cpus_to_fill(there, gpus)  # nodes may join: the replicas wait for them
+    return kind(job, cpus, gpus)

@@ -6,6 +6,8 @@ it is ready or a shard is done, the first one's value counts, and any that fails
 The executor never mends a replica: it kills it, removes its placement group, and starts another.
 """
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,7 +17,9 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.engine.executors import AHEAD
+from pipeline.engine.faults import DeviceLost
 from pipeline.engine.worker import Attempt, Job, Worker
+from pipeline.store.commit import ShardCommit
 
 References = Sequence[Any]
 """Ray's object references, one for each process of a replica."""
@@ -66,7 +70,7 @@ class ActorKind:
         return [{"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})]
 
     def start(self, group: PlacementGroup) -> "ActorReplica":
-        worker = ray.remote(Worker).options(
+        worker = ray.remote(WorkerProcess).options(
             num_cpus=self.cpus,
             num_gpus=self.gpus,
             max_restarts=0,
@@ -74,6 +78,18 @@ class ActorKind:
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
         )
         return ActorReplica(worker.remote(self.job, max(1, int(self.cpus))))
+
+
+class WorkerProcess(Worker):
+    """A worker in a process of its own, which ends with its device: what runs there later would fail as well."""
+
+    def run(self, attempt: Attempt) -> ShardCommit:
+        try:
+            return super().run(attempt)
+        except DeviceLost as error:
+            sys.stderr.write(f"backlens: {error}; this worker ends, its shards go to another\n")
+            sys.stderr.flush()
+            os._exit(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -12,10 +12,13 @@ import pyarrow as pa
 import torch
 
 from pipeline.capture import Outcome
+from pipeline.engine.budget import TokenBudget
 from pipeline.engine.columns import fact_table, failure_table, prompt_table, without_prompts
 from pipeline.engine.extract import Block, Extracted, Wanted, extract, sequence
-from pipeline.engine.memory import release_freed_memory
-from pipeline.engine.packing import pack
+from pipeline.engine.faults import PROMPT_ERRORS, DeviceLost, is_device_lost, is_out_of_memory
+from pipeline.engine.memory import MemoryGauge, release_all, release_freed_memory
+from pipeline.engine.notes import note
+from pipeline.engine.packing import Packer
 from pipeline.engine.versions import package_versions
 from pipeline.errors import BacklensError
 from pipeline.lens import Scaling, make_lens, verify_lens
@@ -24,10 +27,24 @@ from pipeline.models.spread import Spread
 from pipeline.models.zero3 import Zero3, whole_for_the_lens
 from pipeline.prompts.record import Prompt, Rejected
 from pipeline.prompts.shards import Shard
+from pipeline.prompts.source import one_line
 from pipeline.prompts.tokenize import Example, PrependBos, context_length, tokenize
 from pipeline.screening import Precision
 from pipeline.store.commit import ShardCommit, commit_shard, find_commit
 from pipeline.store.files import Directory
+
+FAILED = "failed_"
+"""Begins the name of a count of failed prompts in a commit's stats; what follows is their kind."""
+SECONDS = "seconds_"
+"""Begins the name of a stage's time."""
+FAILING = 8
+"""Prompts that raise before any was computed: beyond that it is not the prompts."""
+
+NOT_FINITE = "the loss or a gradient is not a finite number; try --dtype float32"
+OUT_OF_MEMORY = "does not fit into memory, not even alone and with its activations computed twice"
+WORKER_DIED = (
+    "the worker's process died each time it computed this prompt; it may need more memory than there is"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +61,7 @@ class Job:
     screening: Precision
     prepend_bos: PrependBos
     chat_template: bool
-    batch_tokens: int
+    batch_tokens: int | Literal["auto"]
     activation_checkpointing: bool
     on_error: Literal["record", "fail"]
     directory: Directory
@@ -52,10 +69,19 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A shard to compute, and what is known of earlier attempts that ended with their worker."""
+    """A shard to compute, and what is known from attempts that ended with their worker."""
 
     shard: Shard
     number: int = 1
+    """From the second on, the worker has no other shard and notes which prompts are in flight."""
+    suspects: tuple[int, ...] = ()
+    """Prompts to compute first, one at a time."""
+    condemned: frozenset[int] = frozenset()
+    """Prompts to record as failures and leave out."""
+
+    def among_suspects(self, examples: Sequence[Example]) -> set[int]:
+        """Indices of the examples to compute first."""
+        return {i for i, e in enumerate(examples) if e.prompt.prompt_id in self.suspects}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +109,9 @@ class Worker:
         self._lens = make_lens(whole_for_the_lens(parts) if job.zero3 else parts, job.scaling)
         verify_lens(self._loaded.model, self._loaded.anatomy, self._lens)
         self._context = context_length(self._loaded.model.config)
+        self._budget = TokenBudget(job.batch_tokens, self._loaded.device)
+        self._any_computed = False
+        self._raised = 0
         # One thread computes, whichever thread called: the allocator keeps freed memory by thread, and a second
         # one would keep as much again.
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="compute")
@@ -100,16 +129,18 @@ class Worker:
             return done
         started = time.perf_counter()
         with self._tokenizing:
-            examples, rejected = self._tokenize(shard)
+            examples, rejected = self._tokenize(shard, attempt.condemned)
         tokenizing = time.perf_counter() - started
         computed = self._computing.submit(self._compute, examples, attempt).result()
         computed.seconds["tokenize"] = tokenizing
-        return self._commit(shard, computed, rejected)
+        return self._commit(attempt, computed, rejected)
 
-    def _tokenize(self, shard: Shard) -> tuple[list[Example], list[Rejected]]:
+    def _tokenize(
+        self, shard: Shard, condemned: Collection[int] = ()
+    ) -> tuple[list[Example], list[Rejected]]:
         prompts = [record for record in shard.records if isinstance(record, Prompt)]
         results = tokenize(
-            prompts,
+            [prompt for prompt in prompts if prompt.prompt_id not in condemned],
             self._loaded.tokenizer,
             prepend_bos=self._job.prepend_bos,
             target_mode=self._job.wanted.target_mode,
@@ -117,41 +148,97 @@ class Worker:
             chat_template=self._job.chat_template,
         )
         rejected = [record for record in (*shard.records, *results) if isinstance(record, Rejected)]
+        rejected += [
+            _rejected(prompt, "worker-died", WORKER_DIED)
+            for prompt in prompts
+            if prompt.prompt_id in condemned
+        ]
         self._refuse(rejected)
         return [result for result in results if isinstance(result, Example)], rejected
 
-    def _compute(self, examples: Sequence[Example], _attempt: Attempt) -> "Computed":
+    def _compute(self, examples: Sequence[Example], attempt: Attempt) -> "Computed":
+        lengths = self._lengths(examples)
+        packer = Packer(lengths, attempt.among_suspects(examples))
         computed = Computed()
-        # Autograd would keep every offloaded block's weights on the device until the backward pass.
-        recompute = self._job.activation_checkpointing or self._loaded.offloaded
-        for indices in pack(self._lengths(examples), self._job.batch_tokens):
-            self._extract([examples[index] for index in indices], computed, recompute)
-            release_freed_memory()
-        self._refuse([overflow(example) for example in computed.overflowed])
+        while packer:
+            indices = packer.take(self._budget.at)
+            batch = [examples[index] for index in indices]
+            if attempt.number > 1:
+                note(self._job.directory, attempt.shard.index, [e.prompt.prompt_id for e in batch])
+            gauge = MemoryGauge()
+            error = self._try(batch, computed)
+            tokens = len(batch) * lengths[indices[-1]]
+            if error is None:
+                self._budget.learn(gauge, len(batch), lengths[indices[-1]])
+                computed.padded += tokens
+            elif len(batch) == 1:
+                computed.failed.append(self._failure(batch[0], error))
+            elif is_out_of_memory(error):
+                self._budget.halve(tokens)
+                computed.out_of_memory += 1
+                packer.put_back(indices)
+            else:
+                packer.halve(indices)
+        self._refuse(computed.failed)
         return computed
 
     def _lengths(self, examples: Sequence[Example]) -> list[int]:
         return [sum(map(len, sequence(example, self._job.wanted.target_mode))) - 1 for example in examples]
 
-    def _extract(self, batch: Sequence[Example], computed: "Computed", recompute: bool) -> None:
-        extracted = extract(
-            self._loaded,
-            self._lens,
-            batch,
-            self._job.wanted,
-            screening=self._job.screening,
-            recompute=recompute,
-        )
-        computed.add(batch, extracted)
+    def _try(self, batch: Sequence[Example], computed: "Computed") -> Exception | None:
+        """Compute a batch; an error that its prompts or its size may be to blame for is returned."""
+        # Autograd would keep every offloaded block's weights on the device until the backward pass.
+        recompute = self._job.activation_checkpointing or self._loaded.offloaded
+        error = self._extract(batch, computed, recompute)
+        if error is not None and is_out_of_memory(error):
+            release_all()
+            if len(batch) == 1 and not recompute:
+                error = self._extract(batch, computed, recompute=True)
+        release_freed_memory()
+        return error
 
-    def _commit(self, shard: Shard, computed: "Computed", rejected: list[Rejected]) -> ShardCommit:
-        started = time.perf_counter()
+    def _extract(self, batch: Sequence[Example], computed: "Computed", recompute: bool) -> Exception | None:
+        try:
+            extracted = extract(
+                self._loaded,
+                self._lens,
+                batch,
+                self._job.wanted,
+                screening=self._job.screening,
+                recompute=recompute,
+            )
+        except PROMPT_ERRORS as error:
+            if is_device_lost(error):
+                raise DeviceLost(f"the device failed ({one_line(str(error))})") from error
+            # What was computed up to here hangs on the traceback.
+            return error.with_traceback(None) if is_out_of_memory(error) else error
+        computed.add(batch, extracted)
+        self._any_computed = True
+        return None
+
+    def _failure(self, example: Example, error: Exception) -> Rejected:
+        """The row of a prompt that failed alone. A model that fails at everything is no matter of prompts."""
+        if is_out_of_memory(error):
+            return _rejected(example.prompt, "out-of-memory", OUT_OF_MEMORY)
+        self._raised += 1
+        if self._raised == FAILING and not self._any_computed:
+            raise error
+        return _rejected(example.prompt, "raised", f"{type(error).__name__}: {error}")
+
+    def _commit(self, attempt: Attempt, computed: "Computed", rejected: Sequence[Rejected]) -> ShardCommit:
+        started, shard = time.perf_counter(), attempt.shard
         tables = computed.tables(self._job.wanted.save_factors)
-        tables["failures"] = failure_table([*rejected, *map(overflow, computed.overflowed)])
+        failed = [*rejected, *computed.failed]
+        tables["failures"] = failure_table(failed)
         stats = {
             "tokens": float(sum(len(example.token_ids) for example in computed.examples)),
-            **{f"seconds_{stage}": seconds for stage, seconds in computed.seconds.items()},
-            "seconds_tables": time.perf_counter() - started,
+            "padded_tokens": float(computed.padded),
+            "batch_tokens": float(self._budget.most),
+            "out_of_memory": float(computed.out_of_memory),
+            "attempt": float(attempt.number),
+            **{FAILED + kind: float(count) for kind, count in Counter(r.error for r in failed).items()},
+            **{SECONDS + stage: seconds for stage, seconds in computed.seconds.items()},
+            SECONDS + "tables": time.perf_counter() - started,
         }
         return commit_shard(
             self._job.directory,
@@ -174,42 +261,44 @@ class Computed:
     def __init__(self) -> None:
         self.examples: list[Example] = []
         self.outcomes: list[Outcome] = []
-        self.overflowed: list[Example] = []
+        self.failed: list[Rejected] = []
         self.blocks: defaultdict[str, list[Block]] = defaultdict(list)
         self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    def add(self, batch: Sequence[Example], extracted: Extracted) -> None:
-        self.examples += batch
-        self.outcomes.append(extracted.outcome)
-        self.overflowed += [e for e, fine in zip(batch, extracted.finite.tolist(), strict=True) if not fine]
-        self._add_rows(extracted.blocks, extracted.seconds)
+        self.padded = 0
+        """Tokens of the batches, padding included."""
+        self.out_of_memory = 0
+        """Batches that did not fit."""
+        self._overflowed: list[int] = []
 
     def merge(self, other: "Computed") -> None:
         """Take in what another process computed of the same shard."""
         self.examples += other.examples
         self.outcomes += other.outcomes
-        self.overflowed += other.overflowed
-        self._add_rows(other.blocks, other.seconds)
+        self.failed += other.failed
+        self._overflowed += other._overflowed
+        for name, blocks in other.blocks.items():
+            self.blocks[name] += blocks
+        for stage, seconds in other.seconds.items():
+            self.seconds[stage] += seconds
 
-    def _add_rows(self, blocks: Mapping[str, list[Block]], seconds: Mapping[str, float]) -> None:
-        for name, more in blocks.items():
-            self.blocks[name] += more
-        for stage, taken in seconds.items():
-            self.seconds[stage] += taken
+    def add(self, batch: Sequence[Example], extracted: Extracted) -> None:
+        self.examples += batch
+        self.outcomes.append(extracted.outcome)
+        for example, fine in zip(batch, extracted.finite.tolist(), strict=True):
+            if not fine:
+                self._overflowed.append(example.prompt.prompt_id)
+                self.failed.append(_rejected(example.prompt, "not-finite", NOT_FINITE))
+        for name, blocks in extracted.blocks.items():
+            self.blocks[name] += blocks
+        for stage, seconds in extracted.seconds.items():
+            self.seconds[stage] += seconds
 
     def tables(self, save_factors: bool) -> dict[str, pa.Table]:
         names = ("layers", "neurons", "tokens", *(["factors"] if save_factors else []))
         tables = {name: fact_table(name, self.blocks.pop(name, [])) for name in names}
         tables["prompts"] = prompt_table(self.examples, self.outcomes)
-        dropped = [example.prompt.prompt_id for example in self.overflowed]
-        return {name: without_prompts(table, dropped) for name, table in tables.items()}
+        return {name: without_prompts(table, self._overflowed) for name, table in tables.items()}
 
 
-def overflow(example: Example) -> Rejected:
-    prompt = example.prompt
-    return Rejected(
-        prompt.prompt_id,
-        "compute",
-        "not-finite",
-        f"{prompt.where}: the loss or a gradient is not a finite number; try --dtype float32",
-    )
+def _rejected(prompt: Prompt, error: str, message: str) -> Rejected:
+    return Rejected(prompt.prompt_id, "compute", error, one_line(f"{prompt.where}: {message}"))

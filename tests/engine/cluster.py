@@ -68,6 +68,61 @@ def one_node_cluster(cpus: int = 3, job_server: int | None = None) -> Iterator[t
         shutil.rmtree(folder, ignore_errors=True)
 
 
+class Nodes:
+    """A cluster of several nodes on this machine, each a tree of processes of its own."""
+
+    def __init__(self, address: str, head: int, folder: str) -> None:
+        self.address = address
+        self.head = head
+        self._folder = folder
+        self._others: list[subprocess.Popen[bytes]] = []
+
+    def add(self, cpus: int = 1) -> None:
+        """One more node; does not wait for it."""
+        names = [name for name in PORTS if name not in ("port", "ray-client-server-port")]
+        with Path(self._folder, f"node-{len(self._others)}.log").open("a") as stream:
+            self._others.append(
+                subprocess.Popen(
+                    [
+                        str(Path(sys.executable).parent / "ray"),
+                        *("start", f"--address={self.address}", "--block", "--disable-usage-stats"),
+                        *(f"--object-store-memory={SMALLEST_STORE}", f"--num-cpus={cpus}", "--num-gpus=0"),
+                        *("--min-worker-port=0", "--max-worker-port=0"),
+                        *(f"--{n}={port}" for n, port in zip(names, free_ports(len(names)), strict=True)),
+                    ],
+                    env=environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+
+    def drop(self, number: int = 0) -> None:
+        """Kill a node that is not the head, with every process on it, at one instant."""
+        node = self._others.pop(number)
+        everything = [psutil.Process(node.pid), *descendants(node.pid)] if node.poll() is None else []
+        kill(everything)
+        node.wait()
+
+    def __len__(self) -> int:
+        return 1 + len(self._others)
+
+
+@contextmanager
+def several_nodes(count: int) -> Iterator[Nodes]:
+    """A head and others, of one CPU each; the others may still be on their way."""
+    with one_node_cluster(cpus=1) as (address, head), tempfile.TemporaryDirectory() as folder:
+        nodes = Nodes(address, head, folder)
+        try:
+            for _ in range(count - 1):
+                nodes.add()
+            yield nodes
+        finally:
+            while len(nodes) > 1:
+                nodes.drop()
+
+
 def descendants(pid: int) -> list[psutil.Process]:
     with suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).children(recursive=True)

@@ -1,0 +1,54 @@
+"""How many tokens a batch may have: what was asked for, or what the first small batches show to fit."""
+
+from typing import Literal
+
+import torch
+
+from pipeline.engine.memory import MemoryGauge
+
+ON_CPU = 512
+"""Tokens that keep a CPU busy and its caches warm; more are no faster."""
+ON_GPU = 8192
+SHARE = 0.6
+"""Of the memory there is, what a batch is let have: estimates err, and the next shard's rows are there too."""
+
+
+def most_tokens(asked: int | Literal["auto"], device: str) -> int:
+    """The largest budget on a type of device."""
+    return (ON_CPU if device == "cpu" else ON_GPU) if asked == "auto" else asked
+
+
+class TokenBudget:
+    """The budget of one worker, which learns from its batches.
+
+    `auto` begins with an eighth of what suits the device. What a batch took, for each of its tokens, bounds what a
+    larger one of that length takes, since some of it does not grow with tokens; tokens of longer prompts are taken to
+    need more in proportion, as in attention. Where a batch does not fit after all, half of it is the budget from
+    then on.
+    """
+
+    def __init__(self, asked: int | Literal["auto"], device: torch.device) -> None:
+        self.most = most_tokens(asked, device.type)
+        """Tokens that no batch exceeds."""
+        self._learns = asked == "auto"
+        self._fits: tuple[float, int] | None = None
+        """Tokens that would have fit, and the length of the prompts of the batch that says so."""
+
+    def at(self, length: int) -> int:
+        """Tokens for a batch of prompts of this length, padding included."""
+        if not self._learns:
+            return self.most
+        if self._fits is None:
+            return max(1, self.most // 8)
+        tokens, measured = self._fits
+        return max(1, min(self.most, int(tokens * min(1.0, measured / length))))
+
+    def learn(self, gauge: MemoryGauge, count: int, length: int) -> None:
+        """Take in what a batch of `count` prompts, padded to `length`, took of the memory."""
+        shares = [SHARE * free / max(taken, 1) for taken, free in gauge.taken()]
+        if self._learns:
+            self._fits = (min(shares, default=1.0) * count * length, length)
+
+    def halve(self, tokens: int) -> None:
+        """A batch of so many tokens did not fit."""
+        self.most = max(1, min(self.most, tokens) // 2)

@@ -1,0 +1,31 @@
+"""What a worker writes down before it computes what may have killed another: the prompts that are in flight.
+
+One small file beside the shard's record, on the storage that outlives worker and node; gone when the shard is done.
+"""
+
+import json
+from collections.abc import Sequence
+
+from pipeline.store.commit import COMMITS
+from pipeline.store.files import Directory
+
+
+def note(directory: Directory, shard: int, prompt_ids: Sequence[int]) -> None:
+    """Say that these prompts are computed next."""
+    directory.write_atomically(_name(shard), json.dumps({"in_flight": list(prompt_ids)}).encode())
+
+
+def noted(directory: Directory, shard: int) -> tuple[int, ...]:
+    """The prompts of the shard's last note; none if there is no note."""
+    try:
+        return tuple(json.loads(directory.read(_name(shard)))["in_flight"])
+    except FileNotFoundError:
+        return ()
+
+
+def forget(directory: Directory, shard: int) -> None:
+    directory.remove(_name(shard))
+
+
+def _name(shard: int) -> str:
+    return f"{COMMITS}/{shard:06d}.attempt"

@@ -1,0 +1,90 @@
+"""The connection to Ray, and Ray's errors as ours."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnschedulableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
+
+from pipeline.engine.placement import Node
+from pipeline.errors import BacklensError, Interrupted
+
+ReplicaLost = (RayActorError, ActorUnschedulableError, NodeDiedError, OutOfMemoryError)
+"""What a replica's references raise when it died, its node did, or Ray killed it before the node was out of memory."""
+
+
+def connect(address: str | None) -> bool:
+    """Connect to a cluster, or start one on this machine; True if it is one that others can join."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    try:
+        with _sigterm_kept():
+            if address:
+                ray.init(address=address, **quiet)
+            else:
+                ray.init(address="local", include_dashboard=False, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = address or "a local cluster"
+        raise BacklensError(f"address: cannot reach Ray at {where}: {reason(error)}") from error
+    return address is not None and address != "local"
+
+
+def nodes() -> list[Node]:
+    """The machines that are alive."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(node.get("CPU", 0), node.get("GPU", 0)) for node in alive]
+
+
+@contextmanager
+def errors_as_ours() -> Iterator[None]:
+    """Give back the error that a worker raised, as if it had been raised here."""
+    try:
+        yield
+    except ActorDiedError as error:
+        _raise_ours(error)
+        if error.actor_init_failed:
+            raise Interrupted(f"a worker could not start: {reason(error)}") from error
+        raise
+    except RayTaskError as error:
+        _raise_ours(error)
+        raise
+
+
+def reason(error: BaseException) -> str:
+    """The last line of what Ray says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _raise_ours(error: BaseException) -> None:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, BacklensError):
+            raise type(cause)(str(getattr(cause, "cause", cause))) from error
+        cause = getattr(cause, "cause", None) or cause.__cause__
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray takes SIGTERM for itself; whoever started the run has said already what it is to do."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:  # what Ray's own handler does
+        raise KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
