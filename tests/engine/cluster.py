@@ -129,9 +129,10 @@ def descendants(pid: int) -> list[psutil.Process]:
     return []
 
 
-def workers(pid: int) -> list[psutil.Process]:
+def workers(pid: int, *classes: str) -> list[psutil.Process]:
     """The actors below a process; Ray writes the class into their title."""
-    return [process for process in descendants(pid) if _title(process).startswith("ray::Worker")]
+    titles = tuple(f"ray::{name}" for name in classes or ("Worker",))
+    return [process for process in descendants(pid) if _title(process).startswith(titles)]
 
 
 def is_agent(process: psutil.Process) -> bool:

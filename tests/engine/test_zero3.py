@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.cluster import alive, descendants, kill
+from tests.engine.cluster import alive, kill, workers
 from tests.engine.command import (
     assert_complete,
     assert_same_run,
@@ -84,8 +84,8 @@ def test_a_gang_that_lost_a_rank_is_rebuilt_and_its_shards_are_computed_again(
 
     driver = start(*command(gpt2, prompts, parted), *ZERO3, "--address", address)
     wait_for(lambda: commits(parted) or driver.poll() is not None, every=0.01)
-    gang = ranks(head)
-    kill([process for process in gang if process.cmdline()[0].startswith("ray::Peer")])
+    gang = workers(head, "Leader", "Peer")
+    kill(workers(head, "Peer"))
     done = finish(driver)
 
     assert done.status == 0, done.stderr
@@ -94,14 +94,6 @@ def test_a_gang_that_lost_a_rank_is_rebuilt_and_its_shards_are_computed_again(
     assert not alive(gang)
     assert_complete(parted, PROMPTS)
     assert_same_run(whole, parted)
-
-
-def ranks(head: int) -> list:
-    return [
-        process
-        for process in descendants(head)
-        if process.cmdline()[0].startswith(("ray::Peer", "ray::Leader"))
-    ]
 
 
 @pytest.mark.parametrize(
