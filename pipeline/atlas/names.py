@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.atlas.snapshot import Snapshot
 from pipeline.errors import BacklensError
@@ -71,19 +73,31 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 def with_texts(opened: duckdb.DuckDBPyConnection, rows: pa.Table) -> pa.Table:
     """The rows with tokens in the place of lists of their ids, in columns named accordingly."""
     names = [name for name in rows.column_names if name.endswith("_ids")]
-    lists = {name: rows.column(name).to_pylist() for name in names}
-    ids = sorted({i for column in lists.values() for row in column if row is not None for i in row})
     if not names:
         return rows
-    found = _select(opened, "SELECT token_id, token FROM vocab WHERE list_contains($ids, token_id)", ids=ids)
-    texts = dict(zip(found.column("token_id").to_pylist(), found.column("token").to_pylist(), strict=True))
-    for name, column in lists.items():
-        tokens = [None if row is None else [texts.get(i, f"<{i}>") for i in row] for row in column]
+    columns = {name: rows.column(name).combine_chunks() for name in names}
+    ids = pc.unique(pa.concat_arrays([column.flatten() for column in columns.values()]))
+    vocab = _select(
+        opened,
+        "SELECT token_id, token FROM vocab WHERE token_id IN (SELECT unnest($ids::INTEGER[]))",
+        ids=ids.to_pylist(),
+    )
+    for name, column in columns.items():
         place = rows.column_names.index(name)
-        rows = rows.set_column(
-            place, name.removesuffix("_ids") + "_tokens", pa.array(tokens, pa.list_(pa.string()))
-        )
+        rows = rows.set_column(place, name.removesuffix("_ids") + "_tokens", _texts(column, vocab))
     return rows
+
+
+def _texts(column: pa.ListArray, vocab: pa.Table) -> pa.ListArray:
+    """Lists of tokens, `<id>` for one that the vocabulary does not have."""
+    ids = column.flatten()
+    known = pc.take(
+        vocab.column("token").combine_chunks(), pc.index_in(ids, vocab.column("token_id").combine_chunks())
+    )
+    unknown = pc.binary_join_element_wise("<", ids.cast(pa.string()), ">", "")
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pc.coalesce(known, unknown), mask=column.is_null())
 
 
 def _select(opened: duckdb.DuckDBPyConnection, query: str, **parameters: Any) -> pa.Table:

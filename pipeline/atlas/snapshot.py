@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import duckdb
 
 from pipeline.atlas.manifest import CutOff, Manifest, find_manifest, source_of
-from pipeline.atlas.sql import connection
-from pipeline.store.commit import committed
+from pipeline.atlas.sql import MEMORY_LIMIT, connection
+from pipeline.store.commit import committed, table_file
 from pipeline.store.files import Directory
 from pipeline.store.rundir import RunRecord, load_run
 from pipeline.store.vocab import VOCAB_FILE
@@ -68,8 +68,18 @@ class Snapshot:
         return "; ".join(notes) or None
 
     def connection(
-        self, seconds: float, other: "Snapshot | None" = None
+        self, seconds: float, other: "Snapshot | None" = None, memory: str = MEMORY_LIMIT
     ) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
         """A connection that sees these tables, and those of `other` in the schema `other`."""
         beside = None if other is None else (other.directory, other.files)
-        return connection(self.directory, self.files, seconds, beside)
+        return connection(self.directory, self.files, seconds, beside, memory)
+
+    def around(self, prompt_id: int) -> "Snapshot":
+        """The same with the files of one prompt's shard alone, and without an atlas; as it is if there are none."""
+        shard = prompt_id // self.record.plan.shard_prompts
+        own = {
+            table: [path for path in self.files[table] if path.endswith(f"/{table_file(table, shard)}")]
+            for table in TABLES
+            if table != "vocab"
+        }
+        return replace(self, files=own | {"vocab": self.files["vocab"]}) if own["prompts"] else self
