@@ -125,7 +125,7 @@ class Atlas:
 
     def prompt(self, prompt_id: int) -> Answer:
         """One prompt's row of `prompts`: its text, target and loss among them."""
-        with self._around(prompt_id) as opened:
+        with self.snapshot.prompt_connection(prompt_id, self.seconds, self.memory) as opened:
             return Answer(names.check_prompt(self.snapshot, opened, prompt_id))
 
     def by_prompt(
@@ -234,10 +234,6 @@ class Atlas:
     def _connection(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
         return self.snapshot.connection(self.seconds, memory=self.memory)
 
-    def _around(self, prompt_id: int) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
-        """A prompt's rows are in one shard: the files of the others need not be opened."""
-        return self.snapshot.around(prompt_id).connection(self.seconds, memory=self.memory)
-
     def _of_token(self, question: str, token: str, **given: Any) -> Answer:
         with self._connection() as opened:
             names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
@@ -251,7 +247,7 @@ class Atlas:
             return _answer(opened, question, given | {"expert": wanted.expert, "limit": limit})
 
     def _of_prompt(self, question: str, prompt_id: int, **given: Any) -> Answer:
-        with self._around(prompt_id) as opened:
+        with self.snapshot.prompt_connection(prompt_id, self.seconds, self.memory) as opened:
             names.check_prompt(self.snapshot, opened, prompt_id)
             names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
             return _answer(opened, question, given | {"prompt_id": prompt_id})

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import duckdb
 
@@ -74,12 +74,18 @@ class Snapshot:
         beside = None if other is None else (other.directory, other.files)
         return connection(self.directory, self.files, seconds, beside, memory)
 
-    def around(self, prompt_id: int) -> "Snapshot":
-        """The same with the files of one prompt's shard alone, and without an atlas; as it is if there are none."""
+    def prompt_connection(
+        self, prompt_id: int, seconds: float, memory: str = MEMORY_LIMIT
+    ) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        """A connection for questions about one prompt: it sees that prompt's shard, and no atlas.
+
+        Of a prompt whose shard is not there it sees all shards, to say what there is.
+        """
         shard = prompt_id // self.record.plan.shard_prompts
         own = {
             table: [path for path in self.files[table] if path.endswith(f"/{table_file(table, shard)}")]
             for table in TABLES
             if table != "vocab"
         }
-        return replace(self, files=own | {"vocab": self.files["vocab"]}) if own["prompts"] else self
+        files = own | {"vocab": self.files["vocab"]} if own["prompts"] else self.files
+        return connection(self.directory, files, seconds, memory=memory, facts_only=True)

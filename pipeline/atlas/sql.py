@@ -55,10 +55,12 @@ def connection(
     seconds: float,
     other: tuple[Directory, Mapping[str, Sequence[str]]] | None = None,
     memory: str = MEMORY_LIMIT,
+    facts_only: bool = False,
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection that sees `files` (by table) as views and reaches nothing else, for so many seconds.
 
-    Another run's tables, if they are given, are views of the schema `other`.
+    Another run's tables, if they are given, are views of the schema `other`. `facts_only` leaves the atlas's tables
+    out: to bind them takes longer than many a question.
     """
     opened = duckdb.connect(":memory:", config={"python_enable_replacements": False})
     late = threading.Timer(seconds, opened.interrupt)
@@ -74,6 +76,8 @@ def connection(
         )
         for schema, (_, tables) in runs.items():
             _create_views(opened, tables, schema)
+        if not facts_only:
+            _create_atlas_views(opened, runs[MAIN][1])
         opened.execute("SET lock_configuration = true")
         late.start()
         yield opened
@@ -95,21 +99,24 @@ def _restrict(opened: duckdb.DuckDBPyConnection, paths: Sequence[str], memory: s
 
 
 def _create_views(opened: duckdb.DuckDBPyConnection, files: Mapping[str, Sequence[str]], schema: str) -> None:
-    """The run's tables; and those of the atlas from its files, or else as they are defined."""
+    """The run's tables."""
     for table, declared in TABLES.items():
         if paths := files.get(table):
             opened.execute(f"CREATE VIEW {schema}.{table} AS FROM {read_parquet(paths)}")
         else:
             opened.register(f"empty_{schema}_{table}", declared.empty())
             opened.execute(f"CREATE VIEW {schema}.{table} AS FROM empty_{schema}_{table}")
-    if schema == MAIN:
-        for table, declared in ATLAS_TABLES.items():
-            if paths := files.get(table):
-                opened.execute(f"CREATE VIEW {table} AS FROM {read_parquet(paths)}")
-            elif table in DEFINITIONS:
-                opened.execute(f"CREATE VIEW {table} AS {DEFINITIONS[table]}")
-            else:
-                opened.register(table, declared.empty())
+
+
+def _create_atlas_views(opened: duckdb.DuckDBPyConnection, files: Mapping[str, Sequence[str]]) -> None:
+    """The tables of the atlas: from its files, or else as they are defined."""
+    for table, declared in ATLAS_TABLES.items():
+        if paths := files.get(table):
+            opened.execute(f"CREATE VIEW {table} AS FROM {read_parquet(paths)}")
+        elif table in DEFINITIONS:
+            opened.execute(f"CREATE VIEW {table} AS {DEFINITIONS[table]}")
+        else:
+            opened.register(table, declared.empty())
 
 
 def read_parquet(paths: Sequence[str]) -> str:
