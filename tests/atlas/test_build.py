@@ -56,7 +56,7 @@ def null_last(row: dict[str, Any], names: tuple[str, ...]) -> list[tuple]:
 def test_files_are_as_declared_sorted_and_hold_every_row(
     tmp_path: Path, experts: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(build, "TOKEN_PIECE_ROWS", 50)
+    monkeypatch.setattr(build, "TOKEN_PIECE_ROWS", 200)
     example_run(Directory.at(tmp_path), experts=experts)
     manifest = build_atlas(str(tmp_path))
     assert len(manifest.files["token_topk"]) > 2
