@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ def ask(folder: str) -> None:
         f"{row['layer']}.{row['module']}.{row['neuron']}"
         for row in atlas.sql("FROM neuron_summary ORDER BY prompts DESC", 7).to_pylist()
     ]
-    questions: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
+    questions: dict[str, tuple[Callable[[Any], Any], Sequence[Any]]] = {
         "neuron: summary": (atlas.neuron_summary, neurons),
         "neuron: prompts": (lambda neuron: atlas.by_neuron(neuron, 20), neurons),
         "neuron: prompts, most kept": (lambda neuron: atlas.by_neuron(neuron, 20), strongest),

@@ -7,7 +7,6 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.atlas.snapshot import Snapshot
 from pipeline.errors import BacklensError
@@ -76,28 +75,24 @@ def with_texts(opened: duckdb.DuckDBPyConnection, rows: pa.Table) -> pa.Table:
     if not names:
         return rows
     columns = {name: rows.column(name).combine_chunks() for name in names}
-    ids = pc.unique(pa.concat_arrays([column.flatten() for column in columns.values()]))
-    vocab = _select(
+    ids = pa.concat_arrays([column.flatten() for column in columns.values()]).unique().to_pylist()
+    found = _select(
         opened,
         "SELECT token_id, token FROM vocab WHERE token_id IN (SELECT unnest($ids::INTEGER[]))",
-        ids=ids.to_pylist(),
+        ids=ids,
     )
+    known = dict(zip(found.column("token_id").to_pylist(), found.column("token").to_pylist(), strict=True))
+    texts = {token_id: known.get(token_id, f"<{token_id}>") for token_id in ids}
     for name, column in columns.items():
-        place = rows.column_names.index(name)
-        rows = rows.set_column(place, name.removesuffix("_ids") + "_tokens", _texts(column, vocab))
+        tokens = pa.array([texts[token_id] for token_id in column.flatten().to_pylist()], pa.string())
+        lengths = np.diff(column.offsets.to_numpy()) * ~column.is_null().to_numpy(zero_copy_only=False)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+        rows = rows.set_column(
+            rows.column_names.index(name),
+            name.removesuffix("_ids") + "_tokens",
+            pa.ListArray.from_arrays(offsets, tokens, mask=column.is_null()),
+        )
     return rows
-
-
-def _texts(column: pa.ListArray, vocab: pa.Table) -> pa.ListArray:
-    """Lists of tokens, `<id>` for one that the vocabulary does not have."""
-    ids = column.flatten()
-    known = pc.take(
-        vocab.column("token").combine_chunks(), pc.index_in(ids, vocab.column("token_id").combine_chunks())
-    )
-    unknown = pc.binary_join_element_wise("<", ids.cast(pa.string()), ">", "")
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-    return pa.ListArray.from_arrays(offsets, pc.coalesce(known, unknown), mask=column.is_null())
 
 
 def _select(opened: duckdb.DuckDBPyConnection, query: str, **parameters: Any) -> pa.Table:

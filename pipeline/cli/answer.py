@@ -53,11 +53,12 @@ def print_answer(out: str, question: Question, style: Style) -> int:
     if atlas.note:
         print(atlas.note, file=sys.stderr)
     show = _show(question, kind)
+    answer = _answer(atlas, question, kind, show)  # first, so that nothing is printed before a refusal
     if style == "table" and kind == "prompt" and question.prompt is not None:
         _print_prompt(atlas.prompt(question.prompt).to_pylist()[0])
         if question.compare is not None:
             _print_prompt(atlas.prompt(_prompt_number(question.compare)).to_pylist()[0])
-    _print(_answer(atlas, question, kind, show).table, style)
+    _print(answer.table, style)
     if style == "table" and _is_of_neurons(kind, show):
         print(atlas.cut_off)
     if style == "table" and show == "summary" and atlas.weights_note:

@@ -45,7 +45,7 @@ def _matrix(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
     # Packed into other types and shapes (8 and 4 bits), it is what the module makes of each unit vector.
     found = widths(module)
     assert found is not None
-    unit = torch.eye(found[0], device=weight.device)
-    bias = module.bias if isinstance(getattr(module, "bias", None), Tensor) else None
-    output = module(unit.to(torch.float32 if bias is None else bias.dtype))
-    return output if bias is None else output - bias
+    bias = getattr(module, "bias", None)
+    wide = bias.dtype if isinstance(bias, Tensor) else torch.float32
+    output = module(torch.eye(found[0], device=weight.device, dtype=wide))
+    return output - bias if isinstance(bias, Tensor) else output
