@@ -1,6 +1,7 @@
 """A piece of an atlas: some tables' rows of one layer or of a range of tokens, from its sources to its files.
 
-Whoever builds it, this process or a Ray worker, leaves the same files: they are sorted by keys that are unique.
+Whoever builds it, this process or a Ray worker, leaves the same rows in the same order, for they are sorted by keys
+that are unique; only means may differ in their last digit, by the order in which threads add up.
 """
 
 import json

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.atlas.manifest import Manifest, find_manifest
 from pipeline.store.files import Directory
+from tests.atlas.test_questions import assert_same
 from tests.engine.command import backlens, called, start, wait_for
 
 OPTIONS = ("--neurons", "4", "--executor", "local")
@@ -31,6 +32,7 @@ def manifest(out: Path) -> Manifest:
 
 
 def assert_same_atlas(one: Path, two: Path) -> None:
+    """Every row, means to rounding: threads may add up in another order."""
     left, right = manifest(one), manifest(two)
     assert left.rows == right.rows
     assert all(left.rows.values()), left.rows
@@ -39,7 +41,7 @@ def assert_same_atlas(one: Path, two: Path) -> None:
             pq.read_table([out / file.path for file in found.files[table]]).to_pylist()
             for out, found in ((one, left), (two, right))
         ]
-        assert rows[0] == rows[1], table
+        assert_same(*rows)
 
 
 @pytest.mark.slow
