@@ -74,18 +74,16 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def plain_lens(family: str, folder: Path, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """A neuron's weights and their scores, by the model's own norm and head in float64."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "model").double()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model").double()
     paths = PATHS[family]
     block = model.get_submodule(f"{paths['blocks']}.{row['layer']}")
     path, third = paths[row["module"]]
-    layer = block.get_submodule(path)
+    layer: Any = block.get_submodule(path)
     weight = layer.weight if family == "gpt2" else layer.weight.T
     if third is not None:
         weight = weight.chunk(3, dim=1)[third]
     vector = weight[row["neuron"]] if row["module"] in WRITES else weight[:, row["neuron"]]
-    head = model.get_output_embeddings()
-    assert head is not None
-    return vector, head(model.get_submodule(paths["norm"])(vector))
+    return vector, model.get_output_embeddings()(model.get_submodule(paths["norm"])(vector))
 
 
 @torch.no_grad()
