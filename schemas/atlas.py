@@ -6,9 +6,9 @@ Only kept neurons are counted, so a neuron that is missing for a prompt was belo
 
 import pyarrow as pa
 
-from schemas.tables import KEYS, MODULE, SCORES, TOKEN_IDS, Column, Table, list_of
+from schemas.tables import KEYS, MODULE, POSITION, SCORES, TOKEN_IDS, Column, Table, list_of
 
-ATLAS_VERSION = 1
+ATLAS_VERSION = 2
 """Raised when a table here changes; an atlas of another version is not read but built again."""
 
 PROMPT_ID, LAYER, MODULE_COLUMN, EXPERT = KEYS
@@ -87,6 +87,23 @@ TOKEN_TOPK = Table(
     columns=(TOKEN_ID, *UNIT, NEURON, *ENTRY),
 )
 
+POSITION_TOPK = Table(
+    name="position_topk",
+    doc="The lists of `tokens`, an entry a row, token after token: at which positions a token stands out.",
+    row_per="prompt × layer × module (× expert) × position × side × place",
+    sorted_by=("token_id", "layer", "module", "expert", "prompt_id", "position", "side", "place"),
+    columns=(
+        Column(
+            "token_id", pa.int32(), "The token in the list, not that at the position; joins `vocab.token_id`."
+        ),
+        *UNIT,
+        PROMPT_ID,
+        POSITION,
+        *ENTRY[1:3],
+        Column("score", pa.float32(), "The token's lens score of the position's vector, in logits."),
+    ),
+)
+
 NEURON_PROMPTS = Table(
     name="neuron_prompts",
     doc="The rows of `neurons` without their lists, neuron after neuron.",
@@ -117,8 +134,8 @@ NEURON_SUMMARY = Table(
     name="neuron_summary",
     doc=(
         "What the prompts say to a neuron, together. An update subtracts gradients, so the tokens of bottom "
-        "lists are promoted and those of top lists demoted. What the neuron's own weights say is not here: "
-        "that takes the model."
+        "lists are promoted and those of top lists demoted. What the neuron's own weights say is in "
+        "`neuron_weights`."
     ),
     row_per="neuron that was kept for a prompt",
     sorted_by=("layer", "module", "expert", "neuron"),
@@ -146,6 +163,41 @@ NEURON_SUMMARY = Table(
         ),
         *_side_columns("promoted", "bottom"),
         *_side_columns("demoted", "top"),
+    ),
+)
+
+
+def _weight_columns(side: str, which: str) -> tuple[Column, ...]:
+    null = "null if they are all zero"
+    return (
+        Column(
+            f"weight_{side}_ids",
+            TOKEN_IDS,
+            f"The tokens with the {which} scores, as `--top-k` has it; {null}.",
+            True,
+        ),
+        Column(
+            f"weight_{side}_scores", SCORES, f"Lens scores of `weight_{side}_ids`, in logits; {null}.", True
+        ),
+    )
+
+
+NEURON_WEIGHTS = Table(
+    name="neuron_weights",
+    doc=(
+        "What a neuron's own weights say through the lens, without any gradient: the row of W that it writes "
+        "(`mlp.down`, `attn.o`), or the column with which it reads (the others), for y = x W. Signs are as the "
+        "weights': an active neuron writes its top tokens. Derived from the run's model; without rows where that "
+        "was not at hand (the manifest's `weights` says why)."
+    ),
+    row_per="neuron that was kept for a prompt",
+    sorted_by=("layer", "module", "expert", "neuron"),
+    columns=(
+        *UNIT,
+        NEURON,
+        Column("weight_norm", pa.float32(), "L2 norm of the row or column."),
+        *_weight_columns("top", "largest"),
+        *_weight_columns("bottom", "smallest"),
     ),
 )
 
@@ -223,6 +275,9 @@ LAYER_CURVES = Table(
 
 ATLAS_TABLES: dict[str, Table] = {
     table.name: table
-    for table in (NEURON_TOPK, TOKEN_TOPK, NEURON_PROMPTS, NEURON_SUMMARY, TOKEN_SUMMARY, LAYER_CURVES)
+    for table in (
+        *(NEURON_TOPK, TOKEN_TOPK, POSITION_TOPK, NEURON_PROMPTS),
+        *(NEURON_SUMMARY, NEURON_WEIGHTS, TOKEN_SUMMARY, LAYER_CURVES),
+    )
 }
 """Every derived table by name, in the order in which they are documented."""

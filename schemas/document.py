@@ -21,7 +21,8 @@ ATLAS = """\
 `backlens atlas OUT` derives these tables from the others and writes them under `OUT/atlas/`, a layer at a time, and
 what is sorted by token in ranges of tokens. `atlas/manifest.json`, written last, lists their files and the digest of
 the commits that they were made from: a reader takes the files it lists, and only while that digest is the run's.
-In SQL (`backlens query --sql`) they can be read without an atlas too; then they are derived on the way.
+In SQL (`backlens query --sql`) they can be read without an atlas too; then they are derived on the way, but for
+`neuron_weights`, which comes from the run's model.
 
 They count list entries: a token in the top or bottom list of a kept neuron for one prompt. Only the strongest
 neurons of a prompt are kept (the manifest's `cut_off`): one that is missing for a prompt is not zero. An update

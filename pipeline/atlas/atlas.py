@@ -6,8 +6,9 @@
     atlas.by_prompt(17)
     atlas.sql("SELECT module, avg(grad_norm) FROM layers GROUP BY module", limit=100)
 
-All of them return Arrow tables and see the shards that were committed when the run was opened. They read the tables
-that `backlens atlas` wrote if those are of just these shards, and derive them on the way if not: slower, the same.
+All of them return Arrow tables (`Answer`: notebooks show them as HTML) and see the shards that were committed when the
+run was opened. They read the tables that `backlens atlas` wrote if those are of just these shards, and derive them on
+the way if not: slower, the same. Only what neurons' own weights say takes an atlas, for it comes from the model.
 "promoted" counts bottom lists, for an update subtracts gradients, and "demoted" top lists; both count kept neurons
 only (`cut_off`).
 """
@@ -21,9 +22,10 @@ import pyarrow as pa
 
 from pipeline.atlas import names, questions
 from pipeline.atlas.address import Neuron, parse_neuron
+from pipeline.atlas.answer import Answer, table_html
 from pipeline.atlas.manifest import CutOff
 from pipeline.atlas.snapshot import Snapshot
-from pipeline.atlas.sql import run_select
+from pipeline.atlas.sql import MEMORY_LIMIT, run_select
 from pipeline.errors import BacklensError
 from pipeline.store.files import Directory
 
@@ -36,10 +38,26 @@ COLUMNS = ("relation", "subject", "target")
 class Atlas:
     """A run as it was when this was made, to be asked."""
 
-    def __init__(self, out: str | Directory, seconds: float = SECONDS) -> None:
-        """`out` is a run directory, a path or a URL; a question may take `seconds`."""
+    def __init__(self, out: str | Directory, seconds: float = SECONDS, memory: str = MEMORY_LIMIT) -> None:
+        """`out` is a run directory, a path or a URL; a question may take `seconds`, and of memory `memory`."""
         self.snapshot = Snapshot.open(out)
         self.seconds = seconds
+        self.memory = memory
+
+    def _repr_html_(self) -> str:
+        """The run in a few rows, for notebooks."""
+        record, files = self.snapshot.record, self.snapshot.files
+        facts = {
+            "run": str(self.snapshot.directory),
+            "model": str(record.model.get("name")),
+            "shards": f"{self.snapshot.shards} of {record.plan.shards}",
+            "neurons": str(self.cut_off),
+            "atlas": "current" if self.snapshot.is_current else "none: answers are derived on the way",
+            "tables": ", ".join(name for name, paths in files.items() if paths),
+            "note": self.note,
+        }
+        said = {name: fact for name, fact in facts.items() if fact}
+        return table_html(pa.table({"": list(said), "what": list(said.values())}))
 
     @property
     def note(self) -> str | None:
@@ -51,7 +69,15 @@ class Atlas:
         """Which neurons are kept for a prompt. The others are not there, which does not mean zero."""
         return self.snapshot.cut_off
 
-    def by_token(self, token: str, limit: int = LIMIT) -> pa.Table:
+    @property
+    def weights_note(self) -> str | None:
+        """Why a neuron's summary has no columns of its own weights; None if it has them."""
+        manifest = self.snapshot.manifest if self.snapshot.is_current else None
+        if manifest is None:
+            return "what the neurons' weights say is added by `backlens atlas`"
+        return str(manifest.weights) if manifest.weights.digest is None else None
+
+    def by_token(self, token: str, limit: int = LIMIT) -> Answer:
         """The neurons and positions in whose top or bottom lists `token` stands, the most prominent first.
 
         `neuron` is null in a position's rows and `position` in a neuron's; `place` counts from 0 in its list.
@@ -60,35 +86,35 @@ class Atlas:
 
     def token_neurons(
         self, token: str, limit: int = LIMIT, layer: int | None = None, module: str | None = None
-    ) -> pa.Table:
+    ) -> Answer:
         """The neurons that gradients push toward `token` (promoted) or away from it, most often first."""
         return self._of_token(questions.TOKEN_NEURONS, token, limit=limit, layer=layer, module=module)
 
     def token_layers(
         self, token: str, limit: int = LIMIT, layer: int | None = None, module: str | None = None
-    ) -> pa.Table:
+    ) -> Answer:
         """How often each layer's modules are pushed toward `token` and away from it, and in which neurons."""
         return self._of_token(questions.TOKEN_LAYERS, token, limit=limit, layer=layer, module=module)
 
-    def by_neuron(self, neuron: str | Neuron, limit: int = LIMIT) -> pa.Table:
+    def by_neuron(self, neuron: str | Neuron, limit: int = LIMIT) -> Answer:
         """What each prompt's gradient says to one neuron, the strongest first."""
         return self._of_neuron(questions.NEURON_PROMPTS, neuron, limit=limit)
 
-    def neuron_tokens(self, neuron: str | Neuron, limit: int = LIMIT) -> pa.Table:
+    def neuron_tokens(self, neuron: str | Neuron, limit: int = LIMIT) -> Answer:
         """The tokens in a neuron's lists: in how many prompts it is pushed toward them or away."""
         return self._of_neuron(questions.NEURON_TOKENS, neuron, limit=limit)
 
-    def neuron_summary(self, neuron: str | Neuron, limit: int = LIMIT) -> pa.Table:
-        """One row: how often it is kept, how strongly, and what all prompts together say to it."""
+    def neuron_summary(self, neuron: str | Neuron, limit: int = LIMIT) -> Answer:
+        """One row: how often it is kept, how strongly, what all prompts together say to it, and its own weights."""
         return self._of_neuron(questions.NEURON_SUMMARY, neuron, limit=limit)
 
-    def similar_neurons(self, neuron: str | Neuron, limit: int = LIMIT) -> pa.Table:
+    def similar_neurons(self, neuron: str | Neuron, limit: int = LIMIT) -> Answer:
         """The neurons of all layers that are told the same: by the cosine of their counts by side and token."""
         return self._of_neuron(questions.SIMILAR_NEURONS, neuron, limit=limit)
 
     def specific_neurons(
         self, limit: int = LIMIT, layer: int | None = None, module: str | None = None, min_prompts: int = 5
-    ) -> pa.Table:
+    ) -> Answer:
         """The neurons whose tokens differ most from those of their layer's module, in bits.
 
         Few prompts make any neuron look specific, hence `min_prompts`.
@@ -97,20 +123,20 @@ class Atlas:
             questions.SPECIFIC_NEURONS, layer=layer, module=module, limit=limit, min_prompts=min_prompts
         )
 
-    def prompt(self, prompt_id: int) -> pa.Table:
+    def prompt(self, prompt_id: int) -> Answer:
         """One prompt's row of `prompts`: its text, target and loss among them."""
-        with self._connection() as opened:
-            return names.check_prompt(self.snapshot, opened, prompt_id)
+        with self.snapshot.prompt_connection(prompt_id, self.seconds, self.memory) as opened:
+            return Answer(names.check_prompt(self.snapshot, opened, prompt_id))
 
     def by_prompt(
         self, prompt_id: int, limit: int | None = None, layer: int | None = None, module: str | None = None
-    ) -> pa.Table:
+    ) -> Answer:
         """One prompt's layers, modules and positions, each with the tokens of its projection: its heatmap."""
         return self._of_prompt(questions.HEATMAP, prompt_id, limit=limit, layer=layer, module=module)
 
     def prompt_neurons(
         self, prompt_id: int, limit: int = LIMIT, layer: int | None = None, module: str | None = None
-    ) -> pa.Table:
+    ) -> Answer:
         """The neurons that are kept for a prompt, the strongest first."""
         return self._of_prompt(questions.PROMPT_NEURONS, prompt_id, limit=limit, layer=layer, module=module)
 
@@ -121,7 +147,7 @@ class Atlas:
         layer: int | None = None,
         module: str | None = None,
         position: int | None = None,
-    ) -> pa.Table:
+    ) -> Answer:
         """The target's rank through the layers at one position of a prompt, by default its last."""
         given = {"limit": limit, "layer": layer, "module": module, "position": position}
         return self._of_prompt(questions.TARGET_RANKS, prompt_id, **given)
@@ -132,7 +158,7 @@ class Atlas:
         limit: int = LIMIT,
         layer: int | None = None,
         module: str | None = None,
-    ) -> pa.Table:
+    ) -> Answer:
         """The tokens that stand out at any layer: at a prompt's positions, or in the neurons of all prompts."""
         if prompt_id is None:
             return self._ask(questions.PROMINENT_TOKENS, limit=limit, layer=layer, module=module)
@@ -147,7 +173,7 @@ class Atlas:
         limit: int | None = None,
         layer: int | None = None,
         module: str | None = None,
-    ) -> pa.Table:
+    ) -> Answer:
         """Two prompts (or two targets of one) by layer and module: norms, ranks at the last position, neurons."""
         if one == two:
             raise BacklensError(f"prompt: {one} is compared with itself; give another one")
@@ -161,10 +187,10 @@ class Atlas:
         limit: int | None = None,
         layer: int | None = None,
         module: str | None = None,
-    ) -> pa.Table:
+    ) -> Answer:
         """Two runs by layer and module, over the prompts whose text is in both; means of norms and ranks."""
         beside = other.snapshot if isinstance(other, Atlas) else Snapshot.open(other)
-        with self.snapshot.connection(self.seconds, beside) as opened:
+        with self.snapshot.connection(self.seconds, beside, self.memory) as opened:
             names.check_place(self.snapshot, opened, layer, module)
             given = {"limit": limit, "layer": layer, "module": module}
             rows = _select(opened, questions.COMPARE_RUNS, given)
@@ -173,7 +199,7 @@ class Atlas:
                     f"compare: {self.snapshot.directory} and {beside.directory} have no prompt in common at the "
                     "same layer and module; they must be of the same prompts (targets may differ)"
                 )
-            return rows
+            return Answer(rows)
 
     def groups(
         self,
@@ -181,7 +207,7 @@ class Atlas:
         limit: int | None = None,
         layer: int | None = None,
         module: str | None = None,
-    ) -> pa.Table:
+    ) -> Answer:
         """Means by layer and module over the prompts of each relation, subject, target or key of `meta`."""
         with self._connection() as opened:
             names.check_tag(opened, by, COLUMNS)
@@ -190,50 +216,50 @@ class Atlas:
 
     def coverage(
         self, limit: int | None = None, layer: int | None = None, module: str | None = None
-    ) -> pa.Table:
+    ) -> Answer:
         """What is there by layer and module: prompts, positions, kept neurons, and how much of it is zero."""
         return self._ask(questions.COVERAGE, limit=limit, layer=layer, module=module)
 
     def layer_curves(
         self, limit: int | None = None, layer: int | None = None, module: str | None = None
-    ) -> pa.Table:
+    ) -> Answer:
         """Norms, ranks and entropies by layer, module and kind of position."""
         return self._ask(questions.LAYER_CURVES, limit=limit, layer=layer, module=module)
 
-    def sql(self, statement: str, limit: int = 1000) -> pa.Table:
+    def sql(self, statement: str, limit: int = 1000) -> Answer:
         """At most `limit` rows of one SELECT over the tables; nothing else is run."""
         with self._connection() as opened:
-            return run_select(opened, statement, limit)
+            return Answer(run_select(opened, statement, limit))
 
     def _connection(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
-        return self.snapshot.connection(self.seconds)
+        return self.snapshot.connection(self.seconds, memory=self.memory)
 
-    def _of_token(self, question: str, token: str, **given: Any) -> pa.Table:
+    def _of_token(self, question: str, token: str, **given: Any) -> Answer:
         with self._connection() as opened:
             names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
             return _answer(opened, question, given | {"ids": names.token_ids(opened, token)})
 
-    def _of_neuron(self, question: str, neuron: str | Neuron, limit: int) -> pa.Table:
+    def _of_neuron(self, question: str, neuron: str | Neuron, limit: int) -> Answer:
         wanted = parse_neuron(neuron) if isinstance(neuron, str) else neuron
         given = {"layer": wanted.layer, "module": wanted.module, "index": wanted.index}
         with self._connection() as opened:
             names.check_place(self.snapshot, opened, wanted.layer, wanted.module)
             return _answer(opened, question, given | {"expert": wanted.expert, "limit": limit})
 
-    def _of_prompt(self, question: str, prompt_id: int, **given: Any) -> pa.Table:
-        with self._connection() as opened:
+    def _of_prompt(self, question: str, prompt_id: int, **given: Any) -> Answer:
+        with self.snapshot.prompt_connection(prompt_id, self.seconds, self.memory) as opened:
             names.check_prompt(self.snapshot, opened, prompt_id)
             names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
             return _answer(opened, question, given | {"prompt_id": prompt_id})
 
-    def _ask(self, question: str, **given: Any) -> pa.Table:
+    def _ask(self, question: str, **given: Any) -> Answer:
         with self._connection() as opened:
             names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
             return _answer(opened, question, given)
 
 
-def _answer(opened: duckdb.DuckDBPyConnection, question: str, given: Mapping[str, Any]) -> pa.Table:
-    return names.with_texts(opened, _select(opened, question, given))
+def _answer(opened: duckdb.DuckDBPyConnection, question: str, given: Mapping[str, Any]) -> Answer:
+    return Answer(names.with_texts(opened, _select(opened, question, given)))
 
 
 def _select(opened: duckdb.DuckDBPyConnection, question: str, given: Mapping[str, Any]) -> pa.Table:

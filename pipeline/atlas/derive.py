@@ -1,7 +1,8 @@
 """The SELECTs that define the atlas tables over a run's tables and over each other.
 
 Without a current atlas a connection has them as views; `backlens atlas` writes what they select to files. So a
-question reads the same with and without an atlas, and its answer is the same.
+question reads the same with and without an atlas, and its answer is the same. Only `neuron_weights` is not here:
+it comes from the model.
 """
 
 PLACES = 5
@@ -28,6 +29,18 @@ FROM ({_listed("top")} UNION ALL {_listed("bottom")})
 TOKEN_TOPK = """
 SELECT token_id, layer, module, expert, neuron, prompt_id, side, place, score, grad_norm FROM neuron_topk
 """
+
+
+def _positions(side: str) -> str:
+    return f"""
+    SELECT
+        unnest({side}_ids) AS token_id, layer, module, expert, prompt_id, position, '{side}' AS side,
+        (generate_subscripts({side}_ids, 1) - 1)::SMALLINT AS place, unnest({side}_scores) AS score
+    FROM tokens
+    """
+
+
+POSITION_TOPK = f"{_positions('top')} UNION ALL {_positions('bottom')}"
 
 NEURON_PROMPTS = """
 SELECT layer, module, expert, neuron, prompt_id, grad_norm, main_position, target_score, target_rank
@@ -158,6 +171,7 @@ GROUP BY layer, module, expert, position_class
 DEFINITIONS: dict[str, str] = {
     "neuron_topk": NEURON_TOPK,
     "token_topk": TOKEN_TOPK,
+    "position_topk": POSITION_TOPK,
     "neuron_prompts": NEURON_PROMPTS,
     "neuron_summary": NEURON_SUMMARY,
     "token_summary": TOKEN_SUMMARY,

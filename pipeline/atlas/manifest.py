@@ -46,6 +46,19 @@ class CutOff:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightRecord:
+    """Whether the neurons' own weights are in the atlas."""
+
+    digest: str | None
+    """The hash of the weights; None if they are not."""
+    said: str
+    """Of which model they are, or why they are not there."""
+
+    def __str__(self) -> str:
+        return f"neuron_weights: {self.said}" if self.digest else f"neuron_weights has no rows: {self.said}"
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The content of `atlas/manifest.json`."""
 
@@ -53,6 +66,7 @@ class Manifest:
     shards: int
     """How many committed shards it was built from."""
     cut_off: CutOff
+    weights: WeightRecord
     files: Mapping[str, Sequence[FileRecord]]
     """By table; a table without rows has none."""
     seconds: float
@@ -76,7 +90,8 @@ class Manifest:
     def from_json(cls, content: bytes) -> "Manifest":
         fields = json.loads(content)
         files = {table: [FileRecord(**file) for file in files] for table, files in fields["files"].items()}
-        return cls(**{**fields, "files": files, "cut_off": CutOff(**fields["cut_off"])})
+        records = {"cut_off": CutOff(**fields["cut_off"]), "weights": WeightRecord(**fields["weights"])}
+        return cls(**{**fields, **records, "files": files})
 
 
 def source_of(commits: Mapping[int, ShardCommit]) -> str:

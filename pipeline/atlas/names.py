@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from pipeline.atlas.snapshot import Snapshot
@@ -71,17 +72,25 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 def with_texts(opened: duckdb.DuckDBPyConnection, rows: pa.Table) -> pa.Table:
     """The rows with tokens in the place of lists of their ids, in columns named accordingly."""
     names = [name for name in rows.column_names if name.endswith("_ids")]
-    lists = {name: rows.column(name).to_pylist() for name in names}
-    ids = sorted({i for column in lists.values() for row in column if row is not None for i in row})
     if not names:
         return rows
-    found = _select(opened, "SELECT token_id, token FROM vocab WHERE list_contains($ids, token_id)", ids=ids)
-    texts = dict(zip(found.column("token_id").to_pylist(), found.column("token").to_pylist(), strict=True))
-    for name, column in lists.items():
-        tokens = [None if row is None else [texts.get(i, f"<{i}>") for i in row] for row in column]
-        place = rows.column_names.index(name)
+    columns = {name: rows.column(name).combine_chunks() for name in names}
+    ids = pa.concat_arrays([column.flatten() for column in columns.values()]).unique().to_pylist()
+    found = _select(
+        opened,
+        "SELECT token_id, token FROM vocab WHERE token_id IN (SELECT unnest($ids::INTEGER[]))",
+        ids=ids,
+    )
+    known = dict(zip(found.column("token_id").to_pylist(), found.column("token").to_pylist(), strict=True))
+    texts = {token_id: known.get(token_id, f"<{token_id}>") for token_id in ids}
+    for name, column in columns.items():
+        tokens = pa.array([texts[token_id] for token_id in column.flatten().to_pylist()], pa.string())
+        lengths = np.diff(column.offsets.to_numpy()) * ~column.is_null().to_numpy(zero_copy_only=False)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
         rows = rows.set_column(
-            place, name.removesuffix("_ids") + "_tokens", pa.array(tokens, pa.list_(pa.string()))
+            rows.column_names.index(name),
+            name.removesuffix("_ids") + "_tokens",
+            pa.ListArray.from_arrays(offsets, tokens, mask=column.is_null()),
         )
     return rows
 

@@ -4,28 +4,25 @@ FILTER = """
 ($layer IS NULL OR layer = $layer) AND ($module IS NULL OR module = $module)
 """
 
-TOKEN_PLACES = """
-WITH position_lists AS (
-    SELECT prompt_id, layer, module, expert, position, 'top' AS side, top_ids AS ids, top_scores AS scores
-    FROM tokens WHERE list_has_any(top_ids, $ids)
+THE_TOKEN = """
+token_id BETWEEN list_min($ids) AND list_max($ids) AND list_contains($ids, token_id)
+"""
+
+PROMINENCE = "place, abs(score) DESC, prompt_id, layer, module, expert, neuron, position, side"
+
+TOKEN_PLACES = f"""
+WITH places AS (
+    SELECT prompt_id, layer, module, expert, neuron, NULL::INTEGER AS position, side, place, score
+    FROM token_topk WHERE {THE_TOKEN}
     UNION ALL
-    SELECT prompt_id, layer, module, expert, position, 'bottom' AS side, bottom_ids, bottom_scores
-    FROM tokens WHERE list_has_any(bottom_ids, $ids)
-), places AS (
-    SELECT prompt_id, layer, module, expert, neuron, NULL::INTEGER AS position, side, place, score, token_id
-    FROM token_topk
-    WHERE token_id BETWEEN list_min($ids) AND list_max($ids)
-    UNION ALL
-    SELECT
-        prompt_id, layer, module, expert, NULL::INTEGER AS neuron, position, side,
-        (generate_subscripts(ids, 1) - 1)::SMALLINT AS place, unnest(scores) AS score, unnest(ids) AS token_id
-    FROM position_lists
+    SELECT prompt_id, layer, module, expert, NULL::INTEGER AS neuron, position, side, place, score
+    FROM position_topk WHERE {THE_TOKEN}
+), most AS (
+    SELECT * FROM places ORDER BY {PROMINENCE} LIMIT $limit
 )
 SELECT prompt_id, layer, module, expert, neuron, position, side, place, score, prompt
-FROM places JOIN prompts USING (prompt_id)
-WHERE list_contains($ids, token_id)
-ORDER BY place, abs(score) DESC, prompt_id, layer, module, expert, neuron, position, side
-LIMIT $limit
+FROM most JOIN prompts USING (prompt_id)
+ORDER BY {PROMINENCE}
 """
 
 TOKEN_NEURONS = f"""
@@ -36,7 +33,7 @@ SELECT
     count(DISTINCT prompt_id) AS prompts,
     min(place) AS best_place
 FROM token_topk
-WHERE token_id BETWEEN list_min($ids) AND list_max($ids) AND list_contains($ids, token_id) AND {FILTER}
+WHERE {THE_TOKEN} AND {FILTER}
 GROUP BY layer, module, expert, neuron
 ORDER BY promoted + demoted DESC, layer, module, expert, neuron
 LIMIT $limit
@@ -44,7 +41,7 @@ LIMIT $limit
 
 TOKEN_LAYERS = f"""
 SELECT * FROM token_summary
-WHERE token_id BETWEEN list_min($ids) AND list_max($ids) AND list_contains($ids, token_id) AND {FILTER}
+WHERE {THE_TOKEN} AND {FILTER}
 ORDER BY token_id, layer, module, expert
 LIMIT $limit
 """
@@ -93,35 +90,47 @@ ORDER BY promoted + demoted DESC, token_id
 LIMIT $limit
 """
 
-NEURON_SUMMARY = f"SELECT * FROM neuron_summary WHERE {THE_NEURON} ORDER BY expert LIMIT $limit"
+NEURON_SUMMARY = f"""
+WITH own AS (FROM neuron_weights WHERE {THE_NEURON})
+SELECT s.*, weight_norm, weight_top_ids, weight_top_scores, weight_bottom_ids, weight_bottom_scores
+FROM (FROM neuron_summary WHERE {THE_NEURON}) s LEFT JOIN own ON s.expert IS NOT DISTINCT FROM own.expert
+ORDER BY s.expert
+LIMIT $limit
+"""
 
 SIMILAR_NEURONS = f"""
 WITH mine AS (
     SELECT side, token_id, count(*) AS entries FROM neuron_topk WHERE {THE_NEURON} GROUP BY side, token_id
-), theirs AS (
-    SELECT layer, module, expert, neuron, side, token_id, count(*) AS entries
-    FROM token_topk WHERE token_id IN (SELECT token_id FROM mine)
-    GROUP BY layer, module, expert, neuron, side, token_id
 ), products AS (
-    SELECT
-        layer, module, expert, neuron,
-        sum(mine.entries * theirs.entries)::DOUBLE AS product,
-        count(DISTINCT token_id) AS shared_tokens
-    FROM theirs JOIN mine USING (side, token_id)
+    -- An entry a row on their side, so that nothing is counted before the sum: counts are many, neurons few.
+    SELECT layer, module, expert, neuron, sum(mine.entries)::DOUBLE AS product
+    FROM token_topk JOIN mine USING (side, token_id)
     GROUP BY layer, module, expert, neuron
+), nearest AS (
+    SELECT
+        p.layer, p.module, p.expert, p.neuron,
+        product / entries_norm / (SELECT sqrt(sum(entries * entries)::DOUBLE) FROM mine) AS similarity,
+        prompts, promoted_ids, promoted_counts, demoted_ids, demoted_counts
+    FROM products p JOIN neuron_summary s
+    ON p.layer = s.layer AND p.module = s.module AND p.neuron = s.neuron AND p.expert IS NOT DISTINCT FROM s.expert
+    WHERE NOT (
+        p.layer = $layer AND p.module = $module AND p.neuron = $index
+        AND ($expert IS NULL OR p.expert = $expert)
+    )
+    ORDER BY similarity DESC, p.layer, p.module, p.expert, p.neuron
+    LIMIT $limit
+), shared AS (
+    SELECT t.layer, t.module, t.expert, t.neuron, count(DISTINCT token_id) AS shared_tokens
+    FROM neuron_topk t JOIN mine USING (side, token_id) JOIN nearest n
+    ON t.layer = n.layer AND t.module = n.module AND t.neuron = n.neuron AND t.expert IS NOT DISTINCT FROM n.expert
+    GROUP BY t.layer, t.module, t.expert, t.neuron
 )
-SELECT
-    p.layer, p.module, p.expert, p.neuron,
-    product / entries_norm / (SELECT sqrt(sum(entries * entries)::DOUBLE) FROM mine) AS similarity,
-    shared_tokens, prompts, promoted_ids, promoted_counts, demoted_ids, demoted_counts
-FROM products p JOIN neuron_summary s
-ON p.layer = s.layer AND p.module = s.module AND p.neuron = s.neuron AND p.expert IS NOT DISTINCT FROM s.expert
-WHERE NOT (
-    p.layer = $layer AND p.module = $module AND p.neuron = $index
-    AND ($expert IS NULL OR p.expert = $expert)
+SELECT n.layer, n.module, n.expert, n.neuron, similarity, shared_tokens, n.* EXCLUDE (
+    layer, module, expert, neuron, similarity
 )
-ORDER BY similarity DESC, p.layer, p.module, p.expert, p.neuron
-LIMIT $limit
+FROM nearest n JOIN shared s
+ON n.layer = s.layer AND n.module = s.module AND n.neuron = s.neuron AND n.expert IS NOT DISTINCT FROM s.expert
+ORDER BY similarity DESC, n.layer, n.module, n.expert, n.neuron
 """
 
 SPECIFIC_NEURONS = f"""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import duckdb
 
 from pipeline.atlas.manifest import CutOff, Manifest, find_manifest, source_of
-from pipeline.atlas.sql import connection
-from pipeline.store.commit import committed
+from pipeline.atlas.sql import MEMORY_LIMIT, connection
+from pipeline.store.commit import committed, table_file
 from pipeline.store.files import Directory
 from pipeline.store.rundir import RunRecord, load_run
 from pipeline.store.vocab import VOCAB_FILE
@@ -68,8 +68,24 @@ class Snapshot:
         return "; ".join(notes) or None
 
     def connection(
-        self, seconds: float, other: "Snapshot | None" = None
+        self, seconds: float, other: "Snapshot | None" = None, memory: str = MEMORY_LIMIT
     ) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
         """A connection that sees these tables, and those of `other` in the schema `other`."""
         beside = None if other is None else (other.directory, other.files)
-        return connection(self.directory, self.files, seconds, beside)
+        return connection(self.directory, self.files, seconds, beside, memory)
+
+    def prompt_connection(
+        self, prompt_id: int, seconds: float, memory: str = MEMORY_LIMIT
+    ) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        """A connection for questions about one prompt: it sees that prompt's shard, and no atlas.
+
+        Of a prompt whose shard is not there it sees all shards, to say what there is.
+        """
+        shard = prompt_id // self.record.plan.shard_prompts
+        own = {
+            table: [path for path in self.files[table] if path.endswith(f"/{table_file(table, shard)}")]
+            for table in TABLES
+            if table != "vocab"
+        }
+        files = own | {"vocab": self.files["vocab"]} if own["prompts"] else self.files
+        return connection(self.directory, files, seconds, memory=memory, facts_only=True)

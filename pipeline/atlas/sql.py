@@ -27,6 +27,7 @@ MAIN, OTHER = "main", "other"
 """The schemas of a connection: the run's tables, and those of the run it is compared with."""
 
 MEMORY_LIMIT = "4GB"
+"""What a question may use; a server that answers several at a time gives less."""
 QUERY_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
 """The nodes of a syntax tree that read. Others (COPY_QUERY_NODE, INSERT_QUERY_NODE, …) write."""
 
@@ -53,10 +54,13 @@ def connection(
     files: Mapping[str, Sequence[str]],
     seconds: float,
     other: tuple[Directory, Mapping[str, Sequence[str]]] | None = None,
+    memory: str = MEMORY_LIMIT,
+    facts_only: bool = False,
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection that sees `files` (by table) as views and reaches nothing else, for so many seconds.
 
-    Another run's tables, if they are given, are views of the schema `other`.
+    Another run's tables, if they are given, are views of the schema `other`. `facts_only` leaves the atlas's tables
+    out: to bind them takes longer than many a question.
     """
     opened = duckdb.connect(":memory:", config={"python_enable_replacements": False})
     late = threading.Timer(seconds, opened.interrupt)
@@ -66,10 +70,14 @@ def connection(
             opened.register_filesystem(fs)
         opened.execute(f"CREATE SCHEMA {OTHER}")
         _restrict(
-            opened, [path for _, tables in runs.values() for paths in tables.values() for path in paths]
+            opened,
+            [path for _, tables in runs.values() for paths in tables.values() for path in paths],
+            memory,
         )
         for schema, (_, tables) in runs.items():
             _create_views(opened, tables, schema)
+        if not facts_only:
+            _create_atlas_views(opened, runs[MAIN][1])
         opened.execute("SET lock_configuration = true")
         late.start()
         yield opened
@@ -82,8 +90,8 @@ def connection(
         opened.close()
 
 
-def _restrict(opened: duckdb.DuckDBPyConnection, paths: Sequence[str]) -> None:
-    opened.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
+def _restrict(opened: duckdb.DuckDBPyConnection, paths: Sequence[str], memory: str) -> None:
+    opened.execute(f"SET memory_limit = {sql_text(memory)}")
     opened.execute("SET autoload_known_extensions = false")
     opened.execute("SET temp_directory = ''")  # else a large query spills into the working directory
     opened.execute(f"SET allowed_paths = {_literal_list(paths)}")
@@ -91,17 +99,24 @@ def _restrict(opened: duckdb.DuckDBPyConnection, paths: Sequence[str]) -> None:
 
 
 def _create_views(opened: duckdb.DuckDBPyConnection, files: Mapping[str, Sequence[str]], schema: str) -> None:
-    """The run's tables; and those of the atlas from its files, or else as they are defined."""
+    """The run's tables."""
     for table, declared in TABLES.items():
         if paths := files.get(table):
             opened.execute(f"CREATE VIEW {schema}.{table} AS FROM {read_parquet(paths)}")
         else:
             opened.register(f"empty_{schema}_{table}", declared.empty())
             opened.execute(f"CREATE VIEW {schema}.{table} AS FROM empty_{schema}_{table}")
-    if schema == MAIN:
-        for table, definition in DEFINITIONS.items():
-            source = f"FROM {read_parquet(files[table])}" if files.get(table) else definition
-            opened.execute(f"CREATE VIEW {table} AS {source}")
+
+
+def _create_atlas_views(opened: duckdb.DuckDBPyConnection, files: Mapping[str, Sequence[str]]) -> None:
+    """The tables of the atlas: from its files, or else as they are defined."""
+    for table, declared in ATLAS_TABLES.items():
+        if paths := files.get(table):
+            opened.execute(f"CREATE VIEW {table} AS FROM {read_parquet(paths)}")
+        elif table in DEFINITIONS:
+            opened.execute(f"CREATE VIEW {table} AS {DEFINITIONS[table]}")
+        else:
+            opened.register(table, declared.empty())
 
 
 def read_parquet(paths: Sequence[str]) -> str:

@@ -10,15 +10,13 @@ import pyarrow.csv
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.atlas.answer import Answer
 from pipeline.atlas.atlas import Atlas
 from pipeline.atlas.names import did_you_mean
-from pipeline.atlas.text import visible
+from pipeline.atlas.text import cell_text, shown_columns, visible
 from pipeline.errors import BacklensError
 
 Style = Literal["table", "json", "csv"]
-
-SHOWN_IN_LISTS = 5
-"""List items that a table cell shows; JSON and CSV have them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +53,16 @@ def print_answer(out: str, question: Question, style: Style) -> int:
     if atlas.note:
         print(atlas.note, file=sys.stderr)
     show = _show(question, kind)
+    answer = _answer(atlas, question, kind, show)  # first, so that nothing is printed before a refusal
     if style == "table" and kind == "prompt" and question.prompt is not None:
         _print_prompt(atlas.prompt(question.prompt).to_pylist()[0])
         if question.compare is not None:
             _print_prompt(atlas.prompt(_prompt_number(question.compare)).to_pylist()[0])
-    _print(_answer(atlas, question, kind, show), style)
+    _print(answer.table, style)
     if style == "table" and _is_of_neurons(kind, show):
         print(atlas.cut_off)
+    if style == "table" and show == "summary" and atlas.weights_note:
+        print(atlas.weights_note)
     return 0
 
 
@@ -107,7 +108,7 @@ def _show(question: Question, kind: str) -> str:
     return question.show
 
 
-def _answer(atlas: Atlas, question: Question, kind: str, show: str) -> pa.Table:
+def _answer(atlas: Atlas, question: Question, kind: str, show: str) -> Answer:
     within = {"limit": question.limit, "layer": question.layer, "module": question.module}
     if question.sql is not None:
         return atlas.sql(question.sql, question.limit)
@@ -128,13 +129,13 @@ def _answer(atlas: Atlas, question: Question, kind: str, show: str) -> pa.Table:
     return atlas.coverage(**within) if show == "coverage" else atlas.layer_curves(**within)
 
 
-def _of_token(atlas: Atlas, token: str, show: str, within: dict[str, Any]) -> pa.Table:
+def _of_token(atlas: Atlas, token: str, show: str, within: dict[str, Any]) -> Answer:
     if show == "neurons":
         return atlas.token_neurons(token, **within)
     return atlas.token_layers(token, **within) if show == "layers" else atlas.by_token(token, within["limit"])
 
 
-def _of_neuron(atlas: Atlas, neuron: str, show: str, limit: int) -> pa.Table:
+def _of_neuron(atlas: Atlas, neuron: str, show: str, limit: int) -> Answer:
     if show == "tokens":
         return atlas.neuron_tokens(neuron, limit)
     if show == "summary":
@@ -142,7 +143,7 @@ def _of_neuron(atlas: Atlas, neuron: str, show: str, limit: int) -> pa.Table:
     return atlas.similar_neurons(neuron, limit) if show == "similar" else atlas.by_neuron(neuron, limit)
 
 
-def _of_prompt(atlas: Atlas, question: Question, prompt: int, show: str, within: dict[str, Any]) -> pa.Table:
+def _of_prompt(atlas: Atlas, question: Question, prompt: int, show: str, within: dict[str, Any]) -> Answer:
     if question.compare is not None:
         return atlas.compare_prompts(prompt, _prompt_number(question.compare), **within)
     if show == "neurons":
@@ -176,19 +177,12 @@ def _print(answer: pa.Table, style: Style) -> None:
 
 
 def _print_table(answer: pa.Table) -> None:
-    # A column of nulls (the experts of a dense model) says nothing; where a list of tokens has its texts, they
-    # are what a reader looks for, and JSON and CSV have the ids and scores.
-    columns = answer.column_names
-    sides = [name.removesuffix("_tokens") for name in columns if name.endswith("_tokens")]
-    beside = {side + suffix for side in sides for suffix in ("_ids", "_scores")}
-    names = [
-        name for name in columns if answer[name].null_count < max(answer.num_rows, 1) and name not in beside
-    ]
+    names = shown_columns(answer)
     table = Table(*names)
     for column in table.columns:
         column.overflow = "fold"
     for row in answer.select(names).to_pylist():
-        table.add_row(*(_shown(value) for value in row.values()))
+        table.add_row(*(cell_text(value) for value in row.values()))
     # Off a terminal there is no width to fit into: a narrow default would fold every cell.
     width = None if sys.stdout.isatty() else 400
     Console(width=width, markup=False, highlight=False).print(table)
@@ -200,19 +194,6 @@ def _print_prompt(row: dict[str, Any]) -> None:
     print(
         f"loss {row['loss']:.3f}, target probability {row['target_prob']:.3g}, target rank {row['target_rank']}"
     )
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, str):
-        return visible(value)
-    if isinstance(value, list):
-        more = " …" if len(value) > SHOWN_IN_LISTS else ""
-        return " ".join(_shown(item) for item in value[:SHOWN_IN_LISTS]) + more
-    return str(value)
 
 
 def _cell_text(value: Any) -> Any:

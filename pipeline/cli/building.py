@@ -8,18 +8,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from pipeline.atlas.build import BuildOptions, build_atlas
 from pipeline.atlas.build import Progress as ProgressProtocol
-from pipeline.atlas.build import build_atlas
 from pipeline.atlas.manifest import ATLAS, Manifest
 from pipeline.cli.sizes import human_bytes
 from pipeline.store.files import Directory
 
 
-def print_atlas(out: str, memory: str, as_json: bool) -> int:
+def print_atlas(out: str, options: BuildOptions, as_json: bool) -> int:
     """Build, print what there is now, and return the exit status."""
     directory = Directory.at(out)
     with _shown_progress() as progress:
-        manifest = build_atlas(directory, progress, memory)
+        manifest = build_atlas(directory, progress, options)
     if as_json:
         print(manifest.to_json().decode(), end="")
     else:
@@ -73,6 +73,7 @@ def _print(directory: Directory, manifest: Manifest) -> None:
     table.add_row("all", f"{sum(manifest.rows.values()):,}", human_bytes(sum(sizes.values())), "")
     console.print(table)
     console.print(str(manifest.cut_off))
+    console.print(str(manifest.weights), soft_wrap=True)
     console.print("Next:")
     console.print(f"  backlens query {directory} --show specific", soft_wrap=True)
     console.print(f"  backlens query {directory} --show curves --module mlp.down", soft_wrap=True)

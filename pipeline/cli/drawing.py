@@ -5,7 +5,7 @@ import sys
 
 from pipeline.atlas import Atlas
 from pipeline.errors import BacklensError
-from pipeline.plot.canvas import check_target, require_matplotlib, save
+from pipeline.plot.canvas import check_target, missing_letters, require_matplotlib, save
 
 FIGURES = ("heatmap", "norms", "ranks", "curves")
 
@@ -30,13 +30,18 @@ def draw(out: str, figure: str | None, prompt: int | None, module: str | None, t
     from pipeline.plot.heatmap import draw_heatmap, read_heatmap
     from pipeline.plot.lines import draw_curves, draw_ranks
 
+    note = None
     if prompt is None:
         drawn = draw_curves(atlas, _modules(atlas, module))
     elif kind == "ranks":
         drawn = draw_ranks(atlas, prompt, _modules(atlas, module), is_vector)
+        note = missing_letters(atlas.prompt(prompt)["prompt"].to_pylist(), is_vector)
     else:
         heatmap = read_heatmap(atlas, prompt, module or _default_module(atlas))
         drawn = draw_heatmap(heatmap, is_vector, "norms" if kind == "norms" else "tokens")
+        note = missing_letters(heatmap.texts, is_vector)
+    if note is not None:
+        print(note, file=sys.stderr)
     save(drawn, target)
     print(target)
     return 0

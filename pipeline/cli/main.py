@@ -109,13 +109,16 @@ def atlas(
     /,
     *,
     memory: str = "2GB",
+    weights: str | None = None,
+    executor: Literal["local", "ray"] = "local",
+    address: str | None = None,
     json: Annotated[bool, Parameter(negative=())] = False,
     debug: Debug = False,
 ) -> int:
     """Build the index and summary tables of a run under OUT/atlas/; the same command goes on with a stopped build.
 
-    Neurons by their tokens and tokens by their neurons, summaries of both, and curves by layer. An atlas of fewer
-    shards than the run has by now is built again.
+    Neurons by their tokens and tokens by their neurons, summaries of both, curves by layer, and what the neurons' own
+    weights say, for which the run's model is read. An atlas of fewer shards than the run has by now is built again.
 
     Example: backlens atlas ./demo-run
 
@@ -124,13 +127,20 @@ def atlas(
     out
         The run directory.
     memory
-        What DuckDB may use; the rest is spilled to a folder beside the atlas.
+        What DuckDB may use, in each process; the rest is spilled to a folder beside the atlas.
+    weights
+        Where the run's model is, if not where the run found it; "none" leaves out what its weights say.
+    executor
+        local: this process. ray: a task per layer and range of tokens, each on one core.
+    address
+        A running Ray cluster, as for run; without it, --executor ray starts one on this machine.
     json
         The manifest as JSON instead of a table.
     """
+    from pipeline.atlas.build import BuildOptions
     from pipeline.cli.building import print_atlas
 
-    return print_atlas(out, memory, json)
+    return print_atlas(out, BuildOptions(memory, weights, executor, address), json)
 
 
 @app.command

@@ -4,6 +4,7 @@ import logging
 import os
 import unicodedata
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,6 +88,18 @@ def shown(token: str | None, is_vector: bool, longest: int = LONGEST) -> str:
             break
         kept, room = kept + letter, room - width
     return f"{kept}…"
+
+
+def missing_letters(said: Iterable[str | None], is_vector: bool) -> str | None:
+    """What a reader of a figure that says this should know: that some of its letters stand as codes."""
+    missing = {letter for text in said for letter in visible(text or "") if letter.isprintable()}
+    missing = set() if is_vector else {letter for letter in missing if ord(letter) not in _covered()}
+    if not missing:
+        return None
+    return (
+        f"{len(missing)} letters (such as {_drawable(min(missing), is_vector)}) are in no font installed here and "
+        "stand as their codes; install one that has them (Noto Sans CJK, for example), or draw an .svg"
+    )
 
 
 def _drawable(letter: str, is_vector: bool) -> str:

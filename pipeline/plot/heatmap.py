@@ -1,6 +1,6 @@
 """Layer × token heatmaps: what each layer's gradient says at each position, and how loudly."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -52,6 +52,13 @@ class Heatmap:
     def kind(self) -> str:
         """The paper's word for the projected vector."""
         return "shift δ" if self.module in SHIFTS else "imprint x"
+
+    @property
+    def texts(self) -> Iterator[str | None]:
+        """Everything that it says."""
+        yield from (self.prompt, self.target, *self.tokens)
+        for cell in self.cells:
+            yield from (cell.top, cell.bottom)
 
 
 def read_heatmap(atlas: Atlas, prompt_id: int, module: str) -> Heatmap:

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.atlas import Atlas, build
-from pipeline.atlas.build import build_atlas
+from pipeline.atlas import Atlas, build, piece
+from pipeline.atlas.build import BuildOptions, build_atlas
 from pipeline.atlas.manifest import CutOff, find_manifest
 from pipeline.cli.main import call
 from pipeline.errors import BacklensError
@@ -56,7 +56,7 @@ def null_last(row: dict[str, Any], names: tuple[str, ...]) -> list[tuple]:
 def test_files_are_as_declared_sorted_and_hold_every_row(
     tmp_path: Path, experts: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(build, "TOKEN_PIECE_ROWS", 50)
+    monkeypatch.setattr(build, "TOKEN_PIECE_ROWS", 200)
     example_run(Directory.at(tmp_path), experts=experts)
     manifest = build_atlas(str(tmp_path))
     assert len(manifest.files["token_topk"]) > 2
@@ -78,7 +78,7 @@ def test_files_are_as_declared_sorted_and_hold_every_row(
 
 
 def test_row_groups_are_of_the_size_look_ups_want(example: ExampleRun, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(build, "ROW_GROUP_ROWS", 30)
+    monkeypatch.setattr(piece, "ROW_GROUP_ROWS", 30)
     (file, *_) = build_atlas(example.out).files["neuron_topk"]
     metadata = pq.ParquetFile(Path(example.out) / file.path).metadata
     sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -111,7 +111,7 @@ def test_a_piece_whose_file_is_damaged_is_built_again(example: ExampleRun):
     damaged.write_bytes(b"short")
     watcher = Watcher()
     build_atlas(example.out, watcher)
-    assert watcher.pieces[:2] == [("layer-000000", False), ("layer-000001", True)]
+    assert watcher.pieces[:2] == [("layer-000001", True), ("layer-000000", False)]
 
 
 def test_what_a_killed_build_left_is_removed(example: ExampleRun):
@@ -193,7 +193,7 @@ def test_a_run_without_a_shard_has_no_atlas(tmp_path: Path):
 
 def test_a_memory_limit_that_is_none_is_refused(example: ExampleRun):
     with pytest.raises(BacklensError, match="--memory lots: write it as 2GB"):
-        build_atlas(example.out, memory="lots")
+        build_atlas(example.out, options=BuildOptions(memory="lots"))
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from typing import Any
 import duckdb
 import pytest
 
-from pipeline.atlas import sql
 from pipeline.atlas.address import Neuron, parse_neuron
 from pipeline.atlas.atlas import Atlas
 from pipeline.atlas.derive import DEFINITIONS
 from pipeline.errors import BacklensError
 from pipeline.store.commit import commit_shard
 from pipeline.store.files import Directory
+from schemas.atlas import ATLAS_TABLES
 from tests.store.examples import VOCAB, ExampleRun, arrow, example_run, random_rows, start_run
 
 
@@ -259,6 +259,7 @@ def test_whatever_only_reads_is_run(example: ExampleRun, statement: str):
         plain.read_parquet(list(files)).create_view(table)
     for table, definition in DEFINITIONS.items():
         plain.execute(f"CREATE VIEW {table} AS {definition}")
+    plain.register("neuron_weights", ATLAS_TABLES["neuron_weights"].empty())
     expected = plain.sql(statement.partition(";")[0]).to_arrow_table().to_pylist()
     found = run.sql(statement, limit=10_000).to_pylist()
     assert sorted(map(str, found)) == sorted(map(str, expected))
@@ -379,10 +380,9 @@ def test_a_query_that_takes_too_long_is_stopped(example: ExampleRun):
 def test_a_query_that_needs_too_much_memory_is_stopped_and_writes_nothing(
     example: ExampleRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sql, "MEMORY_LIMIT", "50MB")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BacklensError, match="Out of Memory"):
-        Atlas(example.out).sql("SELECT count(DISTINCT hash(range)) FROM range(50000000)")
+        Atlas(example.out, memory="50MB").sql("SELECT count(DISTINCT hash(range)) FROM range(50000000)")
     assert list(tmp_path.iterdir()) == []
 
 

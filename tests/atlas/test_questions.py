@@ -14,14 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.atlas import Atlas
+from pipeline.atlas.address import parse_neuron
 from pipeline.atlas.build import build_atlas
 from pipeline.errors import BacklensError
 from pipeline.store.files import Directory
+from tests.atlas.test_query import appearances, told
 from tests.store.examples import VOCAB, ExampleRun, example_run
 
 Row = dict[str, Any]
 UNIT = ("layer", "module", "expert")
 NEURON = (*UNIT, "neuron")
+SIDES = ("top", "bottom")
 ALL = 1_000_000
 
 
@@ -108,6 +111,38 @@ def assert_same(found: list[Row], expected: list[Row]) -> None:
 
 
 @on_random_runs
+def test_places_of_a_token_and_prompts_of_a_neuron_are_the_rows_themselves(example: ExampleRun, atlas: Atlas):
+    assert atlas.by_token(VOCAB[7], ALL).to_pylist() == appearances(example, 7)
+    assert atlas.by_token(VOCAB[1], 4).to_pylist() == appearances(example, 1)[:4]
+    for address in ("1.mlp.down.3", "0.mlp.up.e1.2"):
+        assert atlas.by_neuron(address, ALL).to_pylist() == told(example, parse_neuron(address))
+
+
+@on_random_runs
+def test_a_heatmap_is_a_prompts_rows(example: ExampleRun, atlas: Atlas):
+    rows = [row for row in example.rows["tokens"] if row["prompt_id"] == 5 and row["module"] == "mlp.up"]
+    rows.sort(key=lambda row: order(key(row, (*UNIT, "position"))))
+    shared = (
+        "layer",
+        "module",
+        "expert",
+        "position",
+        "vjp_norm",
+        "target_rank",
+        "top_scores",
+        "bottom_scores",
+    )
+    expected = [
+        {name: row[name] for name in shared}
+        | {"token": VOCAB[row["token_id"]]}
+        | {f"{side}_tokens": row[f"{side}_ids"] and [VOCAB[i] for i in row[f"{side}_ids"]] for side in SIDES}
+        for row in rows
+    ]
+    found = atlas.by_prompt(5, module="mlp.up").to_pylist()
+    assert [{name: row[name] for name in expected[0]} for row in found] == expected
+
+
+@on_random_runs
 def test_the_neurons_of_a_token_are_those_in_whose_lists_it_stands(example: ExampleRun, atlas: Atlas):
     for token_id in (1, 4, 20):
         rows = grouped([row for row in entries(example) if row["token_id"] == token_id], NEURON)
@@ -165,6 +200,11 @@ def summary(example: ExampleRun, keys: tuple) -> Row:
         "strongest_prompts": [row["prompt_id"] for row in kept[:5]],
         "strongest_norms": norms[:5],
         "entries_norm": math.sqrt(sum(count**2 for count in counts.values())),
+    }
+    # what its own weights say takes the model (test_weights.py)
+    found |= {
+        f"weight_{part}": None
+        for part in ("norm", *(f"{s}_{w}" for s in SIDES for w in ("tokens", "scores")))
     }
     for name, side in (("promoted", "bottom"), ("demoted", "top")):
         found |= said(name, [row for row in mine if row["side"] == side], side, listed, keys)

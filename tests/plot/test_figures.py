@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.atlas import Atlas
 from pipeline.cli.main import call
-from pipeline.plot.canvas import require_matplotlib, shown
+from pipeline.plot.canvas import missing_letters, require_matplotlib, shown
 from pipeline.plot.heatmap import Cell, Heatmap, draw_heatmap, read_heatmap
 from pipeline.store.files import Directory
 from tests.store.examples import VOCAB, ExampleRun, example_run
@@ -51,6 +51,16 @@ def test_tokens_are_one_line_with_their_spaces_to_be_seen():
     assert shown("東京都庁舎前駅", True) == "東京都庁舎…"
     assert re.fullmatch(r"東|<6771>", shown("東", False))
     assert shown("עברית", False) == "עברית"
+
+
+def test_letters_without_a_glyph_are_said_to_stand_as_codes():
+    require_matplotlib()
+    note = missing_letters([" Paris", None, "\u6771", "\n"], False)
+    if shown("\u6771", False) != "\u6771":
+        assert note is not None
+        assert re.search(r"^\d letters \(such as <6771>\) are in no font .* draw an \.svg$", note)
+    assert missing_letters(["\u6771"], True) is None
+    assert missing_letters(["Paris é ␣"], False) is None
 
 
 def strange(layers: int, positions: int) -> Heatmap:

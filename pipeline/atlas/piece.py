@@ -1,0 +1,261 @@
+"""A piece of an atlas: some tables' rows of one layer or of a range of tokens, from its sources to its files.
+
+Whoever builds it, this process or a Ray worker, leaves the same rows in the same order, for they are sorted by keys
+that are unique; only means may differ in their last digit, by the order in which threads add up.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.atlas.derive import DEFINITIONS
+from pipeline.atlas.manifest import ATLAS
+from pipeline.atlas.sql import first_line, read_parquet, sql_text
+from pipeline.errors import BacklensError
+from pipeline.store.files import Directory
+from pipeline.store.parquet import ROW_GROUP_ROWS, FileRecord, file_checksum
+from schemas.atlas import ATLAS_TABLES
+from schemas.tables import TABLES, Table
+
+if TYPE_CHECKING:
+    from pipeline.atlas.weights import WeightLens, WeightSource
+
+PIECES = f"{ATLAS}/_pieces"
+LAYER_TABLES = ("neuron_topk", "neuron_prompts", "neuron_summary", "layer_curves")
+TOKEN_TABLES = ("token_topk", "token_summary", "position_topk")
+WEIGHT_TABLES = ("neuron_weights",)
+FACTS = ("prompts", "layers", "neurons", "tokens")
+
+Files = Mapping[str, Sequence[FileRecord]]
+"""Files of the atlas by table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is derived in one step: the tables' rows of one layer, or of tokens from `first` to `last`."""
+
+    name: str
+    tables: tuple[str, ...]
+    column: str
+    first: int
+    last: int
+
+    @property
+    def condition(self) -> str:
+        return f"{self.column} BETWEEN {self.first:d} AND {self.last:d}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every piece is built from, and how; small, and sent to every worker."""
+
+    directory: Directory
+    facts: Mapping[str, Sequence[str]]
+    source: str
+    memory: str
+    weights: "WeightSource | None"
+    threads: int | None = None
+    """DuckDB's, in each process; None for one a core."""
+
+    def file(self, table: str, piece: Piece) -> str:
+        return f"{ATLAS}/{table}/{piece.name}-{self.source}.parquet"
+
+    def record(self, piece: Piece) -> str:
+        return f"{PIECES}/{piece.name}-{self.source}.json"
+
+    def locations(self, files: Sequence[FileRecord]) -> list[str]:
+        return [self.directory.location(file.path) for file in files]
+
+
+def recorded(work: Work, piece: Piece) -> dict[str, FileRecord] | None:
+    """The files of a piece that is done, if they are still there and as long as they were."""
+    name = work.record(piece)
+    if not work.directory.exists(name):
+        return None
+    try:
+        content = json.loads(work.directory.read(name))
+        if content["first"] != piece.first or content["last"] != piece.last:
+            return None
+        files = {table: FileRecord(**file) for table, file in content["files"].items()}
+        whole = all(work.directory.size(file.path) == file.bytes for file in files.values())
+    except (ValueError, TypeError, KeyError, FileNotFoundError):
+        return None
+    return files if whole else None
+
+
+def build_pieces(
+    work: Work, pieces: Sequence[Piece], files: Files
+) -> Iterator[tuple[Piece, dict[str, FileRecord]]]:
+    """The files of each piece, one after the other; `files` are those of earlier pieces that these read.
+
+    A model that they need is loaded once.
+    """
+    lens: WeightLens | None = None
+    for piece in pieces:
+        if piece.tables == WEIGHT_TABLES:
+            if lens is None:
+                lens = _load(work)
+            made = _weight_files(work, piece, files, lens)
+        else:
+            made = _derived_files(work, piece, files)
+        content = {**asdict(piece), "files": {table: asdict(record) for table, record in made.items()}}
+        work.directory.write_atomically(work.record(piece), json.dumps(content, indent=1).encode())
+        yield piece, made
+
+
+def _load(work: Work) -> "WeightLens":
+    from pipeline.atlas.weights import WeightLens  # PyTorch takes seconds to import
+
+    assert work.weights is not None
+    try:
+        return WeightLens(work.weights)
+    except BacklensError as error:
+        raise BacklensError(f"{error} (--weights none builds the atlas without it)") from error
+
+
+def _derived_files(work: Work, piece: Piece, files: Files) -> dict[str, FileRecord]:
+    made: dict[str, FileRecord] = {}
+    with connected(work) as opened:
+        if piece.tables == LAYER_TABLES:
+            view(opened, "prompts", work.facts["prompts"])
+            for table in ("neurons", "tokens"):
+                view(opened, table, work.facts[table], piece.condition)
+        else:
+            view(opened, "neuron_topk", work.locations(files["neuron_topk"]), piece.condition)
+            view(opened, "tokens", work.facts["tokens"])
+        for table in piece.tables:
+            # No filter of a view reaches the lists in which these tokens stand.
+            where = f"WHERE {piece.condition}" if table == "position_topk" else ""
+            record = _write_query(work, opened, piece, table, where)
+            if record is not None:
+                made[table] = record
+                # What is derived from this table reads the file rather than derive it again.
+                view(opened, table, work.locations([record]))
+            else:
+                opened.register(table, ATLAS_TABLES[table].empty())
+    return made
+
+
+def _weight_files(work: Work, piece: Piece, files: Files, lens: "WeightLens") -> dict[str, FileRecord]:
+    with connected(work) as opened:
+        view(opened, "neuron_summary", work.locations(files["neuron_summary"]), piece.condition)
+        kept = opened.sql("SELECT layer, module, expert, neuron FROM neuron_summary ORDER BY ALL")
+        rows = lens.rows(kept.to_arrow_table())
+    (table,) = piece.tables
+    record = _write(work, piece, ATLAS_TABLES[table], iter([rows] if rows.num_rows else []))
+    return {} if record is None else {table: record}
+
+
+def _write_query(
+    work: Work, opened: duckdb.DuckDBPyConnection, piece: Piece, name: str, where: str
+) -> FileRecord | None:
+    """A derived table's rows of this piece, in its order, to its file; None, and no file, if there are no rows."""
+    table = ATLAS_TABLES[name]
+    columns = ", ".join(table.schema.names)
+    rows = opened.sql(
+        f"SELECT {columns} FROM ({DEFINITIONS[name]}) {where} ORDER BY {', '.join(table.sorted_by)}"
+    ).to_arrow_reader(ROW_GROUP_ROWS)
+    return _write(work, piece, table, _row_groups(rows, table))
+
+
+def _write(work: Work, piece: Piece, table: Table, groups: Iterator[pa.Table]) -> FileRecord | None:
+    first = next(groups, None)
+    if first is None:
+        return None
+    written = 0
+
+    def write(file: IO[bytes]) -> None:
+        nonlocal written
+        with _writer(file, table) as writer:
+            writer.write_table(first)
+            written += first.num_rows
+            for group in groups:
+                writer.write_table(group)
+                written += group.num_rows
+
+    target = work.file(table.name, piece)
+    staged = work.directory.stage(target, write)
+    with open(staged.local_path, "rb") as file:
+        checksum = file_checksum(file)
+        size = file.tell()
+    work.directory.publish(staged)
+    return FileRecord(path=target, rows=written, bytes=size, checksum=checksum)
+
+
+def _row_groups(batches: pa.RecordBatchReader, table: Table) -> Iterator[pa.Table]:
+    """The rows in the declared types, in groups of `ROW_GROUP_ROWS`: DuckDB's batches are as long as it likes."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(each.num_rows for each in waiting) >= ROW_GROUP_ROWS:
+            rows = pa.Table.from_batches(waiting)
+            yield rows.slice(0, ROW_GROUP_ROWS).cast(table.schema).unify_dictionaries()
+            waiting = rows.slice(ROW_GROUP_ROWS).to_batches()
+    if any(batch.num_rows for batch in waiting):
+        yield pa.Table.from_batches(waiting).cast(table.schema).unify_dictionaries()
+
+
+def _writer(file: IO[bytes], table: Table) -> pq.ParquetWriter:
+    scalars = [field.name for field in table.schema if not pa.types.is_list(field.type)]
+    options: dict[str, Any] = {"write_statistics": scalars, "write_page_index": True, "compression": "zstd"}
+    order = [(name, "ascending") for name in table.sorted_by]
+    return pq.ParquetWriter(
+        file, table.schema, sorting_columns=pq.SortingColumn.from_ordering(table.schema, order), **options
+    )
+
+
+@contextmanager
+def connected(work: Work) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection of our own, for SQL of our own: it may spill to disk what memory does not hold."""
+    opened = duckdb.connect(":memory:", config={"python_enable_replacements": False})
+    try:
+        if not work.directory.is_local:
+            opened.register_filesystem(work.directory.fs)
+        opened.execute(f"SET memory_limit = {sql_text(work.memory)}")
+        if work.threads is not None:
+            opened.execute(f"SET threads = {work.threads:d}")
+        opened.execute("SET preserve_insertion_order = false")
+        with _spilling(work.directory) as folder:
+            opened.execute(f"SET temp_directory = {sql_text(folder)}")
+            yield opened
+    except duckdb.OutOfMemoryException as error:
+        raise BacklensError(f"atlas: {first_line(error)}; give it more with --memory") from error
+    except duckdb.ParserException as error:
+        raise BacklensError(
+            f"atlas: --memory {work.memory}: write it as 2GB ({first_line(error)})"
+        ) from error
+    except duckdb.IOException as error:
+        raise BacklensError(f"atlas: {first_line(error)}") from error
+    finally:
+        opened.close()
+
+
+@contextmanager
+def _spilling(directory: Directory) -> Iterator[str]:
+    """A folder for what does not fit into memory: beside the atlas, where there is room for it."""
+    beside = directory.path(ATLAS) if directory.is_local else None
+    folder = tempfile.mkdtemp(prefix=".spill-", suffix=".tmp", dir=beside)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def view(
+    opened: duckdb.DuckDBPyConnection, table: str, paths: Sequence[str], where: str | None = None
+) -> None:
+    """Files as a view; the table without rows if there are none."""
+    if paths:
+        condition = "" if where is None else f" WHERE {where}"
+        opened.execute(f"CREATE VIEW {table} AS SELECT * FROM {read_parquet(paths)}{condition}")
+    else:
+        declared = TABLES[table] if table in TABLES else ATLAS_TABLES[table]
+        opened.register(table, declared.empty())
