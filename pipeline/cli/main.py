@@ -13,6 +13,7 @@ from cyclopts.config import Dict
 from pipeline import __version__
 from pipeline.cli.jobs import Address
 from pipeline.cli.jobs import app as jobs_app
+from pipeline.cli.serving import export_html, serve
 from pipeline.config import RunConfig, flag, read_yaml
 from pipeline.doctor.options import DoctorOptions
 from pipeline.errors import BacklensError
@@ -256,6 +257,10 @@ def plot(
     from pipeline.cli.drawing import draw
 
     return draw(out, figure, prompt, module, to)
+
+
+app.command(serve)
+app.command(export_html)
 
 
 def main() -> None:

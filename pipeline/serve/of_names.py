@@ -1,0 +1,106 @@
+"""The pages of what has a name: search, a token, a neuron."""
+
+import re
+from collections.abc import Mapping
+
+from pipeline.atlas import names, questions
+from pipeline.atlas.address import Neuron, parse_neuron
+from pipeline.serve import lookups
+from pipeline.serve.asked import ask, look_up, neuron_values
+from pipeline.serve.charts import histogram
+from pipeline.serve.page import Beside, Page, Served
+from pipeline.serve.parameters import Parameters, is_named_by_the_address
+
+FOUND = 50
+ROWS = 20
+SIMILAR = 10
+
+TOKEN_SHOWS = ("neurons", "places")
+
+
+def search_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
+    """Tokens by their text in all its variants, and prompts; without words, the first prompts."""
+    q = given.text("q")
+    limit = given.limit(FOUND)
+    prompts = look_up(served.atlas, "prompts", lookups.SEARCH_PROMPTS, q=q, limit=limit)
+    if q is None:
+        return Page("search.html", "Search", (prompts,), {"q": ""})
+    tokens = look_up(served.atlas, "tokens", lookups.SEARCH_TOKENS, q=q, limit=limit)
+    place = re.fullmatch(r"\s*(\d+\.[a-z]+\.[a-z]+\.(?:e\d+\.)?\d+)\s*", q, re.ASCII)
+    view = {"neuron": place and place[1], "limit": limit}
+    return Page("search.html", f"Search: {q}", (tokens, prompts), {"q": q}, view)
+
+
+def token_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
+    """Where gradients push toward a token and away from it; with `show=places` every list that it stands in."""
+    atlas = served.atlas
+    text = given.text("text") or ""
+    show = one_of("show", given.text("show"), TOKEN_SHOWS)
+    with is_named_by_the_address(), atlas.snapshot.connection(atlas.seconds) as opened:
+        ids = names.token_ids(opened, text)
+    limit = given.limit(ROWS)
+    layers = ask("layers", atlas.token_layers, questions.TOKEN_LAYERS, text, 1000, ids=ids)
+    if show == "places":
+        shown = ask("places", atlas.by_token, questions.TOKEN_PLACES, text, limit, ids=ids)
+    else:
+        shown = ask("neurons", atlas.token_neurons, questions.TOKEN_NEURONS, text, limit, ids=ids)
+    return Page(
+        "token.html",
+        f"Token {text!r}",
+        (shown, layers),
+        {"text": text, "token_ids": ids},
+        {
+            "show": show,
+            "promoted": sum(row["promoted"] for row in layers.rows),
+            "demoted": sum(row["demoted"] for row in layers.rows),
+        },
+    )
+
+
+def neuron_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
+    """What all prompts say to a neuron, its strongest prompts, and the neurons that are told the same."""
+    atlas = served.atlas
+    limit = given.limit(ROWS)
+    with is_named_by_the_address():
+        neuron = parse_neuron(path["address"])
+        address = str(neuron)
+        summary = ask("summary", atlas.neuron_summary, questions.NEURON_SUMMARY, address)
+    values = neuron_values(neuron)
+    near_values = {name: values[name] for name in ("layer", "module", "expert", "index")}
+    near = look_up(atlas, "near", lookups.NEAR_NEURONS, **near_values).rows[0]
+    norms = look_up(atlas, "histogram", lookups.HISTOGRAM, **values)
+    counts = [(row["norm_from"], row["norm_to"], row["prompts"]) for row in norms.rows]
+    return Page(
+        "neuron.html",
+        f"Neuron {address}",
+        (
+            summary,
+            ask("tokens", atlas.neuron_tokens, questions.NEURON_TOKENS, address, limit),
+            ask("prompts", atlas.by_neuron, questions.NEURON_PROMPTS, address, limit),
+            ask("similar", atlas.similar_neurons, questions.SIMILAR_NEURONS, address, SIMILAR),
+            norms,
+        ),
+        {"neuron": address, "kept_neurons": near["kept_neurons"]},
+        {
+            "histogram": histogram("prompts by gradient norm", counts),
+            "prompts": atlas.snapshot.record.plan.prompts,
+        },
+        Beside(_address(neuron, near["previous"]), _address(neuron, near["next"])),
+    )
+
+
+def one_of(name: str, value: str | None, known: tuple[str, ...]) -> str:
+    """The value if it is one of these, the first of them if there is none."""
+    if value is None:
+        return known[0]
+    if value not in known:
+        raise names.BacklensError(
+            f"{name}: {value[:40]!r} is none of {', '.join(known)}{names.did_you_mean(value[:40], known)}"
+        )
+    return value
+
+
+def _address(neuron: Neuron, index: int | None) -> str | None:
+    if index is None:
+        return None
+    return f"/neuron/{Neuron(neuron.layer, neuron.module, index, neuron.expert)}"

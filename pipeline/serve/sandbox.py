@@ -1,0 +1,95 @@
+"""A stranger's SELECT in a process of its own, which is bounded by the operating system.
+
+What DuckDB keeps of its limits is not enough for a server: its memory limit does not count the vectors of a query
+(`len(range(200000000))` takes 5 GB under a limit of 256 MB), and a single function cannot be interrupted (it goes on
+for 35 s). So the process may take so much memory and time, write no byte to any file, and is killed when it is late.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+
+from pipeline.atlas import Atlas
+from pipeline.atlas.sql import checked_query
+from pipeline.errors import BacklensError
+from pipeline.serve.plain import plain
+
+SECONDS = 5.0
+START = 10.0
+"""Seconds for the process to begin, before the query's own."""
+MEMORY = 2 << 30
+"""Bytes of address space, of which an idle process takes about half."""
+MOST_BYTES = 4 << 20
+"""Of the answer."""
+MOST_ROWS = 1000
+BATCH = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a SELECT gave."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+    is_cut: bool
+    """Whether there were more rows than these."""
+
+
+def ask_sandbox(out: str, statement: str, limit: int) -> Answer:
+    """The rows of one SELECT over the run `out`."""
+    question = json.dumps({"out": out, "statement": statement, "limit": limit})
+    command = [sys.executable, "-P", "-m", "pipeline.serve.sandbox"]
+    try:
+        ran = subprocess.run(command, input=question.encode(), capture_output=True, timeout=START + SECONDS)
+    except subprocess.TimeoutExpired:
+        raise BacklensError(f"sql: stopped after {SECONDS:g} s; narrow it, by layer for example") from None
+    if ran.returncode:
+        raise BacklensError("sql: it took more memory or time than is given to a query; narrow it")
+    answer = json.loads(ran.stdout)
+    if "refused" in answer:
+        raise BacklensError(answer["refused"])
+    return Answer(**answer)
+
+
+def _limit_process() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    seconds = int(START + SECONDS)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+
+
+def _answer(out: str, statement: str, limit: int) -> dict[str, Any]:
+    with Atlas(out, SECONDS).snapshot.connection(SECONDS) as opened:
+        found = opened.execute(f"FROM ({checked_query(opened, statement)}) LIMIT {limit + 1}")
+        columns = [name for name, *_ in found.description or ()]
+        rows: list[Any] = []
+        size = 0
+        while len(rows) <= limit and size < MOST_BYTES and (batch := plain(found.fetchmany(BATCH))):
+            rows += batch
+            size += len(json.dumps(batch))
+        is_cut = len(rows) > limit or size >= MOST_BYTES
+        return {"columns": columns, "rows": rows[:limit], "is_cut": is_cut}
+
+
+def main() -> None:
+    """Answers the question on standard input on standard output."""
+    _limit_process()
+    question = json.load(sys.stdin)
+    try:
+        answer = _answer(**question)
+    except BacklensError as error:
+        answer = {"refused": str(error)}
+    except (MemoryError, duckdb.OutOfMemoryException):
+        answer = {"refused": "sql: it took more memory than is given to a query; narrow it"}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
