@@ -58,7 +58,7 @@ def serve(
         raise BacklensError(atlas.note or f"serve: {out} has no atlas yet; build it: backlens atlas {out}")
     if atlas.note:
         print(atlas.note, file=sys.stderr)
-    app = make_app(Served(atlas, out, sql), [*OWN_HOSTS, _in_url(host), *(allow_host or [])])
+    app = make_app(Served.of(atlas, out, sql), [*OWN_HOSTS, _in_url(host), *(allow_host or [])])
     with _listening(host, port) as listener:
         bound = listener.getsockname()[1]
         print(f"serving {out} on http://{_in_url(host)}:{bound}/ (Ctrl-C stops)", flush=True)

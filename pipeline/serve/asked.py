@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 
-from pipeline.atlas import Atlas
 from pipeline.atlas.address import Neuron, parse_neuron
 from pipeline.atlas.sql import sql_text
 
@@ -42,10 +42,9 @@ def ask(name: str, method: Callable[..., pa.Table], question: str, *values: Any,
     return Asked(name, answer.column_names, answer.to_pylist(), python, with_values(question, given))
 
 
-def look_up(atlas: Atlas, name: str, question: str, **given: Any) -> Asked:
+def look_up(opened: duckdb.DuckDBPyConnection, name: str, question: str, **given: Any) -> Asked:
     """The answer to a SELECT of the explorer's own; values are bound."""
-    with atlas.snapshot.connection(atlas.seconds) as opened:
-        answer = opened.sql(question, params=given).to_arrow_table()
+    answer = opened.sql(question, params=given).to_arrow_table()
     statement = with_values(question, given)
     return Asked(name, answer.column_names, answer.to_pylist(), f"atlas.sql({statement!r})", statement)
 

@@ -3,7 +3,7 @@
 from pathlib import PurePath
 
 from pipeline.atlas import Atlas
-from pipeline.serve.of_prompts import modules_of, prompt_page
+from pipeline.serve.of_prompts import prompt_page
 from pipeline.serve.page import Served
 from pipeline.serve.parameters import Parameters
 from pipeline.serve.render import asset, environment
@@ -13,12 +13,12 @@ from schemas.tables import SIGN_CONVENTION
 def prompt_document(atlas: Atlas, out: str, prompt_id: int) -> str:
     """The prompt's heatmap, ranks and strongest neurons of every module that the run has."""
     atlas.prompt(prompt_id)
-    served = Served(atlas, out)
+    served = Served.of(atlas, out)
     pages = [
         prompt_page(
             served, {"prompt_id": str(prompt_id)}, Parameters([("module", module)], ("module", "limit"))
         )
-        for module in modules_of(atlas)
+        for module in served.modules
     ]
     first = pages[0]
     return (

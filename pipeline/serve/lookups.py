@@ -68,8 +68,8 @@ SELECT bin * most / {BINS} AS norm_from, (bin + 1) * most / {BINS} AS norm_to, p
 FROM filled ORDER BY bin
 """
 
-MODULES = """
-SELECT DISTINCT module::VARCHAR AS module, layer FROM layer_curves ORDER BY module, layer
+TOKEN_TEXTS = """
+SELECT token_id, token FROM vocab WHERE list_contains($ids, token_id)
 """
 
 COMPARE_NEURONS = """

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from pipeline.atlas import names, questions
 from pipeline.atlas.address import Neuron, parse_neuron
+from pipeline.plot.heatmap import SHIFTS
 from pipeline.serve import lookups
 from pipeline.serve.asked import ask, look_up, neuron_values
 from pipeline.serve.charts import histogram
@@ -22,10 +23,11 @@ def search_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
     """Tokens by their text in all its variants, and prompts; without words, the first prompts."""
     q = given.text("q")
     limit = given.limit(FOUND)
-    prompts = look_up(served.atlas, "prompts", lookups.SEARCH_PROMPTS, q=q, limit=limit)
-    if q is None:
-        return Page("search.html", "Search", (prompts,), {"q": ""})
-    tokens = look_up(served.atlas, "tokens", lookups.SEARCH_TOKENS, q=q, limit=limit)
+    with served.connection() as opened:
+        prompts = look_up(opened, "prompts", lookups.SEARCH_PROMPTS, q=q, limit=limit)
+        if q is None:
+            return Page("search.html", "Search", (prompts,), {"q": ""})
+        tokens = look_up(opened, "tokens", lookups.SEARCH_TOKENS, q=q, limit=limit)
     place = re.fullmatch(r"\s*(\d+\.[a-z]+\.[a-z]+\.(?:e\d+\.)?\d+)\s*", q, re.ASCII)
     view = {"neuron": place and place[1], "limit": limit}
     return Page("search.html", f"Search: {q}", (tokens, prompts), {"q": q}, view)
@@ -36,7 +38,7 @@ def token_page(served: Served, path: Mapping[str, str], given: Parameters) -> Pa
     atlas = served.atlas
     text = given.text("text") or ""
     show = one_of("show", given.text("show"), TOKEN_SHOWS)
-    with is_named_by_the_address(), atlas.snapshot.connection(atlas.seconds) as opened:
+    with is_named_by_the_address(), served.connection() as opened:
         ids = names.token_ids(opened, text)
     limit = given.limit(ROWS)
     layers = ask("layers", atlas.token_layers, questions.TOKEN_LAYERS, text, 1000, ids=ids)
@@ -66,9 +68,9 @@ def neuron_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
         address = str(neuron)
         summary = ask("summary", atlas.neuron_summary, questions.NEURON_SUMMARY, address)
     values = neuron_values(neuron)
-    near_values = {name: values[name] for name in ("layer", "module", "expert", "index")}
-    near = look_up(atlas, "near", lookups.NEAR_NEURONS, **near_values).rows[0]
-    norms = look_up(atlas, "histogram", lookups.HISTOGRAM, **values)
+    with served.connection() as opened:
+        near = look_up(opened, "near", lookups.NEAR_NEURONS, **values).rows[0]
+        norms = look_up(opened, "histogram", lookups.HISTOGRAM, **values)
     counts = [(row["norm_from"], row["norm_to"], row["prompts"]) for row in norms.rows]
     return Page(
         "neuron.html",
@@ -84,6 +86,7 @@ def neuron_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
         {
             "histogram": histogram("prompts by gradient norm", counts),
             "prompts": atlas.snapshot.record.plan.prompts,
+            "is_shift": neuron.module in SHIFTS,
         },
         Beside(_address(neuron, near["previous"]), _address(neuron, near["next"])),
     )

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.atlas import Atlas, questions
 from pipeline.errors import BacklensError
-from pipeline.plot.heatmap import SHIFTS, token_texts
+from pipeline.plot.heatmap import SHIFTS
 from pipeline.serve import lookups
-from pipeline.serve.asked import Asked, Row, ask, look_up
-from pipeline.serve.charts import Chart, Points, line_chart
+from pipeline.serve.asked import Row, ask, look_up
+from pipeline.serve.charts import Points, line_chart
 from pipeline.serve.grid import kind_of, make_grid
 from pipeline.serve.page import Beside, Page, Served
 from pipeline.serve.parameters import Missing, Parameters, is_named_by_the_address, whole_number
@@ -27,14 +27,19 @@ def prompt_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
     with is_named_by_the_address():
         prompt_id = whole_number("prompt", path["prompt_id"])
         row = the_prompt(atlas, prompt_id)
-    modules = modules_of(atlas)
+    modules = served.modules
     module = given.text("module") or default_module(modules)
     limit = given.limit(NEURONS)
     cells = ask("cells", atlas.by_prompt, questions.HEATMAP, prompt_id, None, None, module)
-    texts = token_texts(atlas, [*row["token_ids"], row["target_ids"][0], row["predicted_id"]])
+    ids = [*row["token_ids"], row["target_ids"][0], row["predicted_id"]]
+    with served.connection() as opened:
+        near = look_up(opened, "near", lookups.NEAR_PROMPTS, prompt_id=prompt_id).rows[0]
+        found = look_up(opened, "texts", lookups.TOKEN_TEXTS, ids=ids).rows
+    named = {token["token_id"]: token["token"] for token in found}
+    texts = [named.get(token_id, f"<{token_id}>") for token_id in ids]
     grid = make_grid(module, texts[:-2], cells.rows)
-    ranks = line_chart("rank of the target", _rank_lines(row, texts, cells.rows, module, atlas), "rank")
-    near = look_up(atlas, "near", lookups.NEAR_PROMPTS, prompt_id=prompt_id).rows[0]
+    lines = _rank_lines(row, cells.rows, module, served.vocabulary)
+    ranks = line_chart("rank of the target", lines, "rank")
     return Page(
         "prompt.html",
         f"Prompt {prompt_id}",
@@ -70,7 +75,9 @@ def compare_page(served: Served, path: Mapping[str, str], given: Parameters) -> 
     module = given.text("module")
     sides = ask("modules", atlas.compare_prompts, questions.COMPARE_PROMPTS, one, two, None, None, module)
     limit = given.limit(NEURONS)
-    neurons = look_up(atlas, "neurons", lookups.COMPARE_NEURONS, one=one, two=two, module=module, limit=limit)
+    values = {"one": one, "two": two, "module": module, "limit": limit}
+    with served.connection() as opened:
+        neurons = look_up(opened, "neurons", lookups.COMPARE_NEURONS, **values)
     charts = [
         line_chart(f"gradient norm of {name}", _norm_lines(sides.rows, name, (one, two)), "log")
         for name in dict.fromkeys(row["module"] for row in sides.rows)
@@ -80,7 +87,7 @@ def compare_page(served: Served, path: Mapping[str, str], given: Parameters) -> 
         f"Prompts {one} and {two}",
         (sides, neurons),
         facts={"prompts": pair},
-        view={"one": one, "two": two, "pair": pair, "charts": charts, "modules": modules_of(atlas)},
+        view={"one": one, "two": two, "pair": pair, "charts": charts, "modules": served.modules},
     )
 
 
@@ -88,12 +95,6 @@ def the_prompt(atlas: Atlas, prompt_id: int) -> Row:
     """The prompt's row of `prompts`."""
     (row,) = atlas.prompt(prompt_id).to_pylist()
     return row
-
-
-def modules_of(atlas: Atlas) -> list[str]:
-    """The modules that the run has positions of."""
-    rows = look_up(atlas, "modules", lookups.MODULES).rows
-    return list(dict.fromkeys(row["module"] for row in rows))
 
 
 def default_module(modules: Sequence[str]) -> str:
@@ -107,14 +108,11 @@ def _address(prompt_id: int | None, module: str, modules: Sequence[str]) -> str 
     return f"/prompt/{prompt_id}" + ("" if module == default_module(modules) else f"?module={module}")
 
 
-def _rank_lines(
-    prompt: Row, texts: Sequence[str], rows: Sequence[Row], module: str, atlas: Atlas
-) -> list[tuple[str, Points]]:
+def _rank_lines(prompt: Row, rows: Sequence[Row], module: str, vocabulary: int) -> list[tuple[str, Points]]:
     """The target's rank by layer at the last position and the subject's ends, counted from the side that speaks."""
     positions = {"last": prompt["n_tokens"] - 1}
     if prompt["subject_start"] is not None:
         positions |= {"subject_last": prompt["subject_end"] - 1, "subject_first": prompt["subject_start"]}
-    vocabulary = atlas.sql("SELECT count(*) AS n FROM vocab").column("n")[0].as_py()
     lines: list[tuple[str, Points]] = []
     drawn: set[int] = set()
     for name, position in positions.items():
@@ -138,6 +136,3 @@ def _norm_lines(rows: Sequence[Row], module: str, pair: tuple[int, int]) -> list
                 squares[row["layer"]] += row[f"grad_norm_{side}"] ** 2
         lines.append((f"prompt {prompt_id}", {layer: square**0.5 for layer, square in squares.items()}))
     return lines
-
-
-__all__ = ["Asked", "Chart", "compare_page", "default_module", "modules_of", "prompt_page"]

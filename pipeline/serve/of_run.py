@@ -23,12 +23,14 @@ def run_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page
     """What the run is, and where to begin."""
     atlas = served.atlas
     limit = given.limit(FEW)
+    with served.connection() as opened:
+        prompts = look_up(opened, "prompts", lookups.SEARCH_PROMPTS, q=None, limit=limit)
     return Page(
         "run.html",
         "Run",
         (
             ask("coverage", atlas.coverage, questions.COVERAGE),
-            look_up(atlas, "prompts", lookups.SEARCH_PROMPTS, q=None, limit=limit),
+            prompts,
             ask("specific", atlas.specific_neurons, questions.SPECIFIC_NEURONS, limit),
             ask("tokens", atlas.prominent_tokens, questions.PROMINENT_TOKENS, None, limit),
         ),

@@ -67,7 +67,14 @@ def _limit_process() -> None:
 
 def _answer(out: str, statement: str, limit: int) -> dict[str, Any]:
     with Atlas(out, SECONDS).snapshot.connection(SECONDS) as opened:
-        found = opened.execute(f"FROM ({checked_query(opened, statement)}) LIMIT {limit + 1}")
+        query = checked_query(opened, statement)
+        # Times with a zone are handed over as text: as objects they would take a package that is not needed here.
+        texts = opened.execute(
+            f"SELECT column_name FROM (DESCRIBE {query}) WHERE column_type LIKE '%TIME ZONE%'"
+        )
+        replaced = [f"{name}::VARCHAR AS {name}" for name in (_quoted(row[0]) for row in texts.fetchall())]
+        chosen = f"* REPLACE ({', '.join(replaced)})" if replaced else "*"
+        found = opened.execute(f"SELECT {chosen} FROM ({query}) LIMIT {limit + 1}")
         columns = [name for name, *_ in found.description or ()]
         rows: list[Any] = []
         size = 0
@@ -76,6 +83,10 @@ def _answer(out: str, statement: str, limit: int) -> dict[str, Any]:
             size += len(json.dumps(batch))
         is_cut = len(rows) > limit or size >= MOST_BYTES
         return {"columns": columns, "rows": rows[:limit], "is_cut": is_cut}
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 def main() -> None:
