@@ -86,7 +86,9 @@ async def _answer(
 
 def _make(served: Served, address: Address, form: Form, request: Request) -> Response:
     extra = ("table",) if form == "csv" else ()
-    query = parse_qsl(request.url.query, keep_blank_values=True, errors="replace")
+    query = parse_qsl(
+        request.scope["query_string"].decode("latin-1"), keep_blank_values=True, errors="replace"
+    )
     given = Parameters(query, (*address.parameters, *extra))
     page = address.make(served, request.path_params, given)
     if form == "csv":
@@ -95,24 +97,25 @@ def _make(served: Served, address: Address, form: Form, request: Request) -> Res
         facts = {"run": served.out, "note": served.atlas.note, "cut_off": str(served.atlas.cut_off)}
         content = as_json(page, facts)
     else:
-        path = "/index" if request.url.path == "/" else request.url.path
+        path = "/index" if request.scope["path"] == "/" else request.scope["path"]
         twins = {kind: _with_query(f"{path}.{kind}", query) for kind in ("json", "csv")}
-        content = as_html(page, served, path=request.url.path, query=dict(query), twins=twins)
+        content = as_html(page, served, path=request.scope["path"], query=dict(query), twins=twins)
     return Response(content, media_type=MEDIA[form])
 
 
 def _refuse(served: Served, request: Request, error: Exception) -> Response:
     """One clear line, as a page or as its twin would say it."""
+    path = request.scope["path"]
     if isinstance(error, HTTPException):
         status = error.status_code
-        line = f"there is no page {request.url.path[:80]!r} here" if status == 404 else str(error.detail)
+        line = f"there is no page {path[:80]!r} here" if status == 404 else str(error.detail)
     else:
         status, line = (404 if isinstance(error, Missing) else 400), str(error)
-    if request.url.path.endswith((".json", ".csv")):
+    if path.endswith((".json", ".csv")):
         return PlainTextResponse(f"{line}\n", status)
     page = Page("error.html", "Not found" if status == 404 else "Not understood", view={"line": line})
     words = request.query_params.get("text") or request.query_params.get("q") or ""
-    around = {"path": request.url.path, "query": {}, "twins": {}, "words": words}
+    around = {"path": path, "query": {}, "twins": {}, "words": words}
     return Response(as_html(page, served, **around), status, media_type=MEDIA["html"])
 
 

@@ -10,7 +10,7 @@ from pipeline.serve import lookups
 from pipeline.serve.asked import ask, look_up, neuron_values
 from pipeline.serve.charts import histogram
 from pipeline.serve.page import Beside, Page, Served
-from pipeline.serve.parameters import Parameters, is_named_by_the_address
+from pipeline.serve.parameters import Parameters, is_named_by_the_address, one_of
 
 FOUND = 50
 ROWS = 20
@@ -37,7 +37,7 @@ def token_page(served: Served, path: Mapping[str, str], given: Parameters) -> Pa
     """Where gradients push toward a token and away from it; with `show=places` every list that it stands in."""
     atlas = served.atlas
     text = given.text("text") or ""
-    show = one_of("show", given.text("show"), TOKEN_SHOWS)
+    show = one_of("show", given.text("show"), TOKEN_SHOWS) or "neurons"
     with is_named_by_the_address(), served.connection() as opened:
         ids = names.token_ids(opened, text)
     limit = given.limit(ROWS)
@@ -90,17 +90,6 @@ def neuron_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
         },
         Beside(_address(neuron, near["previous"]), _address(neuron, near["next"])),
     )
-
-
-def one_of(name: str, value: str | None, known: tuple[str, ...]) -> str:
-    """The value if it is one of these, the first of them if there is none."""
-    if value is None:
-        return known[0]
-    if value not in known:
-        raise names.BacklensError(
-            f"{name}: {value[:40]!r} is none of {', '.join(known)}{names.did_you_mean(value[:40], known)}"
-        )
-    return value
 
 
 def _address(neuron: Neuron, index: int | None) -> str | None:

@@ -11,7 +11,7 @@ from pipeline.serve.asked import Row, ask, look_up
 from pipeline.serve.charts import Points, line_chart
 from pipeline.serve.grid import kind_of, make_grid
 from pipeline.serve.page import Beside, Page, Served
-from pipeline.serve.parameters import Missing, Parameters, is_named_by_the_address, whole_number
+from pipeline.serve.parameters import Missing, Parameters, is_named_by_the_address, one_of, whole_number
 
 NEURONS = 20
 LINES = {
@@ -28,7 +28,7 @@ def prompt_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
         prompt_id = whole_number("prompt", path["prompt_id"])
         row = the_prompt(atlas, prompt_id)
     modules = served.modules
-    module = given.text("module") or default_module(modules)
+    module = one_of("module", given.text("module"), modules) or default_module(modules)
     limit = given.limit(NEURONS)
     cells = ask("cells", atlas.by_prompt, questions.HEATMAP, prompt_id, None, None, module)
     ids = [*row["token_ids"], row["target_ids"][0], row["predicted_id"]]
@@ -72,7 +72,7 @@ def compare_page(served: Served, path: Mapping[str, str], given: Parameters) -> 
         pair = [the_prompt(atlas, prompt_id) for prompt_id in (one, two)]
     except BacklensError as error:
         raise Missing(str(error)) from error
-    module = given.text("module")
+    module = one_of("module", given.text("module"), served.modules)
     sides = ask("modules", atlas.compare_prompts, questions.COMPARE_PROMPTS, one, two, None, None, module)
     limit = given.limit(NEURONS)
     values = {"one": one, "two": two, "module": module, "limit": limit}

@@ -12,7 +12,7 @@ from pipeline.serve.asked import Row, ask, look_up
 from pipeline.serve.charts import Chart, Points, line_chart
 from pipeline.serve.grid import kind_of
 from pipeline.serve.page import Page, Served
-from pipeline.serve.parameters import Parameters
+from pipeline.serve.parameters import Parameters, one_of
 from schemas.atlas import ATLAS_TABLES
 from schemas.tables import SIGN_CONVENTION, TABLES
 
@@ -41,11 +41,11 @@ def run_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page
 def layers_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
     """The curves by layer and kind of position, and means by group."""
     atlas = served.atlas
-    module = given.text("module")
-    curves = ask("curves", atlas.layer_curves, questions.LAYER_CURVES, None, None, module)
+    module = one_of("module", given.text("module"), served.modules)
     by = given.text("by") or "relation"
     pointer = "/" + by.replace("~", "~0").replace("/", "~1")
     groups = ask("groups", atlas.groups, questions.GROUPS, by, 1000, None, module, pointer=pointer)
+    curves = ask("curves", atlas.layer_curves, questions.LAYER_CURVES, None, None, module)
     modules = list(dict.fromkeys(row["module"] for row in curves.rows))
     return Page(
         "layers.html",

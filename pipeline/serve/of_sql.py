@@ -17,11 +17,11 @@ def sql_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page
     """One SELECT over the tables."""
     statement = given.text("q")
     limit = given.limit(100)
-    view = {"example": EXAMPLE, "seconds": SECONDS, "most_rows": MOST_ROWS, "is_cut": False}
+    view = {"example": EXAMPLE, "seconds": SECONDS, "most_rows": MOST_ROWS}
     if statement is None:
-        return Page("sql.html", "SQL", facts={"q": ""}, view=view)
-    answer = ask_sandbox(served.atlas.snapshot.directory.root, statement, limit)
+        return Page("sql.html", "SQL", facts={"q": "", "is_cut": False}, view=view)
+    answer = ask_sandbox(served.out, statement, limit)
     rows = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
     asked = Asked("rows", answer.columns, rows, f"atlas.sql({statement!r}, limit={limit})", statement)
     facts = {"q": statement, "is_cut": answer.is_cut}
-    return Page("sql.html", "SQL", (asked,), facts, {**view, "is_cut": answer.is_cut})
+    return Page("sql.html", "SQL", (asked,), facts, view)

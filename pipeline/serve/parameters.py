@@ -63,3 +63,12 @@ def whole_number(name: str, text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise BacklensError(f"{name}: {text[:40]!r} is not a whole number from 0")
     return int(text)
+
+
+def one_of(name: str, value: str | None, known: Sequence[str]) -> str | None:
+    """The value, which must be one of these if there is one."""
+    if value is not None and value not in known:
+        raise BacklensError(
+            f"{name}: {value[:40]!r} is none of {', '.join(known)}{did_you_mean(value[:40], known)}"
+        )
+    return value

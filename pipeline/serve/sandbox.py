@@ -6,6 +6,7 @@ for 35 s). So the process may take so much memory and time, write no byte to any
 """
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -39,20 +40,20 @@ class Answer:
     """Whether there were more rows than these."""
 
 
-def ask_sandbox(out: str, statement: str, limit: int) -> Answer:
+def ask_sandbox(out: str, statement: str, limit: int, seconds: float = SECONDS) -> Answer:
     """The rows of one SELECT over the run `out`."""
-    question = json.dumps({"out": out, "statement": statement, "limit": limit})
+    question = json.dumps({"out": out, "statement": statement, "limit": limit, "seconds": seconds})
     command = [sys.executable, "-P", "-m", "pipeline.serve.sandbox"]
     try:
-        ran = subprocess.run(command, input=question.encode(), capture_output=True, timeout=START + SECONDS)
+        ran = subprocess.run(command, input=question.encode(), capture_output=True, timeout=START + seconds)
     except subprocess.TimeoutExpired:
-        raise BacklensError(f"sql: stopped after {SECONDS:g} s; narrow it, by layer for example") from None
+        raise BacklensError(f"sql: stopped after {seconds:g} s; narrow it, by layer for example") from None
     if ran.returncode:
         raise BacklensError("sql: it took more memory or time than is given to a query; narrow it")
-    answer = json.loads(ran.stdout)
-    if "refused" in answer:
-        raise BacklensError(answer["refused"])
-    return Answer(**answer)
+    said = json.loads(ran.stdout)
+    if "refused" in said:
+        raise BacklensError(said["refused"])
+    return Answer(**said)
 
 
 def _limit_process() -> None:
@@ -61,12 +62,13 @@ def _limit_process() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    seconds = int(START + SECONDS)
+    seconds = int(START + SECONDS) * (os.cpu_count() or 1)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 
 
-def _answer(out: str, statement: str, limit: int) -> dict[str, Any]:
-    with Atlas(out, SECONDS).snapshot.connection(SECONDS) as opened:
+def answer(out: str, statement: str, limit: int, seconds: float) -> dict[str, Any]:
+    """The fields of an `Answer`, asked in this process."""
+    with Atlas(out).snapshot.connection(seconds) as opened:
         query = checked_query(opened, statement)
         # Times with a zone are handed over as text: as objects they would take a package that is not needed here.
         texts = opened.execute(
@@ -94,12 +96,12 @@ def main() -> None:
     _limit_process()
     question = json.load(sys.stdin)
     try:
-        answer = _answer(**question)
+        said = answer(**question)
     except BacklensError as error:
-        answer = {"refused": str(error)}
+        said = {"refused": str(error)}
     except (MemoryError, duckdb.OutOfMemoryException):
-        answer = {"refused": "sql: it took more memory than is given to a query; narrow it"}
-    json.dump(answer, sys.stdout)
+        said = {"refused": "sql: it took more memory than is given to a query; narrow it"}
+    json.dump(said, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_an_export_is_refused_in_one_line(example: ExampleRun, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_explorer_loads_no_model_library(example: ExampleRun):
+def test_the_explorer_loads_no_model_library():
     loaded = subprocess.run(
         [
             sys.executable,

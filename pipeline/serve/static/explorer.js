@@ -18,11 +18,19 @@ for (const block of document.querySelectorAll(".code")) {
 
 const go = (selector) => document.querySelector(selector)?.click();
 
+const write = (field) => {
+  field.focus();
+  field.select();
+};
+
 const KEYS = {
-  "/": () => document.getElementById("q").select(),
+  "/": () => write(document.getElementById("q")),
   ArrowLeft: () => go('.beside [rel="prev"]'),
   ArrowRight: () => go('.beside [rel="next"]'),
-  c: () => (document.querySelector('main input[name="two"]') ?? { select: () => go('nav a[href="/compare"]') }).select(),
+  c: () => {
+    const other = document.querySelector('main input[name="two"]');
+    other ? write(other) : go('nav a[href="/compare"]');
+  },
   g: () => go(".brand"),
 };
 
