@@ -124,10 +124,12 @@ def _require_extra() -> None:
 
 
 def _listening(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise BacklensError(f"--port {port}: give 1 to 65535, or 0 for any that is free")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise BacklensError(
             f"serve: cannot listen on {host}, port {port} ({said}); give another --port, 0 for any that is free"

@@ -12,8 +12,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import duckdb
-
 from pipeline.atlas import Atlas
 from pipeline.atlas.sql import checked_query
 from pipeline.errors import BacklensError
@@ -99,7 +97,7 @@ def main() -> None:
         said = answer(**question)
     except BacklensError as error:
         said = {"refused": str(error)}
-    except (MemoryError, duckdb.OutOfMemoryException):
+    except MemoryError:
         said = {"refused": "sql: it took more memory than is given to a query; narrow it"}
     json.dump(said, sys.stdout)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.serve.test_command import served
@@ -25,7 +24,7 @@ FLAGS = (
 )
 
 
-def browser(profile: Path, *flags: str) -> WebDriver:
+def browser(profile: Path, *flags: str) -> webdriver.Chrome:
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
@@ -44,7 +43,7 @@ def address(example: ExampleRun) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     opened = browser(tmp_path_factory.mktemp("profile"))
     try:
         SHOTS.mkdir(exist_ok=True)
@@ -53,16 +52,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
         opened.quit()
 
 
-def press(page: WebDriver, *keys: str) -> None:
+def press(page: webdriver.Chrome, *keys: str) -> None:
     """Keys to whatever has the focus."""
     webdriver.ActionChains(page).send_keys(*keys).perform()
 
 
-def until(page: WebDriver, is_there: Callable[[WebDriver], bool]) -> None:
+def until(page: webdriver.Chrome, is_there: Callable[[webdriver.Chrome], bool]) -> None:
     WebDriverWait(page, 10).until(is_there)
 
 
-def focus_by_tab(page: WebDriver, selector: str) -> str:
+def focus_by_tab(page: webdriver.Chrome, selector: str) -> str:
     """Tab until something that the selector means has the focus; its text."""
     for _ in range(120):
         press(page, Keys.TAB)
@@ -72,13 +71,13 @@ def focus_by_tab(page: WebDriver, selector: str) -> str:
     raise AssertionError(f"Tab never reaches {selector} on {page.current_url}")
 
 
-def follow(page: WebDriver, selector: str, path: str) -> None:
+def follow(page: webdriver.Chrome, selector: str, path: str) -> None:
     focus_by_tab(page, selector)
     press(page, Keys.ENTER)
     until(page, lambda page: path in page.current_url)
 
 
-def test_search_to_token_to_neuron_to_prompt_to_compare_by_keyboard(page: WebDriver, address: str):
+def test_search_to_token_to_neuron_to_prompt_to_compare_by_keyboard(page: webdriver.Chrome, address: str):
     page.get(address)
     press(page, Keys.TAB)
     assert page.switch_to.active_element.text == "Skip to content"
@@ -104,7 +103,7 @@ def test_search_to_token_to_neuron_to_prompt_to_compare_by_keyboard(page: WebDri
     assert page.get_log("browser") == []
 
 
-def test_a_heatmap_is_one_stop_and_arrows_lead_through_it(page: WebDriver, address: str):
+def test_a_heatmap_is_one_stop_and_arrows_lead_through_it(page: webdriver.Chrome, address: str):
     page.get(f"{address}/prompt/1?module=mlp.up")
     focus_by_tab(page, ".heat td")
     first = page.switch_to.active_element.find_element("css selector", ".more")
@@ -120,7 +119,7 @@ def test_a_heatmap_is_one_stop_and_arrows_lead_through_it(page: WebDriver, addre
     assert page.get_log("browser") == []
 
 
-def test_no_page_complains_or_overflows(page: WebDriver, address: str):
+def test_no_page_complains_or_overflows(page: webdriver.Chrome, address: str):
     pages = {
         "run": "/",
         "layers": "/layers",

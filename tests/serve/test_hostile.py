@@ -228,7 +228,7 @@ def test_hostile_sql_is_refused_or_answered(
         ("SELECT len(range(300000000))", "memory"),
         ("SELECT count(*) FROM range(10000000000000)", "stopped after"),
         ("SELECT repeat('x', 50000000) FROM range(1000)", ""),
-        ("COPY vocab TO 'written.csv'", "only a single SELECT"),
+        ("COPY vocab TO 'written.csv'", "only a single select"),
     ],
 )
 def test_a_query_takes_no_more_than_it_is_given(
@@ -237,7 +237,7 @@ def test_a_query_takes_no_more_than_it_is_given(
     monkeypatch.setattr(of_sql, "ask_sandbox", partial(sandbox.ask_sandbox, seconds=1.0))
     answer = client.get("/sql.json", params={"q": statement})
     assert answer.status_code == 400
-    assert line in answer.text
+    assert line in answer.text.lower()
 
 
 def test_sql_is_answered(client: TestClient):
