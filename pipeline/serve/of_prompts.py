@@ -23,12 +23,11 @@ LINES = {
 
 def prompt_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
     """One prompt and one module: the heatmap, the target's rank by layer, the strongest neurons."""
-    atlas = served.atlas
+    atlas, modules = served.atlas, served.modules
+    module = one_of("module", given.text("module"), modules) or default_module(modules)
     with is_named_by_the_address():
         prompt_id = whole_number("prompt", path["prompt_id"])
         row = the_prompt(atlas, prompt_id)
-    modules = served.modules
-    module = one_of("module", given.text("module"), modules) or default_module(modules)
     limit = given.limit(NEURONS)
     cells = ask("cells", atlas.by_prompt, questions.HEATMAP, prompt_id, None, None, module)
     ids = [*row["token_ids"], row["target_ids"][0], row["predicted_id"]]

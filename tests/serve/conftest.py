@@ -14,7 +14,7 @@ from pipeline.serve.page import Served
 from pipeline.store.commit import commit_shard
 from pipeline.store.files import Directory
 from pipeline.store.rundir import finish
-from pipeline.store.vocab import write_vocab
+from pipeline.store.vocab import VOCAB_FILE, write_vocab
 from tests.store.examples import VOCAB, ExampleRun, arrow, random_rows, start_run
 
 MARKUP = "<script>alert(1)</script>"
@@ -25,6 +25,7 @@ TOKENS = [*VOCAB[:10], MARKUP, "\x00", "a&b=c#d", "\u202erev", '"><img src=x>', 
 def example(tmp_path_factory: pytest.TempPathFactory) -> ExampleRun:
     directory = Directory.at(tmp_path_factory.mktemp("served"))
     run = start_run(directory, prompts=8, shard_prompts=8)
+    Path(directory.root, VOCAB_FILE).unlink()
     write_vocab(directory, TOKENS, [token.encode() for token in TOKENS])
     rows = random_rows(random.Random(0), range(8))
     rows["prompts"][0]["prompt"] = f"{MARKUP} is"

@@ -93,7 +93,8 @@ def test_search_to_token_to_neuron_to_prompt_to_compare_by_keyboard(page: webdri
     arrow = Keys.ARROW_RIGHT if page.find_elements("css selector", ".beside [rel=next]") else Keys.ARROW_LEFT
     press(page, arrow)
     until(page, lambda page: page.current_url != here)
-    follow(page, "main td a[href^='/prompt/']", "/prompt/")
+    follow(page, ".jumps a[href='#prompts']", "#prompts")
+    follow(page, "#prompts td a[href^='/prompt/']", "/prompt/")
     page.save_screenshot(SHOTS / "prompt.png")
     one = int(page.current_url.rpartition("/")[2])
     press(page, "c", "4" if one != 4 else "5", Keys.ENTER)
