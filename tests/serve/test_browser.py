@@ -12,6 +12,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 from tests.serve.test_command import served
 from tests.store.examples import ExampleRun
 
+pytestmark = pytest.mark.slow
+
 SHOTS = Path(__file__).resolve().parents[1] / "screenshots"
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),

@@ -187,6 +187,7 @@ ROUTES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 def test_hostile_values_are_refused_or_answered(
     client: TestClient, untouched: Path, secret: Path, route: str
@@ -208,6 +209,7 @@ def test_bad_encodings_are_refused_or_answered(client: TestClient, raw: str):
         assert_harmless(client, route.format(raw))
 
 
+@pytest.mark.slow
 def test_hostile_sql_is_refused_or_answered(
     client: TestClient, untouched: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
 ):
