@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 WIDTH, HEIGHT = 330, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 46, 16, 10, 24
 
 Scale = Literal["linear", "log", "rank"]
 Points = Mapping[int, float]
@@ -96,7 +96,9 @@ def line_chart(title: str, lines: Sequence[tuple[str, Points]], scale: Scale) ->
         for style, label, points in drawn
     ]
     x_ticks = [Tick(at(x, low)[0], str(x)) for x in _some(layers, 9)]
-    y_ticks = [Tick(at(layers[0], y)[1], f"{y:.3g}") for y in _marks(low, high, scale)]
+    y_ticks = [
+        Tick(at(layers[0], y)[1], f"{y:,.0f}" if y >= 1000 else f"{y:.3g}") for y in _marks(low, high, scale)
+    ]
     return Chart(title, series, x_ticks, y_ticks)
 
 
