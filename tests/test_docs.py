@@ -25,6 +25,7 @@ LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 JOB_SERVER = "needs a cluster; tests/engine/test_jobs.py runs it against a job server of its own"
 GANG = "takes half a minute; tests/engine/test_zero3.py runs the same"
+BROWSER = "goes on until it is stopped, or needs it; tests/serve starts one and looks at it in a browser"
 NODES = "needs machines; tests/test_cluster_files.py checks the file that it is given"
 
 NOT_RUN = {
@@ -36,6 +37,9 @@ NOT_RUN = {
     "backlens jobs logs project-1a2b3c4d --follow --address http://127.0.0.1:8265": JOB_SERVER,
     "backlens jobs stop project-1a2b3c4d --address http://127.0.0.1:8265": JOB_SERVER,
     "backlens run --model my-model --out zero3-run --limit 5 --sharding zero3 --ranks 2 --gpus-per-replica 0": GANG,
+    "backlens serve demo-run": BROWSER,
+    "chromium --headless --hide-scrollbars --window-size=1240,860 --screenshot=docs/explorer.png "
+    "http://127.0.0.1:8050/prompt/37": BROWSER,
     "ray get-auth-token --generate": "would make a token for whoever runs this test",
     "ray up cluster.yaml": NODES,
     "ray dashboard cluster.yaml": NODES,

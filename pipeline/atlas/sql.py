@@ -135,11 +135,16 @@ def sql_text(text: str) -> str:
 
 def run_select(opened: duckdb.DuckDBPyConnection, statement: str, limit: int) -> pa.Table:
     """At most `limit` rows of a stranger's SELECT."""
+    # As a subquery: there DuckDB itself refuses what writes.
+    return opened.sql(checked_query(opened, statement)).limit(limit).to_arrow_table()
+
+
+def checked_query(opened: duckdb.DuckDBPyConnection, statement: str) -> str:
+    """A stranger's SELECT, written anew from the tree that was checked."""
     tree = checked_tree(opened, statement)
-    # What runs is the tree that was checked, and as a subquery: there DuckDB itself refuses what writes.
     # (json_execute_serialized_sql would save a step, but what it runs can't be interrupted.)
-    (checked,) = opened.execute("SELECT json_deserialize_sql($1)", [tree]).fetchall()
-    return opened.sql(checked[0]).limit(limit).to_arrow_table()
+    ((checked,),) = opened.execute("SELECT json_deserialize_sql($1)", [tree]).fetchall()
+    return checked
 
 
 def checked_tree(opened: duckdb.DuckDBPyConnection, statement: str) -> str:

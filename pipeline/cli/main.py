@@ -14,6 +14,7 @@ from pipeline import __version__
 from pipeline.cli.jobs import Address
 from pipeline.cli.jobs import app as jobs_app
 from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error
+from pipeline.cli.serving import export_html, serve
 from pipeline.config import RunConfig, flag, read_yaml
 from pipeline.doctor.options import DoctorOptions
 from pipeline.engine.plan_options import PlanOptions
@@ -285,6 +286,10 @@ def plot(
     from pipeline.cli.drawing import draw
 
     return draw(out, figure, prompt, module, to)
+
+
+app.command(serve)
+app.command(export_html)
 
 
 def main() -> None:

@@ -1,0 +1,140 @@
+"""`backlens serve` and `backlens export-html`: a run in a browser."""
+
+import contextlib
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from pipeline.errors import BacklensError
+
+Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    out: str,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8050,
+    allow_host: list[str] | None = None,
+    sql: Annotated[bool, Parameter(negative=())] = False,
+    debug: Debug = False,
+) -> int:
+    """Explore a run in a browser, on this machine only (needs the extra: pip install "backlens[serve]").
+
+    Tokens, neurons, prompts and layers; every page has an address to keep, and twins in JSON and CSV. Needs the
+    atlas (`backlens atlas OUT`), never writes, and has no password. Ctrl-C stops it.
+
+    Example: backlens serve ./demo-run
+
+    Parameters
+    ----------
+    out
+        The run directory.
+    host
+        The address to listen on. Other than 127.0.0.1, whoever reaches it can read the run.
+    port
+        0 for any that is free.
+    allow_host
+        Another name under which browsers reach it, such as that of a proxy; may be repeated.
+    sql
+        Also a page that runs a visitor's SELECT, with limits on time, memory and rows.
+    """
+    _require_extra()
+    import uvicorn
+
+    from pipeline.atlas import Atlas
+    from pipeline.serve.app import make_app
+    from pipeline.serve.page import Served
+    from pipeline.serve.security import OWN_HOSTS
+
+    atlas = Atlas(out)
+    if not atlas.snapshot.is_current:
+        raise BacklensError(atlas.note or f"serve: {out} has no atlas yet; build it: backlens atlas {out}")
+    if atlas.note:
+        print(atlas.note, file=sys.stderr)
+    app = make_app(Served.of(atlas, out, sql), [*OWN_HOSTS, _in_url(host), *(allow_host or [])])
+    with _listening(host, port) as listener:
+        bound = listener.getsockname()[1]
+        print(f"serving {out} on http://{_in_url(host)}:{bound}/ (Ctrl-C stops)", flush=True)
+        if host not in LOCAL:
+            print("whoever reaches this address can read the run: there is no password", file=sys.stderr)
+        config = uvicorn.Config(
+            app, log_level="warning", server_header=False, lifespan="off", timeout_graceful_shutdown=2
+        )
+        # Ctrl-C is how a server is meant to end: uvicorn ends, and raises it once more.
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+def export_html(out: str, /, *, prompt: int, to: str | None = None, debug: Debug = False) -> int:
+    """Write one prompt's heatmaps, ranks and neurons as an HTML file that needs no server and no network.
+
+    Example: backlens export-html ./demo-run --prompt 37
+
+    Parameters
+    ----------
+    out
+        The run directory.
+    prompt
+        A prompt_id.
+    to
+        The file; by default prompt-37.html for prompt 37.
+    """
+    from pipeline.atlas import Atlas
+    from pipeline.serve.export import prompt_document
+
+    target = Path(to or f"prompt-{prompt}.html")
+    if not target.parent.is_dir():
+        raise BacklensError(f"--to {target}: there is no folder {target.parent}; make it first")
+    atlas = Atlas(out)
+    if atlas.note:
+        print(atlas.note, file=sys.stderr)
+    _write(target, prompt_document(atlas, out, prompt))
+    print(target)
+    return 0
+
+
+def _write(target: Path, document: str) -> None:
+    """Whole or not at all."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(document, "utf-8")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise BacklensError(f"--to {target}: cannot be written ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _require_extra() -> None:
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise BacklensError(
+            f'serve: {error.name} is not installed; install the extra: pip install "backlens[serve]"'
+        ) from error
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise BacklensError(f"--port {port}: give 1 to 65535, or 0 for any that is free")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, UnicodeError) as error:
+        said = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise BacklensError(
+            f"serve: cannot listen on {host}, port {port} ({said}); give another --port, 0 for any that is free"
+        ) from error
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
