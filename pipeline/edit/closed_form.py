@@ -13,7 +13,8 @@ from torch import Tensor
 from pipeline.edit.covariance import Moments, damped
 from pipeline.edit.delta import Delta
 from pipeline.edit.forward import Site, down_input, values_at
-from pipeline.edit.forward_shift import MODULE, Place
+from pipeline.edit.forward_shift import MODULE
+from pipeline.edit.options import Place
 from pipeline.edit.request import Request
 from pipeline.edit.values import Edit, Search, find_values
 from pipeline.edit.weights import edited, matrix

@@ -3,7 +3,7 @@
 CounterFact (arXiv 2202.05262, §3.3; `eval_utils_counterfact.py` and `summarize.py` of the authors' code), for a prompt
 with a new and a true target, each scored by its mean −log p over its tokens (teacher-forced):
 
-* success: of the prompt itself (efficacy) and of paraphrases, new is more probable than true; of the neighbourhood, true
+* success: of the prompt (efficacy) and of paraphrases, new is more probable than true; of the neighbourhood, true
   is more probable than new. A case's figure is the mean over its prompts.
 * accuracy: every token of the wanted target (new; true in the neighbourhood) is the likeliest one.
 * score S: the harmonic mean of the three successes' means over cases (`summary`).
@@ -219,5 +219,3 @@ def summary(results: Sequence[Result]) -> Summary:
         {kind: over([each.success[kind] for each in results]) for kind in KINDS},
         {kind: over([each.accuracy[kind] for each in results]) for kind in KINDS},
     )
-
-

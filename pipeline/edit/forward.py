@@ -45,7 +45,9 @@ def wordings(
 ) -> list[Example]:
     """The request's prompt and new target, behind each of some texts ("" among them: as it is)."""
     target = request.target_new if ending is None else ending
-    return encode(loaded, [(before + request.prompt, target) for before in prefixes], request.where, request.subject)
+    return encode(
+        loaded, [(before + request.prompt, target) for before in prefixes], request.where, request.subject
+    )
 
 
 def subject_last(example: Example, where: str) -> int:
@@ -140,9 +142,7 @@ def whole_values(loaded: LoadedModel, batch: Batch, site: Site) -> Float[Tensor,
 
 
 @contextmanager
-def added_to(
-    module: nn.Module, change: Callable[[Tensor], Tensor], shape: tuple[int, int]
-) -> Iterator[None]:
+def added_to(module: nn.Module, change: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> Iterator[None]:
     """Let `change` have a module's output, seen as (prompt, position, width), before it goes on."""
 
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:

@@ -17,7 +17,6 @@ What goes beyond the paper:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -28,14 +27,13 @@ from pipeline.edit.covariance import Moments, damped
 from pipeline.edit.delta import Delta, merged
 from pipeline.edit.forward import batches, down_input, logits_of, subject_last, values_at, wordings
 from pipeline.edit.method import target_embeddings
+from pipeline.edit.options import Normalise, Place
 from pipeline.edit.request import Request
 from pipeline.edit.weights import edited, matrix
 from pipeline.errors import BacklensError
 from pipeline.models.load import LoadedModel
 from pipeline.prompts.tokenize import Example
 
-Normalise = Literal["none", "length", "covariance"]
-Place = Literal["last", "subject"]
 MODULE = "mlp.down"
 
 
@@ -88,9 +86,7 @@ class ForwardShift:
         sequences = [(example.token_ids, example.target_ids) for example in flat]
         inputs = iter(values_at(loaded, sequences, places, down_input(loaded, layer)))
         rows = [torch.stack([next(inputs) for _ in each]).mean(0) for each in examples]
-        targets = [
-            token for each in examples for token in each[0].target_ids[: len(self._places(each[0]))]
-        ]
+        targets = [token for each in examples for token in each[0].target_ids[: len(self._places(each[0]))]]
         return torch.cat(rows), target_embeddings(loaded, targets).to(rows[0].device)
 
     def _places(self, example: Example, request: Request | None = None) -> list[int]:

@@ -19,7 +19,7 @@ from pipeline.factors import masked
 from pipeline.models.load import LoadedModel
 
 
-def _gradients(
+def gradients(
     loaded: LoadedModel, requests: Sequence[Request], layers: Sequence[int], modules: Sequence[str]
 ) -> tuple[dict[tuple[int, str], tuple[Tensor, Tensor]], Tensor]:
     """(X, Δ) of every matrix over all positions of all requests, and each request's loss."""
@@ -51,7 +51,7 @@ class GradientShift:
 
     def __call__(self, loaded: LoadedModel, *requests: Request) -> tuple[Delta, ...]:
         modules = [name for name in self.modules if any(name in b.matrices for b in loaded.anatomy.blocks)]
-        factors, _ = _gradients(loaded, requests, self.layers, modules)
+        factors, _ = gradients(loaded, requests, self.layers, modules)
         return tuple(Delta(*key, x, -self.lr * vjp) for key, (x, vjp) in sorted(factors.items()))
 
 
@@ -75,7 +75,7 @@ class FineTune:
         optimizer = torch.optim.Adam(list(changes.values()), lr=self.lr)
         for _ in range(self.steps):
             with edited(loaded, _deltas(changes)):
-                factors, loss = _gradients(loaded, requests, self.layers, self.modules)
+                factors, loss = gradients(loaded, requests, self.layers, self.modules)
             if float(loss.mean()) < self.enough:
                 break
             for key, (x, vjp) in factors.items():

@@ -95,7 +95,9 @@ def _counterfact(row: Row) -> Request:
         row.prompt_id,
         row.where,
         prompt,
-        with_space(prompt, checked_target(text(nested(rewrite, "target_new"), "str", "target"), "target_new")),
+        with_space(
+            prompt, checked_target(text(nested(rewrite, "target_new"), "str", "target"), "target_new")
+        ),
         subject,
         true,
         _texts(row.values, "paraphrase_prompts"),
@@ -172,7 +174,8 @@ def _texts(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 _READERS: dict[
-    PromptFormat, tuple[Callable[[Source], Iterable[Row | Rejected] | Iterator[Row]], Callable[[Row], Request]]
+    PromptFormat,
+    tuple[Callable[[Source], Iterable[Row | Rejected] | Iterator[Row]], Callable[[Row], Request]],
 ] = {
     "counterfact": (array_rows, _counterfact),
     "zsre": (array_rows, _zsre),
