@@ -53,7 +53,7 @@ class Rome:
 class Memit:
     """Mass-editing memory (Meng et al., arXiv 2210.07229): many edits at once, spread over several layers.
 
-    For each edit, z is what the last of the layers' blocks should put out (their equation 16). Then layer by layer, with
+    For each edit, z is what the last of the layers should put out (their equation 16). Then layer by layer, with
     keys K and residuals R recomputed, each of the layers left takes an equal share r of R (their equation 20):
     Δ = (λ C + KᵀK)⁻¹ Kᵀ R / r, rows of K and R being edits (equation 14, transposed).
     """

@@ -37,7 +37,8 @@ class Swept:
 def load(options: EditOptions) -> tuple[LoadedModel, list[Request]]:
     """The model, ready to be edited, and the edits."""
     options = options.with_demo_defaults()
-    assert options.model is not None and options.edits is not None
+    assert options.model is not None
+    assert options.edits is not None
     requests = read_requests(options.edits, options.format, options.limit)
     return load_editable(options), requests
 
