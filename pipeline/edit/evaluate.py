@@ -15,7 +15,7 @@ All prompts of a case, or of several, run as a few padded batches, and prompts w
 for both targets at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,14 +88,7 @@ class Result:
 
 def exam(loaded: LoadedModel, request: Request) -> Exam:
     """Encode what is asked about a request."""
-    asked: list[tuple[Kind, str, str | None, str | None]] = []
-    new, true = request.target_new, request.target_true
-    asked.append(("efficacy", request.prompt, new, true))
-    asked += [("paraphrase", prompt, new, true) for prompt in request.paraphrases]
-    new_there = new if request.metrics == "counterfact" else None
-    asked += [
-        ("neighbourhood", prompt, new_there, request.neighbourhood_target) for prompt in request.neighbourhood
-    ]
+    asked = list(_asked(request))
     pairs = [(prompt, t) for _, prompt, *targets in asked for t in targets if t is not None]
     encoded = iter(encode(loaded, pairs, request.where))
     rows: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
@@ -113,6 +106,21 @@ def exam(loaded: LoadedModel, request: Request) -> Exam:
 
     questions = tuple(Question(kind, reading(new), reading(true)) for kind, _, new, true in asked)
     return Exam(request, tuple(kept), questions)
+
+
+def _asked(request: Request) -> Iterator[tuple[Kind, str, str | None, str | None]]:
+    """Kind, prompt, new and true target."""
+    new, true = request.target_new, request.target_true
+    yield "efficacy", request.prompt, new, true
+    for prompt in request.paraphrases:
+        yield "paraphrase", prompt, new, true
+    for prompt in request.neighbourhood:
+        yield (
+            "neighbourhood",
+            prompt,
+            new if request.metrics == "counterfact" else None,
+            request.neighbourhood_target,
+        )
 
 
 @torch.no_grad()
@@ -138,8 +146,8 @@ def ask(loaded: LoadedModel, exams: Sequence[Exam], batch_tokens: int = BATCH_TO
         readings = [
             (place, index, reading) for place, index in enumerate(indices) for reading in by_row[index]
         ]
-        for (_, index, reading), answer in zip(readings, _answers(logits, readings), strict=True):
-            answers[index, reading.target] = answer
+        for (_, index, reading), found in zip(readings, _answers(logits, readings), strict=True):
+            answers[index, reading.target] = found
 
     def answer(number: int, reading: Reading | None) -> Answer | None:
         return None if reading is None else answers[first_row[number] + reading.row, reading.target]

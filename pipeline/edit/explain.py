@@ -85,7 +85,7 @@ def _added(lens: Lens, texts: Sequence[str], method: str, delta: Delta) -> Added
     direction = _leading(delta).to(lens.unembedding.device)
     scale = lens.norm.scale(direction.square().sum(), lens.norm.centre(direction).square().sum())
     scores = scale * (lens.unembedding.float() @ lens.linear(direction)) + lens.constant
-    order = scores.argsort(descending=True).tolist()
+    order: list[int] = scores.argsort(descending=True).tolist()
     top, bottom = order[:TOKENS_SHOWN], order[-TOKENS_SHOWN:][::-1]
     return Added(
         method,

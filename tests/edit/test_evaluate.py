@@ -7,9 +7,9 @@ import random
 import pytest
 
 from pipeline.demo import FACTS
-from pipeline.edit.evaluate import Answer, Exam, Question, Reading, _result, ask, exam, summary
+from pipeline.edit.evaluate import KINDS, Answer, Exam, Question, Reading, _result, ask, exam, summary
 from pipeline.edit.forward_shift import ForwardShift
-from pipeline.edit.request import Request, read_requests
+from pipeline.edit.request import Metrics, Request, read_requests
 from pipeline.edit.text import generate, ngram_entropy, reference_score
 from pipeline.edit.weights import edited
 from pipeline.errors import BacklensError
@@ -27,8 +27,8 @@ def test_metrics_are_those_of_a_plain_loop_on_fifty_cases(demo, requests):
         with edited(demo, method(demo, requests[number])):
             (ours,) = ask(demo, [exam(demo, requests[number])])
             wanted = plain_case(demo.model, demo.tokenizer, records[number])
-        for kind, (success, accuracy) in wanted.items():
-            assert (ours.success[kind], ours.accuracy[kind]) == (success, accuracy), (number, kind)
+        for kind in KINDS:
+            assert (ours.success[kind], ours.accuracy[kind]) == wanted[kind], (number, kind)
 
 
 def test_forward_shift_reaches_the_papers_efficacy(demo, requests):
@@ -37,7 +37,7 @@ def test_forward_shift_reaches_the_papers_efficacy(demo, requests):
     for request in requests[::4]:
         with edited(demo, method(demo, request)):
             results += ask(demo, [exam(demo, request)])
-    assert summary(results).success["efficacy"] >= 0.99
+    assert (summary(results).success["efficacy"] or 0) >= 0.99
 
 
 def test_figures_do_not_depend_on_what_else_is_in_the_batch(demo, requests):
@@ -60,7 +60,8 @@ def test_targets_of_several_tokens_are_teacher_forced(demo):
 
 def test_zsre_counts_tokens_and_counterfact_whole_targets():
     half = Answer(1.0, (True, False), 0)
-    for metrics, accuracy in (("zsre", 0.5), ("counterfact", 0.0)):
+    expected: dict[Metrics, float] = {"zsre": 0.5, "counterfact": 0.0}
+    for metrics, accuracy in expected.items():
         request = Request(0, "here", "p", " t", metrics=metrics)
         asked = Exam(request, (), (Question("efficacy", Reading(0, (1, 2)), None),))
         result = _result(asked, [("efficacy", half, None)])
@@ -72,7 +73,7 @@ def test_the_score_is_the_harmonic_mean(demo, requests):
     found = summary(ask(demo, [exam(demo, request) for request in requests[:20]]))
     assert found.success["efficacy"] == 0.0
     assert found.score == 0.0
-    assert found.success["neighbourhood"] > 0.9
+    assert (found.success["neighbourhood"] or 0) > 0.9
 
 
 def test_zsre_is_read_as_counterfacts_authors_read_it(tmp_path):
