@@ -1,7 +1,7 @@
 """From options to a method: what methods share is measured once, then each point of a grid is made quickly."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.edit.closed_form import Memit, Rome
@@ -76,8 +76,14 @@ def make_method(options: EditOptions, tools: Tools, name: MethodName, layer: int
             layers, _rate(name, lr), halves.get(options.halves, ("mlp.up", "mlp.gate", MODULE))
         )
     if name == "finetune":
-        return FineTune(layers, lr or FineTune.lr, steps=options.steps or 25, limit=options.norm_limit)
-    search = Search(steps=options.steps or Search.steps, lr=lr or Search.lr)
+        return FineTune(
+            layers,
+            FineTune.lr if lr is None else lr,
+            steps=options.steps or FineTune.steps,
+            limit=options.norm_limit,
+        )
+    given = {"steps": options.steps, "lr": lr}
+    search = replace(Search(), **{key: value for key, value in given.items() if value is not None})
     assert tools.moments is not None
     if name == "rome":
         return Rome(layer, tools.moments, tools.prefixes, at_subject, search)

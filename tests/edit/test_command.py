@@ -148,3 +148,21 @@ def test_weights_that_are_not_restored_stop_a_sweep(tmp_path, monkeypatch, capsy
     assert call(arguments) == 2
     assert "not restored" in capsys.readouterr().err
     assert not committed(Directory.at(str(tmp_path / "s")))
+
+
+@pytest.mark.parametrize("method", ["gradient-shift", "finetune", "rome", "memit"])
+def test_every_method_is_swept_with_its_own_defaults(method, tmp_path, capsys, probes):
+    out = str(tmp_path / "s")
+    text = tmp_path / "text.txt"
+    text.write_text("".join((probes / "text.txt").read_text("utf-8").splitlines(keepends=True)[:200]))
+    rate = ["--lr", "32"] if method == "gradient-shift" else []
+    place = ["--place", "last", "--text", str(text)] if method in ("rome", "memit") else []
+    assert (
+        call(["edit", "sweep", out, "--methods", method, "--layers", "5", "--limit", "3", *rate, *place]) == 0
+    )
+    row = (
+        duckdb.connect().execute(f"SELECT count(*), min(delta_norm) FROM '{out}/edits/*.parquet'").fetchone()
+    )
+    assert row is not None
+    assert row[0] == 3
+    assert row[1] > 0
