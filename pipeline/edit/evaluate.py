@@ -15,6 +15,7 @@ All prompts of a case, or of several, run as a few padded batches, and prompts w
 for both targets at once.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -70,7 +71,7 @@ class Answer:
     @property
     def probability(self) -> float:
         """Of the whole target."""
-        return float(torch.tensor(-self.nll * len(self.correct)).exp())
+        return math.exp(-self.nll * len(self.correct))
 
 
 @dataclass(frozen=True, slots=True)

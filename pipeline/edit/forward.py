@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -155,8 +155,3 @@ def added_to(module: nn.Module, change: Callable[[Tensor], Tensor], shape: tuple
         yield
     finally:
         handle.remove()
-
-
-def first_target(example: Example) -> Example:
-    """The example with nothing of its target but the first token."""
-    return replace(example, target_ids=example.target_ids[:1])

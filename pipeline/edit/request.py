@@ -8,7 +8,7 @@ Read from CounterFact (arXiv 2202.05262), zsRE in the form of the same authors, 
 of which `prompt` and `target_new` are required.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -174,8 +174,7 @@ def _texts(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 _READERS: dict[
-    PromptFormat,
-    tuple[Callable[[Source], Iterable[Row | Rejected] | Iterator[Row]], Callable[[Row], Request]],
+    PromptFormat, tuple[Callable[[Source], Iterable[Row | Rejected]], Callable[[Row], Request]]
 ] = {
     "counterfact": (array_rows, _counterfact),
     "zsre": (array_rows, _zsre),
