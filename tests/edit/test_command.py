@@ -1,6 +1,7 @@
 """`backlens edit` as a user meets it."""
 
 import json
+from pathlib import Path
 
 import duckdb
 import pytest
@@ -11,6 +12,16 @@ from pipeline.cli.main import call
 from pipeline.demo import MODEL
 from pipeline.store.commit import committed
 from pipeline.store.files import Directory
+
+
+@pytest.fixture
+def short_text(probes: Path, tmp_path: Path) -> str:
+    """Enough sentences to measure a covariance over."""
+    text = tmp_path / "text.txt"
+    lines = (probes / "text.txt").read_text("utf-8").splitlines(keepends=True)
+    text.write_text("".join(lines[::8]))
+    return str(text)
+
 
 ONE = ["edit", "--limit", "1", "--layer", "5", "--lr", "1.6"]
 
@@ -92,9 +103,9 @@ def test_a_sweep_is_queried_and_drawn(tmp_path, capsys):
     assert "forward-shift: score S" in figure.read_text("utf-8")
 
 
-def test_many_edits_are_judged_by_what_they_should_leave_alone(tmp_path, capsys, probes):
+def test_many_edits_are_judged_by_what_they_should_leave_alone(tmp_path, short_text, probes):
     out = str(tmp_path / "many")
-    solve = ["--ridge", "1000", "--passes", "3", "--text", str(probes / "text.txt")]
+    solve = ["--ridge", "1000", "--passes", "3", "--text", short_text]
     beyond = ["--untouched", str(probes / "untouched.jsonl"), "--held-out", str(probes / "held-out.txt")]
     command = ["edit", "sweep", out, "--layers", "5", "--lr", "320", "--limit", "10", "--at-once", "10"]
     assert call([*command, *solve, *beyond]) == 0
@@ -151,12 +162,10 @@ def test_weights_that_are_not_restored_stop_a_sweep(tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("method", ["gradient-shift", "finetune", "rome", "memit"])
-def test_every_method_is_swept_with_its_own_defaults(method, tmp_path, capsys, probes):
+def test_every_method_is_swept_with_its_own_defaults(method, tmp_path, short_text):
     out = str(tmp_path / "s")
-    text = tmp_path / "text.txt"
-    text.write_text("".join((probes / "text.txt").read_text("utf-8").splitlines(keepends=True)[:200]))
     rate = ["--lr", "32"] if method == "gradient-shift" else []
-    place = ["--place", "last", "--text", str(text)] if method in ("rome", "memit") else []
+    place = ["--place", "last", "--text", short_text] if method in ("rome", "memit") else []
     assert (
         call(["edit", "sweep", out, "--methods", method, "--layers", "5", "--limit", "3", *rate, *place]) == 0
     )

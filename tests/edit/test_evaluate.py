@@ -32,9 +32,9 @@ def test_metrics_are_those_of_a_plain_loop_on_fifty_cases(demo, requests):
 
 
 def test_forward_shift_reaches_the_papers_efficacy(demo, requests):
-    method = ForwardShift((LAYER,), 2.0)
+    method = ForwardShift((LAYER,), 2.4)
     results = []
-    for request in requests[::4]:
+    for request in requests[::6]:
         with edited(demo, method(demo, request)):
             results += ask(demo, [exam(demo, request)])
     assert (summary(results).success["efficacy"] or 0) >= 0.99

@@ -137,8 +137,8 @@ def test_every_method_edits_every_dense_family_and_leaves_it_as_it_was(family, t
         ForwardShift((1,), 0.5, "covariance", moments=moments),
         GradientShift((0, 1), 0.1),
         FineTune((1,), 0.01, modules=("mlp.up", "mlp.down"), steps=3),
-        Rome(1, moments),
-        Memit((0, 1), moments, 1.0),
+        Rome(0, moments),
+        Memit((0,), moments, 1.0),
     ]
     digest = weights_digest(loaded)
     for method in methods:
