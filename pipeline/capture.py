@@ -169,7 +169,7 @@ def capture(
             hooks.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recompute:
             hooks.enter_context(_recomputed([block.module for block in loaded.anatomy.blocks]))
-        hooks.enter_context(_only_loss_positions(loaded.anatomy.head, batch.loss_positions))
+        hooks.enter_context(only_loss_positions(loaded.anatomy.head, batch.loss_positions))
         slots = Slots.every(batch)
         watchers: dict[nn.Module, Watcher] = {}
         for layer in layers:
@@ -349,7 +349,7 @@ def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _only_loss_positions(head: nn.Module, positions: Int[Tensor, "prompt step"]) -> Iterator[None]:
+def only_loss_positions(head: nn.Module, positions: Int[Tensor, "prompt step"]) -> Iterator[None]:
     """Feed the head only the positions whose logits the loss reads: (prompt, step, vocabulary), not every position."""
 
     def gather(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -319,8 +319,107 @@ FAILURES = Table(
     ),
 )
 
+SHARE = "0 to 1"
+NO_TARGET = "null if the case names no true target, and for zsRE"
+
+EDITS = Table(
+    name="edits",
+    doc=(
+        "What edits did (`backlens edit sweep`): one case under one trial, that is a method at a layer with a learning "
+        "rate. The metrics are CounterFact's and zsRE's own."
+    ),
+    row_per="trial × case",
+    sorted_by=("trial", "prompt_id"),
+    columns=(
+        Column("trial", pa.int32(), "Index of the trial in the sweep's grid, from 0."),
+        Column(
+            "prompt_id",
+            pa.int64(),
+            "The case: its ordinal in the input, from 0; joins `prompts.prompt_id` of a run over the same file.",
+        ),
+        Column("method", MODULE, "The method, as `--method` names it."),
+        Column("layer", pa.int16(), "The layer edited; with `--span`, the last of them."),
+        Column("lr", pa.float64(), "The learning rate η; null for the method's own default.", nullable=True),
+        Column(
+            "at_once", pa.int32(), "How many cases were edited into the model together, this one included."
+        ),
+        Column(
+            "efficacy",
+            pa.float32(),
+            f"1 if the new target is more probable than the true one; {NO_TARGET}.",
+            True,
+        ),
+        Column(
+            "paraphrase",
+            pa.float32(),
+            f"Share ({SHARE}) of paraphrases after which it is; {NO_TARGET}, or if there are no paraphrases.",
+            True,
+        ),
+        Column(
+            "neighbourhood",
+            pa.float32(),
+            f"Share ({SHARE}) of neighbourhood prompts after which the true target is more probable than the new one; "
+            f"{NO_TARGET}, or if there are none.",
+            True,
+        ),
+        Column(
+            "efficacy_accuracy",
+            pa.float32(),
+            "1 if every token of the new target is the likeliest one; for zsRE the share of its tokens that are.",
+        ),
+        Column(
+            "paraphrase_accuracy",
+            pa.float32(),
+            "The same, mean over paraphrases; null if there are none.",
+            True,
+        ),
+        Column(
+            "neighbourhood_accuracy",
+            pa.float32(),
+            "The same of the neighbourhood's own target, mean over its prompts; null if there are none.",
+            True,
+        ),
+        Column("target_prob", pa.float32(), "p(new target | prompt) after the edit, of all its tokens."),
+        Column(
+            "target_rank", pa.int32(), "Tokens more probable than the new target's first, after the edit."
+        ),
+        Column("target_prob_before", pa.float32(), "p(new target | prompt) before the edit."),
+        Column("target_rank_before", pa.int32(), "Tokens more probable than the new target's first, before."),
+        Column("delta_norm", pa.float32(), "Frobenius norm of all that was added to the weights."),
+        Column(
+            "entropy",
+            pa.float32(),
+            "n-gram entropy of generated texts, in bits; null unless the sweep generates.",
+            nullable=True,
+        ),
+        Column(
+            "reference",
+            pa.float32(),
+            "TF-IDF cosine of generated and reference texts; null without reference texts.",
+            nullable=True,
+        ),
+        Column(
+            "untouched",
+            pa.float32(),
+            "Accuracy on facts never edited (`--untouched`), of the model with all these cases edited; null if not "
+            "asked for.",
+            nullable=True,
+        ),
+        Column(
+            "perplexity",
+            pa.float32(),
+            "Of that model on `--held-out` texts, per token; null if not asked for.",
+            nullable=True,
+        ),
+        Column(
+            "seconds_edit", pa.float32(), "Seconds to compute the change, by case (shared by those at once)."
+        ),
+        Column("seconds_evaluate", pa.float32(), "Seconds to put it in, evaluate, and restore, by case."),
+    ),
+)
+
 TABLES: dict[str, Table] = {
-    table.name: table for table in (VOCAB, PROMPTS, LAYERS, NEURONS, TOKENS, factors_table(), FAILURES)
+    table.name: table for table in (VOCAB, PROMPTS, LAYERS, NEURONS, TOKENS, factors_table(), FAILURES, EDITS)
 }
 """Every table by name, in the order in which they are documented; `factors` with float32 values."""
 

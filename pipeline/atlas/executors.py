@@ -37,21 +37,21 @@ class RayExecutor:
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
         import ray
 
-        from pipeline.engine.ray_executor import _connect
+        from pipeline.engine.session import connect
 
-        _connect(address)
+        connect(address)
         self._ray = ray
         self._cores = int(ray.cluster_resources().get("CPU", 1))
 
     def build(self, work: Work, pieces: Sequence[Piece], files: Files) -> Iterator[Made]:
-        from pipeline.engine.ray_executor import _as_ours
+        from pipeline.engine.session import errors_as_ours
 
         task = self._ray.remote(_built).options(num_cpus=1)
         shared = self._ray.put((replace(work, threads=1), files))
         running = [task.remote(shared, group) for group in _groups(pieces, self._cores)]
         while running:
             done, running = self._ray.wait(running)
-            with _as_ours():
+            with errors_as_ours():
                 yield from self._ray.get(done[0])
 
     def stop(self) -> None:

@@ -11,6 +11,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
 
 from pipeline import __version__
+from pipeline.cli.editing import app as edit_app
 from pipeline.cli.jobs import Address
 from pipeline.cli.jobs import app as jobs_app
 from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error
@@ -249,6 +250,7 @@ def submit(job_file: str, /, *, address: Address = None, debug: Debug = False) -
 
 
 app.command(jobs_app)
+app.command(edit_app)
 
 
 @app.command

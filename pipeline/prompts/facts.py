@@ -58,21 +58,21 @@ def _judged(
 
 
 def _counterfact_prompt(row: Row, fields: PromptFields) -> Prompt:
-    rewrite = _object(row.values, "requested_rewrite")
+    rewrite = nested(row.values, "requested_rewrite")
     prompt_name, subject_name = fields.prompt or "prompt", fields.subject or "subject"
     target_name, id_name = fields.target or "target_new", fields.id or "case_id"
     prompt = text(rewrite, prompt_name, "prompt")
     if "{}" in prompt:
         # Not str.format: a prompt may hold other braces.
         prompt = prompt.replace("{}", text(rewrite, subject_name, "subject"), 1)
-    target = text(_object(rewrite, target_name), "str", "target")
+    target = text(nested(rewrite, target_name), "str", "target")
     used = {prompt_name, subject_name, "relation_id"}
     others = {key: value for key, value in row.values.items() if key not in {id_name, "requested_rewrite"}}
     others |= {key: value for key, value in rewrite.items() if key not in used}
     return Prompt(
         row.prompt_id,
         checked_prompt(prompt, f"requested_rewrite.{prompt_name}"),
-        _with_space(prompt, checked_target(target, f"requested_rewrite.{target_name}.str")),
+        with_space(prompt, checked_target(target, f"requested_rewrite.{target_name}.str")),
         row.where,
         id=optional_text(row.values, id_name),
         subject=optional_text(rewrite, subject_name),
@@ -96,7 +96,7 @@ def _zsre_prompt(row: Row, fields: PromptFields) -> Prompt:
     return Prompt(
         row.prompt_id,
         prompt,
-        _with_space(prompt, checked_target(target, target_name)),
+        with_space(prompt, checked_target(target, target_name)),
         row.where,
         id=optional_text(row.values, id_name),
         subject=optional_text(row.values, subject_name),
@@ -105,7 +105,7 @@ def _zsre_prompt(row: Row, fields: PromptFields) -> Prompt:
     )
 
 
-def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def nested(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = values.get(name)
     if isinstance(value, Mapping):
         return value
@@ -119,7 +119,7 @@ def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     raise UnfitError("missing-field", no_field(name, "target", values))
 
 
-def _with_space(prompt: str, target: str) -> str:
+def with_space(prompt: str, target: str) -> str:
     """These targets are bare words that continue a prompt; the space between belongs to the target."""
     return target if target.startswith(" ") or prompt[-1].isspace() else " " + target
 

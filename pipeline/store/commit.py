@@ -25,7 +25,7 @@ by its own of the same rows; `verify` tells if they differ in a single byte.
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -42,6 +42,8 @@ COMMIT_LOCK = "_commits.lock"
 SHARD_TABLES = ("prompts", "layers", "neurons", "tokens", "failures")
 """The tables every shard has a file of, even if without rows, so that each can always be queried."""
 OPTIONAL_TABLES = ("factors",)
+SWEEP_TABLES = ("edits",)
+"""What a shard of an edit sweep has, and nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +92,14 @@ def commit_shard(
     prompts: int,
     stats: Mapping[str, float] | None = None,
     versions: Mapping[str, str] | None = None,
+    always: Sequence[str] = SHARD_TABLES,
 ) -> ShardCommit:
-    """Sorts and writes a shard's tables, then its record. Tables not given are written without rows.
+    """Sorts and writes a shard's tables, then its record. Those of `always` not given are written without rows.
 
     Returns the record that stands, which is another worker's if that one committed the shard first.
     """
     started = time.perf_counter()
-    rows = _every_table(tables)
+    rows = _every_table(tables, always)
     with ExitStack() as discarding:
         staged: list[Staged] = []
         files: dict[str, FileRecord] = {}
@@ -124,11 +127,11 @@ def commit_shard(
             return commit
 
 
-def _every_table(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
-    unknown = set(tables) - {*SHARD_TABLES, *OPTIONAL_TABLES}
+def _every_table(tables: Mapping[str, pa.Table], always: Sequence[str]) -> dict[str, pa.Table]:
+    unknown = set(tables) - {*always, *OPTIONAL_TABLES}
     if unknown:
         raise ValueError(f"no such tables in a shard: {', '.join(sorted(unknown))}")
-    present = [*SHARD_TABLES, *(name for name in OPTIONAL_TABLES if name in tables)]
+    present = [*always, *(name for name in OPTIONAL_TABLES if name in tables)]
     return {name: tables[name] if name in tables else TABLES[name].empty() for name in present}
 
 

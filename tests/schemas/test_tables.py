@@ -50,7 +50,7 @@ def test_a_schema_survives_a_parquet_round_trip(table: Table, tmp_path: Path):
 
 
 def test_the_tables_are_those_of_the_design():
-    assert list(TABLES) == ["vocab", "prompts", "layers", "neurons", "tokens", "factors", "failures"]
+    assert list(TABLES) == ["vocab", "prompts", "layers", "neurons", "tokens", "factors", "failures", "edits"]
     assert TABLES["layers"].schema.names == [*KEYS, "rank", "grad_norm", "singular_values", *PROJECTION]
     assert TABLES["neurons"].schema.names == [*KEYS, "neuron", "grad_norm", "main_position", *PROJECTION]
     assert TABLES["tokens"].schema.names == [

@@ -25,7 +25,7 @@ Rows = dict[str, list[dict[str, Any]]]
 
 def random_rows(random_state: random.Random, prompt_ids: range, experts: bool = False) -> Rows:
     """The rows of a shard, in no order; prompt 3 failed if the shard covers it."""
-    rows: Rows = {name: [] for name in TABLES if name != "vocab"}
+    rows: Rows = {name: [] for name in TABLES if name not in ("vocab", "edits")}
     for prompt_id in prompt_ids:
         if prompt_id == 3:
             message = "prompts.jsonl:4: no field 'target' (found: prompt)"
@@ -138,7 +138,7 @@ def example_run(
     random_state = random.Random(seed)
     committed = shards if committed is None else committed
     run = start_run(directory, prompts=4 * shards)
-    rows: Rows = {name: [] for name in TABLES if name != "vocab"}
+    rows: Rows = {name: [] for name in TABLES if name not in ("vocab", "edits")}
     for shard in range(committed):
         of_shard = random_rows(random_state, range(4 * shard, 4 * shard + 4), experts)
         commit_shard(directory, shard, arrow(of_shard), first_prompt=4 * shard, prompts=4)

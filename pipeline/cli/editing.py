@@ -1,0 +1,260 @@
+"""`backlens edit`: one edit or a file of them, sweeps, and what an edit is made of."""
+
+import sys
+from dataclasses import replace
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from pipeline.edit.options import EditOptions, MethodName, parse_method
+from pipeline.errors import BacklensError
+
+app = App(name="edit", help="Change facts in a model's weights, and judge the change.")
+Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
+DEFAULTS = EditOptions()
+
+
+@app.default
+def edit(
+    *,
+    method: str = "forward-shift",
+    layer: int | None = None,
+    lr: float | None = None,
+    prompt: str | None = None,
+    subject: str | None = None,
+    target_new: str | None = None,
+    target_true: str | None = None,
+    save_delta: str | None = None,
+    save_model: str | None = None,
+    options: EditOptions = DEFAULTS,
+    debug: Debug = False,
+) -> int:
+    """Write one fact, or a file of them at once, into a model; print it before and after, and save the change.
+
+    Example: backlens edit --limit 1 --layer 5 --lr 1.6 --save-delta edit.safetensors
+
+    Parameters
+    ----------
+    method
+        forward-shift, gradient-shift, finetune, rome or memit.
+    layer
+        The layer to edit. Default: at 7/10 of the model's depth.
+    lr
+        The learning rate η; forward-shift and gradient-shift need one (see `backlens edit sweep`).
+    prompt
+        Instead of a file: the prompt, {} standing for the subject.
+    subject
+        With --prompt: the subject.
+    target_new
+        With --prompt: what the model should say.
+    target_true
+        With --prompt: what it says now.
+    save_delta
+        A safetensors file for the low-rank change.
+    save_model
+        A folder for the edited model.
+    """
+    from pipeline.cli.edit_report import print_edit
+    from pipeline.edit.drive import load, load_editable
+    from pipeline.edit.tools import make_method, make_tools
+
+    name = parse_method(method)
+    if prompt is not None or target_new is not None:
+        request = _typed(prompt, subject, target_new, target_true)
+        options = replace(options, model=options.model or _demo())
+        loaded, requests = load_editable(options), [request]
+    else:
+        loaded, requests = load(options)
+    chosen = default_layer(len(loaded.anatomy.blocks)) if layer is None else layer
+    made = make_method(options, make_tools(options, loaded, [name], [chosen]), name, chosen, lr)
+    about = {"method": name, "layer": chosen, "lr": lr, "model": options.model or "demo"}
+    print_edit(loaded, requests, made, about, save_delta, save_model)
+    return 0
+
+
+@app.command
+def apply(delta: str, /, *, save_model: str, options: EditOptions = DEFAULTS, debug: Debug = False) -> int:
+    """Add a saved delta to its model and save the result.
+
+    Example: backlens edit apply edit.safetensors --save-model ./edited
+    """
+    from pipeline.cli.edit_report import save_edited
+    from pipeline.edit.delta import load_deltas
+    from pipeline.edit.drive import load_editable
+    from pipeline.edit.weights import edited
+
+    deltas, _ = load_deltas(delta)
+    loaded = load_editable(replace(options, model=options.model or _demo()))
+    with edited(loaded, deltas):
+        save_edited(loaded, save_model)
+    return 0
+
+
+@app.command
+def sweep(
+    out: str,
+    /,
+    *,
+    methods: str = "forward-shift",
+    layers: str = "all",
+    lr: str | None = None,
+    at_once: str = "1",
+    untouched: str | None = None,
+    held_out: str | None = None,
+    generate: Annotated[bool, Parameter(negative=())] = False,
+    options: EditOptions = DEFAULTS,
+    debug: Debug = False,
+) -> int:
+    """Try every method at every layer with every rate on every case; the same command resumes a stopped sweep.
+
+    Results are the table `edits` of the directory OUT (see `backlens query` and `backlens plot --figure edits`).
+
+    Example: backlens edit sweep ./sweep --layers 3-6 --lr 0.8,1.6,3.2 --limit 100
+
+    Parameters
+    ----------
+    out
+        The directory for the results.
+    methods
+        Names of methods, separated by commas.
+    layers
+        all, or layers such as "3-6,8"; each is tried by itself (with --span, as the last of several).
+    lr
+        Learning rates, separated by commas; none for the method's own default.
+    at_once
+        How many cases are edited into the model together, e.g. "1,10,100".
+    untouched
+        A file of prompts and targets that no case edits (any format of `backlens run`): their accuracy with several
+        cases at once.
+    held_out
+        A file of texts, one a line: their perplexity with several cases at once.
+    generate
+        Let the edited model write, for the n-gram entropy and the reference score.
+    """
+    from pipeline.cli.edit_report import print_sweep
+    from pipeline.edit.drive import sweep as run_sweep
+    from pipeline.edit.sweep import Grid, Side
+    from pipeline.engine.plan import parse_layers
+    from pipeline.models.load import ModelSource, load_config
+
+    names: tuple[MethodName, ...] = tuple(parse_method(each.strip()) for each in methods.split(","))
+    rates: tuple[float | None, ...] = (None,) if lr is None else _numbers("lr", lr)
+    for name in names:
+        if lr is None and name in ("forward-shift", "gradient-shift"):
+            raise BacklensError(f"--lr: {name} needs rates to try, e.g. --lr 0.4,0.8,1.6")
+    counts = tuple(int(each) for each in _numbers("at-once", at_once))
+    if any(each < 1 for each in counts):
+        raise BacklensError(f"--at-once {at_once}: give numbers of 1 or more")
+    depth = int(load_config(ModelSource(options.model or _demo(), options.revision)).num_hidden_layers)
+    grid = Grid(names, parse_layers(layers, depth), rates, counts)
+    swept = run_sweep(options, grid, Side(untouched, held_out, generate), out, _told)
+    print_sweep(swept)
+    return 0
+
+
+@app.command
+def plot(out: str, /, *, to: str = "edits.png", debug: Debug = False) -> int:
+    """Draw a sweep: S by layer and learning rate, methods with bootstrap intervals, many edits at once.
+
+    Example: backlens edit plot ./sweep --to edits.svg
+
+    Parameters
+    ----------
+    out
+        The sweep's directory.
+    to
+        The file; its suffix (.png, .svg, .pdf) says the format.
+    """
+    from pipeline.edit.compare import trial_scores
+    from pipeline.plot.canvas import check_target, require_matplotlib, save
+
+    require_matplotlib()
+    target = check_target(to)
+    from pipeline.plot.edits import draw_edits
+
+    save(draw_edits(trial_scores(out)), target)
+    print(target)
+    return 0
+
+
+@app.command
+def explain(
+    *,
+    method: str = "forward-shift",
+    layer: int | None = None,
+    lr: float | None = None,
+    against: str = "",
+    case: int = 0,
+    options: EditOptions = DEFAULTS,
+    debug: Debug = False,
+) -> int:
+    """Show what an edit adds: its tokens through the lens, its norms, and how it lies to the true gradient.
+
+    Example: backlens edit explain --case 0 --layer 5 --lr 1.6 --against finetune
+
+    Parameters
+    ----------
+    method
+        The method to explain.
+    layer
+        The layer it edits. Default: at 7/10 of the model's depth.
+    lr
+        Its learning rate.
+    against
+        Other methods, separated by commas, whose change is compared.
+    case
+        The case's ordinal in the file of edits, from 0.
+    """
+    from pipeline.cli.edit_report import print_explanation
+    from pipeline.edit.drive import load
+    from pipeline.edit.tools import make_method, make_tools
+
+    names = [parse_method(method), *(parse_method(each) for each in against.split(",") if each)]
+    loaded, requests = load(options)
+    if not 0 <= case < len(requests):
+        raise BacklensError(f"--case {case}: there are cases 0 to {len(requests) - 1}")
+    chosen = default_layer(len(loaded.anatomy.blocks)) if layer is None else layer
+    tools = make_tools(options, loaded, names, [chosen])
+    made = {}
+    for name in names:
+        rate = lr if name == names[0] or name in ("forward-shift", "gradient-shift") else None
+        made[name] = make_method(options, tools, name, chosen, rate)
+    print_explanation(loaded, requests[case], chosen, made)
+    return 0
+
+
+def default_layer(depth: int) -> int:
+    """The paper's best layers of GPT-2-XL, 30 to 40 of 48, in any model."""
+    return round(0.7 * (depth - 1))
+
+
+def _typed(prompt: str | None, subject: str | None, new: str | None, true: str | None) -> Any:
+    from pipeline.edit.request import Request
+    from pipeline.prompts.facts import with_space
+
+    if prompt is None or new is None:
+        raise BacklensError("edit: --prompt and --target-new go together")
+    if "{}" in prompt and subject is None:
+        raise BacklensError("edit: --prompt has a place for the subject; give --subject")
+    whole = prompt.replace("{}", subject or "", 1)
+    if not whole or (subject and subject not in whole):
+        raise BacklensError("edit: --prompt should hold its --subject")
+    old = None if true is None else with_space(whole, true)
+    return Request(0, "--prompt", whole, with_space(whole, new), subject, old)
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(each) for each in text.split(","))
+    except ValueError:
+        raise BacklensError(f'--{name} "{text}": give numbers separated by commas') from None
+
+
+def _demo() -> str:
+    from pipeline.demo import MODEL
+
+    return str(MODEL)
+
+
+def _told(done: int, shards: int) -> None:
+    print(f"{done} of {shards} shards", file=sys.stderr, flush=True)

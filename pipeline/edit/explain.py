@@ -1,0 +1,133 @@
+"""Why an edit works: what it adds, in tokens; where it acts; and how it lies to the gradient and to other edits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline.edit.delta import Delta, merged
+from pipeline.edit.forward import down_input, values_at, wordings
+from pipeline.edit.gradient import gradients
+from pipeline.edit.request import Request
+from pipeline.lens import Lens, make_lens
+from pipeline.models.layout import WRITES
+from pipeline.models.load import LoadedModel
+from pipeline.models.vocabulary import vocabulary
+
+TOKENS_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """One change through the lens: the leading direction of its residual side, with the sign the edit acts in."""
+
+    method: str
+    layer: int
+    module: str
+    norm: float
+    top: tuple[str, ...]
+    bottom: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cosine:
+    """⟨A, B⟩ / (‖A‖ ‖B‖) over all entries of two changes of one matrix."""
+
+    method: str
+    layer: int
+    module: str
+    other: str
+    cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    added: tuple[Added, ...]
+    layers: tuple[int, ...]
+    tokens: tuple[str, ...]
+    """The prompt's."""
+    norms: tuple[tuple[float, ...], ...]
+    """By position and layer: the length of what the first method adds to FF2's output there."""
+    cosines: tuple[Cosine, ...]
+
+
+def explain(
+    loaded: LoadedModel, request: Request, deltas: Mapping[str, Sequence[Delta]], layer: int
+) -> Explanation:
+    """Of several methods' deltas for one request; the first one is the one that is explained."""
+    lens = make_lens(loaded.anatomy, "raw")
+    texts, _ = vocabulary(loaded.tokenizer, lens.vocabulary)
+    first = next(iter(deltas))
+    (example,) = wordings(loaded, request, ("",))
+    of = {name: merged(each) for name, each in deltas.items()}
+    layers = tuple(sorted({delta.layer for delta in of[first] if delta.module in WRITES}))
+    sequence = [(example.token_ids, example.target_ids)]
+    positions = list(range(len(example.token_ids)))
+    by_layer: list[Tensor] = []
+    for index in layers:
+        (x,) = values_at(loaded, sequence, [positions], down_input(loaded, index))
+        moved = sum((x @ d.u.T) @ d.v for d in of[first] if (d.layer, d.module) == (index, "mlp.down"))
+        assert isinstance(moved, Tensor)
+        by_layer.append(moved.norm(dim=-1))
+    norms = torch.stack(by_layer, -1).tolist() if by_layer else [[] for _ in positions]
+    return Explanation(
+        tuple(_added(lens, texts, name, delta) for name, each in of.items() for delta in each),
+        layers,
+        tuple(texts[token] for token in example.token_ids),
+        tuple(tuple(row) for row in norms),
+        tuple(_cosines(loaded, request, of)),
+    )
+
+
+def _added(lens: Lens, texts: Sequence[str], method: str, delta: Delta) -> Added:
+    direction = _leading(delta).to(lens.unembedding.device)
+    scale = lens.norm.scale(direction.square().sum(), lens.norm.centre(direction).square().sum())
+    scores = scale * (lens.unembedding.float() @ lens.linear(direction)) + lens.constant
+    order: list[int] = scores.argsort(descending=True).tolist()
+    top, bottom = order[:TOKENS_SHOWN], order[-TOKENS_SHOWN:][::-1]
+    return Added(
+        method,
+        delta.layer,
+        delta.module,
+        delta.norm(),
+        tuple(texts[token] for token in top),
+        tuple(texts[token] for token in bottom),
+    )
+
+
+def _leading(delta: Delta) -> Float[Tensor, " d_model"]:
+    """The residual side's leading direction, with the sign in which the change adds it."""
+    strength = delta.u.norm(dim=-1) * delta.v.norm(dim=-1)
+    strongest = int(strength.argmax())
+    if len(delta.u) == 1:
+        return (delta.v if delta.module in WRITES else delta.u)[strongest]
+    left, values, right = torch.linalg.svd(delta.matrix(), full_matrices=False)
+    direction = right[0] if delta.module in WRITES else left[:, 0]
+    # of the two signs, the one in which the change adds up over its own pairs
+    total = (delta.u.sum(0) @ delta.matrix()) if delta.module in WRITES else delta.matrix() @ delta.v.sum(0)
+    return values[0] * direction * (1.0 if float(total @ direction) >= 0 else -1.0)
+
+
+def _cosines(loaded: LoadedModel, request: Request, of: Mapping[str, Sequence[Delta]]) -> list[Cosine]:
+    """Each method with the true descent direction −G, and with every method before it."""
+    keys = {(delta.layer, delta.module) for each in of.values() for delta in each}
+    layers, modules = sorted({key[0] for key in keys}), sorted({key[1] for key in keys})
+    factors, _ = gradients(loaded, [request], layers, modules)
+    rows: list[Cosine] = []
+    for number, (name, each) in enumerate(of.items()):
+        for delta in each:
+            key = (delta.layer, delta.module)
+            x, vjp = factors[key]
+            rows.append(Cosine(name, *key, "gradient descent", _cosine(delta, Delta(*key, x, -vjp))))
+            for other, theirs in list(of.items())[:number]:
+                rows += [
+                    Cosine(name, *key, other, _cosine(delta, d)) for d in theirs if (d.layer, d.module) == key
+                ]
+    return rows
+
+
+def _cosine(one: Delta, other: Delta) -> float:
+    u, v = one.u.double() @ other.u.double().T, one.v.double() @ other.v.double().T
+    return float((u * v).sum() / max(one.norm() * other.norm(), 1e-300))

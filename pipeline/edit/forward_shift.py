@@ -1,0 +1,126 @@
+"""Forward pass shifting (Katz et al., arXiv 2402.12865, §6), alone and for many edits at once.
+
+The gradient of FF2 at the last position is x ⊗ δ, and δ is close to a negative multiple of the target's embedding; so
+one forward pass to find x gives an edit: W ← W + η x ⊗ E[target], for y = x W.
+
+What goes beyond the paper:
+
+* `normalise`: x is replaced by a key k with x · k = 1, so that the output at x moves by just η E[target] and η means
+  the same in every layer: x / ‖x‖² (`length`), or C⁻¹x / (xᵀC⁻¹x) (`covariance`), which of all such keys has the
+  least effect E‖k · x'‖² on the other inputs x' that C was measured over (ROME's choice of key).
+* `solve`: many edits at once want X D = V, with a row of X and of V = η E[target] for each. The D that minimises
+  ‖X D − V‖² + λ n E‖x' D‖² is (λ n C + XᵀX)⁻¹ Xᵀ V = C⁻¹Xᵀ (λ n I + X C⁻¹Xᵀ)⁻¹ V, n being the number of texts' tokens
+  that an edit weighs as much as; the naive sum of single shifts lets edits add to each other's outputs.
+* `passes`: the shift of a pass is (1 − p(target)) η E[target], with p as the passes before left it: an edit that is
+  there gets no more, one that interference took away gets more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline.capture import Batch
+from pipeline.edit.covariance import Moments, damped
+from pipeline.edit.delta import Delta, merged
+from pipeline.edit.forward import batches, down_input, logits_of, subject_last, values_at, wordings
+from pipeline.edit.method import target_embeddings
+from pipeline.edit.options import Normalise, Place
+from pipeline.edit.request import Request
+from pipeline.edit.weights import edited, matrix
+from pipeline.errors import BacklensError
+from pipeline.models.load import LoadedModel
+from pipeline.prompts.tokenize import Example
+
+MODULE = "mlp.down"
+
+
+@dataclass(frozen=True)
+class ForwardShift:
+    """The target's embedding, written where the layer sees the prompt's last position."""
+
+    layers: tuple[int, ...]
+    lr: float
+    """η; what it multiplies depends on `normalise`."""
+    normalise: Normalise = "none"
+    place: Place = "last"
+    """Whose input is the key: the prompt's last position, or the subject's last."""
+    prefixes: tuple[str, ...] = ("",)
+    """Texts put before the prompt, over which the key is averaged."""
+    moments: Moments | None = None
+    ridge: float | None = None
+    """λ: edits are solved for together; None adds them up."""
+    passes: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.normalise == "covariance" or self.ridge is not None) and self.moments is None:
+            raise BacklensError("forward-shift: give --statistics or --text for the covariance of the inputs")
+
+    def __call__(self, loaded: LoadedModel, *requests: Request) -> tuple[Delta, ...]:
+        examples = [wordings(loaded, request, self.prefixes) for request in requests]
+        deltas: list[Delta] = []
+        for number in range(self.passes):
+            for layer in self.layers:
+                matrix(loaded, layer, MODULE)
+                with edited(loaded, deltas):
+                    missing = _missing(loaded, [each[0] for each in examples]) if number else None
+                    x, v = self._wanted(loaded, layer, requests, examples)
+                v = v * (self.lr / len(self.layers))
+                if missing is not None:
+                    v = v * missing[:, None]
+                deltas.append(Delta(layer, MODULE, *self._solved(layer, x, v)))
+        return merged(deltas)
+
+    def _wanted(
+        self, loaded: LoadedModel, layer: int, requests: Sequence[Request], examples: Sequence[list[Example]]
+    ) -> tuple[Float[Tensor, "edit d_in"], Float[Tensor, "edit d_model"]]:
+        """A row for each target token: the input there, mean over prefixes, and the token's embedding."""
+        flat = [example for each in examples for example in each]
+        places = [
+            self._places(example, request)
+            for request, each in zip(requests, examples, strict=True)
+            for example in each
+        ]
+        sequences = [(example.token_ids, example.target_ids) for example in flat]
+        inputs = iter(values_at(loaded, sequences, places, down_input(loaded, layer)))
+        rows = [torch.stack([next(inputs) for _ in each]).mean(0) for each in examples]
+        targets = [token for each in examples for token in each[0].target_ids[: len(self._places(each[0]))]]
+        return torch.cat(rows), target_embeddings(loaded, targets).to(rows[0].device)
+
+    def _places(self, example: Example, request: Request | None = None) -> list[int]:
+        if self.place == "subject":
+            return [subject_last(example, request.where) if request else 0]
+        last = len(example.token_ids) - 1
+        return list(range(last, last + len(example.target_ids)))
+
+    def _solved(self, layer: int, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """u and v of the delta."""
+        if self.ridge is None and self.normalise == "none":
+            return x, v
+        if self.ridge is None and self.normalise == "length":
+            return x / x.square().sum(-1, keepdim=True), v
+        assert self.moments is not None
+        c = damped(self.moments.at(layer)).to(x.device)
+        keys = torch.linalg.solve(c, x.double().T).T  # C⁻¹x of every edit
+        if self.ridge is None:
+            return (keys / (keys * x).sum(-1, keepdim=True)).float(), v
+        inner = x.double() @ keys.T
+        inner = inner + self.ridge * torch.eye(len(x), dtype=inner.dtype, device=inner.device)
+        return keys.float(), torch.linalg.solve(inner, v.double()).float()
+
+
+@torch.no_grad()
+def _missing(loaded: LoadedModel, examples: Sequence[Example]) -> Float[Tensor, " token"]:
+    """1 − p of every target token, edit after edit."""
+    found: list[Tensor] = [torch.empty(0)] * len(examples)
+    for indices, batch in batches(loaded, [(e.token_ids, e.target_ids) for e in examples]):
+        missing = 1 - _probabilities(loaded, batch)
+        for row, index in enumerate(indices):
+            found[index] = missing[row, batch.target_mask[row]]
+    return torch.cat(found)
+
+
+def _probabilities(loaded: LoadedModel, batch: Batch) -> Float[Tensor, "prompt step"]:
+    return logits_of(loaded, batch).softmax(-1).gather(-1, batch.targets[..., None]).squeeze(-1)

@@ -1,0 +1,29 @@
+"""The one interface of all methods: `method(model, request, …) -> deltas`, several requests being edited at once."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline.edit.delta import Delta
+from pipeline.edit.request import Request
+from pipeline.models.load import LoadedModel
+
+
+class Method(Protocol):
+    """Computes the deltas that write all the requests into the model, which is left as it was."""
+
+    def __call__(self, loaded: LoadedModel, *requests: Request) -> tuple[Delta, ...]: ...
+
+
+def target_embeddings(loaded: LoadedModel, token_ids: Sequence[int]) -> Float[Tensor, "token d_model"]:
+    """The head's rows of some tokens, in the width of the residual stream."""
+    parts = loaded.anatomy
+    rows = parts.head_weight[torch.as_tensor(token_ids, device=parts.head_weight.device)].float()
+    if parts.project_out is None:
+        return rows
+    weight = parts.project_out.weight
+    assert isinstance(weight, Tensor)
+    return rows @ weight.float()

@@ -1,0 +1,182 @@
+"""What an edit is asked to do: one fact, and the prompts that tell whether the edit did it and nothing else.
+
+Read from CounterFact (arXiv 2202.05262), zsRE in the form of the same authors, and JSON Lines:
+
+    {"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "piano", "target_true": "trumpet",
+     "paraphrases": ["…"], "neighbourhood": ["…"], "generation": ["…"], "references": ["…"]}
+
+of which `prompt` and `target_new` are required.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from pipeline.config import PromptFormat
+from pipeline.errors import BacklensError
+from pipeline.prompts.facts import array_rows, nested, with_space
+from pipeline.prompts.fields import Row, UnfitError, checked_prompt, checked_target, optional_text, text
+from pipeline.prompts.formats import detect, require
+from pipeline.prompts.lines import jsonl_rows
+from pipeline.prompts.record import Rejected
+from pipeline.prompts.source import Source, one_line
+
+Metrics = Literal["counterfact", "zsre"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One fact to write. Targets begin with the space that parts them from a prompt."""
+
+    prompt_id: int
+    """Ordinal in the input, from 0: the `prompt_id` of a run over the same file."""
+    where: str
+    """Where it came from, for messages: `facts.jsonl:17`."""
+    prompt: str
+    """With the subject in its place."""
+    target_new: str
+    """What the model should say."""
+    subject: str | None = None
+    target_true: str | None = None
+    """What it said before, as far as is known."""
+    paraphrases: tuple[str, ...] = ()
+    """Other wordings, which should give the new target too."""
+    neighbourhood: tuple[str, ...] = ()
+    """Prompts about other subjects, whose answers should stay."""
+    neighbourhood_target: str | None = None
+    """The answer to the neighbourhood: CounterFact's true target, zsRE's answer to an unrelated question."""
+    generation: tuple[str, ...] = ()
+    """Beginnings of texts about the subject."""
+    references: tuple[str, ...] = ()
+    """Texts that are true of the new target, to compare generated ones with."""
+    metrics: Metrics = "counterfact"
+    """Whose definitions the request is judged by."""
+    id: str | None = None
+
+
+def read_requests(source: str, format: PromptFormat = "auto", limit: int | None = None) -> list[Request]:
+    """The requests of a file, in order.
+
+    Raises BacklensError that names the line (or record) of the first one that cannot be read.
+    """
+    place = Source(source)
+    if format == "auto":
+        format = detect(place)
+    else:
+        require(place, format)
+    reader = _READERS.get(format)
+    if reader is None:
+        raise BacklensError(
+            f"{place.name}: edits are read from counterfact, zsre and jsonl, and this is {format}"
+        )
+    rows, read = reader
+    requests = [_judged(row, read) for row in islice(rows(place), limit)]
+    if not requests:
+        raise BacklensError(f"{place.name}: holds no edits")
+    return requests
+
+
+def _judged(row: Row | Rejected, read: Callable[[Row], Request]) -> Request:
+    if isinstance(row, Rejected):
+        raise BacklensError(row.message)
+    try:
+        return read(row)
+    except UnfitError as unfit:
+        raise BacklensError(one_line(f"{row.where}: {unfit.problem}")) from unfit
+
+
+def _counterfact(row: Row) -> Request:
+    rewrite = nested(row.values, "requested_rewrite")
+    prompt, subject = _prompt(rewrite)
+    true = text(nested(rewrite, "target_true"), "str", "target") if "target_true" in rewrite else None
+    true = None if true is None else with_space(prompt, true)
+    return Request(
+        row.prompt_id,
+        row.where,
+        prompt,
+        with_space(
+            prompt, checked_target(text(nested(rewrite, "target_new"), "str", "target"), "target_new")
+        ),
+        subject,
+        true,
+        _texts(row.values, "paraphrase_prompts"),
+        _texts(row.values, "neighborhood_prompts"),
+        true,
+        _texts(row.values, "generation_prompts"),
+        _texts(row.values, "reference_texts"),
+        id=optional_text(row.values, "case_id"),
+    )
+
+
+def _zsre(row: Row) -> Request:
+    """As the CounterFact authors read it: the first answer is the new target, `loc` asks about something else."""
+    prompt = checked_prompt(text(row.values, "src", "prompt"), "src")
+    answers = _texts(row.values, "answers")
+    if not answers:
+        raise UnfitError("missing-field", "no field 'answers' with an answer; give it one")
+    around = f"{text(row.values, 'loc', 'prompt')}?" if row.values.get("loc") else None
+    answer = text(row.values, "loc_ans", "target") if around else None
+    return Request(
+        row.prompt_id,
+        row.where,
+        prompt,
+        with_space(prompt, checked_target(answers[0], "answers")),
+        optional_text(row.values, "subject"),
+        None,
+        (text(row.values, "rephrase", "prompt"),) if row.values.get("rephrase") else (),
+        (around,) if around else (),
+        with_space(around, answer) if around and answer else None,
+        metrics="zsre",
+        id=optional_text(row.values, "id"),
+    )
+
+
+def _jsonl(row: Row) -> Request:
+    prompt, subject = _prompt(row.values)
+    new = checked_target(text(row.values, "target_new", "target"), "target_new")
+    true = optional_text(row.values, "target_true")
+    around = optional_text(row.values, "neighbourhood_target") or true
+    return Request(
+        row.prompt_id,
+        row.where,
+        prompt,
+        with_space(prompt, new),
+        subject,
+        None if true is None else with_space(prompt, true),
+        _texts(row.values, "paraphrases"),
+        _texts(row.values, "neighbourhood"),
+        None if around is None else with_space(prompt, around),
+        _texts(row.values, "generation"),
+        _texts(row.values, "references"),
+        id=optional_text(row.values, "id"),
+    )
+
+
+def _prompt(values: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The prompt with its subject, and the subject."""
+    prompt = text(values, "prompt", "prompt")
+    subject = optional_text(values, "subject")
+    if "{}" in prompt:
+        subject = text(values, "subject", "subject")
+        prompt = prompt.replace("{}", subject, 1)
+    if subject is not None and subject not in prompt:
+        raise UnfitError("no-subject", f"the prompt does not hold its subject {subject!r}; write {{}} there")
+    return checked_prompt(prompt, "prompt"), subject
+
+
+def _texts(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """A list of texts; none if there is no such field."""
+    found = values.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(each, str) and each for each in found):
+        raise UnfitError("bad-type", f"field {name!r} should be a list of texts")
+    return tuple(found)
+
+
+_READERS: dict[
+    PromptFormat, tuple[Callable[[Source], Iterable[Row | Rejected]], Callable[[Row], Request]]
+] = {
+    "counterfact": (array_rows, _counterfact),
+    "zsre": (array_rows, _zsre),
+    "jsonl": (jsonl_rows, _jsonl),
+}

@@ -1,0 +1,99 @@
+"""From options to a method: what methods share is measured once, then each point of a grid is made quickly."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.edit.closed_form import Memit, Rome
+from pipeline.edit.covariance import Moments, measure, model_digest, read_texts
+from pipeline.edit.forward_shift import MODULE, ForwardShift
+from pipeline.edit.gradient import FineTune, GradientShift
+from pipeline.edit.method import Method
+from pipeline.edit.options import EditOptions, MethodName, Place
+from pipeline.edit.text import sample_prefixes
+from pipeline.edit.values import Search
+from pipeline.errors import BacklensError
+from pipeline.models.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What methods of one model share: measured once."""
+
+    moments: Moments | None
+    prefixes: tuple[str, ...]
+
+
+def make_tools(
+    options: EditOptions, loaded: LoadedModel, methods: Iterable[MethodName], layers: Sequence[int]
+) -> Tools:
+    """Measure or read what the methods need, for the given layers and those spanned below them."""
+    moments = None
+    if any(options.needs_moments(method) for method in methods):
+        spanned = sorted({each for layer in layers for each in spanned_layers(layer, options.span)})
+        moments = _moments(options, loaded, spanned)
+    return Tools(moments, sample_prefixes(loaded, options.prefixes))
+
+
+def _moments(options: EditOptions, loaded: LoadedModel, layers: Sequence[int]) -> Moments:
+    path, digest = options.statistics, model_digest(loaded)
+    if path is not None and Path(path).exists():
+        return Moments.load(path, digest)
+    if options.text is None:
+        raise BacklensError(
+            "--text: this method spares what the model has read, and needs texts to measure that over: give a file, a "
+            "text per line (with --statistics FILE the result is kept)"
+        )
+    everywhere = range(len(loaded.anatomy.blocks)) if path is not None else layers
+    moments = measure(loaded, read_texts(options.text), everywhere)
+    if path is not None:
+        moments.save(path, digest)
+    return moments
+
+
+def spanned_layers(layer: int, span: int) -> tuple[int, ...]:
+    return tuple(range(max(0, layer - span + 1), layer + 1))
+
+
+def make_method(options: EditOptions, tools: Tools, name: MethodName, layer: int, lr: float | None) -> Method:
+    """The method at a layer, with its learning rate (None: its own default)."""
+    layers = spanned_layers(layer, options.span)
+    at_subject: Place = "last" if options.place == "last" else "subject"
+    if name == "forward-shift":
+        return ForwardShift(
+            layers,
+            _rate(name, lr),
+            options.normalise,
+            "subject" if options.place == "subject" else "last",
+            tools.prefixes,
+            tools.moments,
+            options.ridge,
+            options.passes,
+        )
+    if name == "gradient-shift":
+        halves = {"imprint": ("mlp.up", "mlp.gate"), "shift": (MODULE,)}
+        return GradientShift(
+            layers, _rate(name, lr), halves.get(options.halves, ("mlp.up", "mlp.gate", MODULE))
+        )
+    if name == "finetune":
+        return FineTune(
+            layers,
+            FineTune.lr if lr is None else lr,
+            steps=options.steps or FineTune.steps,
+            limit=options.norm_limit,
+        )
+    given = {"steps": options.steps, "lr": lr}
+    search = replace(Search(), **{key: value for key, value in given.items() if value is not None})
+    assert tools.moments is not None
+    if name == "rome":
+        return Rome(layer, tools.moments, tools.prefixes, at_subject, search)
+    weight = Memit.weight if options.ridge is None else options.ridge
+    return Memit(layers, tools.moments, weight, tools.prefixes, at_subject, search)
+
+
+def _rate(name: str, lr: float | None) -> float:
+    if lr is None:
+        raise BacklensError(
+            f"--lr: {name} has no rate that fits every model; `backlens edit sweep` finds one"
+        )
+    return lr
