@@ -209,7 +209,10 @@ def explain(
     from pipeline.edit.drive import load
     from pipeline.edit.tools import make_method, make_tools
 
-    names = [parse_method(method), *(parse_method(each) for each in against.split(",") if each)]
+    names: list[MethodName] = [
+        parse_method(method),
+        *(parse_method(each) for each in against.split(",") if each),
+    ]
     loaded, requests = load(options)
     if not 0 <= case < len(requests):
         raise BacklensError(f"--case {case}: there are cases 0 to {len(requests) - 1}")
