@@ -12,6 +12,10 @@ from cyclopts import Parameter
 from pipeline.errors import BacklensError
 
 Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
+SECONDS = 10.0
+"""A page may take."""
+MEMORY = "400MB"
+"""For a question to DuckDB; several may be asked at a time."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -53,7 +57,7 @@ def serve(
     from pipeline.serve.page import Served
     from pipeline.serve.security import OWN_HOSTS
 
-    atlas = Atlas(out)
+    atlas = Atlas(out, seconds=SECONDS, memory=MEMORY)
     if not atlas.snapshot.is_current:
         raise BacklensError(atlas.note or f"serve: {out} has no atlas yet; build it: backlens atlas {out}")
     if atlas.note:
@@ -93,7 +97,7 @@ def export_html(out: str, /, *, prompt: int, to: str | None = None, debug: Debug
     target = Path(to or f"prompt-{prompt}.html")
     if not target.parent.is_dir():
         raise BacklensError(f"--to {target}: there is no folder {target.parent}; make it first")
-    atlas = Atlas(out)
+    atlas = Atlas(out, seconds=SECONDS, memory=MEMORY)
     if atlas.note:
         print(atlas.note, file=sys.stderr)
     _write(target, prompt_document(atlas, out, prompt))

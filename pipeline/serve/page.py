@@ -39,7 +39,7 @@ class Served:
 
     def connection(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
         """To look things up that `Atlas` is not asked about."""
-        return self.atlas.snapshot.connection(self.atlas.seconds)
+        return self.atlas.snapshot.connection(self.atlas.seconds, memory=self.atlas.memory)
 
 
 @dataclass(frozen=True, slots=True)
