@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -59,14 +59,16 @@ def fit(plan: RunPlan, cluster: Cluster) -> Fit:
     problem = ""
     for count in counts:
         try:
-            uses = _uses(plan, cluster, count)
+            of_one = _uses(plan, cluster, count)
         except BacklensError as error:
             problem = str(error)
             continue
-        crowded = [use for use in uses if use.total > cluster.memory]
-        if not crowded:
-            return Fit(uses, _replicas(plan, cluster, count), _batch_tokens(plan, cluster))
-        problem = f"device {crowded[0].device} would hold {crowded[0].total / 1e9:.1f} GB"
+        for tokens in _budgets(plan, cluster):
+            uses = [replace(use, activations=use.activations * tokens) for use in of_one]
+            crowded = [use for use in uses if use.total > cluster.memory]
+            if not crowded:
+                return Fit(uses, _replicas(plan, cluster, count), tokens)
+            problem = f"device {crowded[0].device} would hold {crowded[0].total / 1e9:.1f} GB"
     raise BacklensError(
         f"cluster: a copy does not fit on {counts[-1]} devices of {cluster.memory / 1e9:.0f} GB ({problem}); smaller "
         "--batch-tokens, --activation-checkpointing and --dtype bfloat16 take less"
@@ -83,11 +85,15 @@ def _replicas(plan: RunPlan, cluster: Cluster, count: int) -> int:
     return asked if asked > 1 else room
 
 
-def _batch_tokens(plan: RunPlan, cluster: Cluster) -> int:
-    return most_tokens(plan.config.batch_tokens, "cuda" if cluster.gpus else "cpu")
+def _budgets(plan: RunPlan, cluster: Cluster) -> list[int]:
+    """Tokens a batch, the most first: `auto` takes what fits, from an eighth up."""
+    asked = plan.config.batch_tokens
+    most = most_tokens(asked, "cuda" if cluster.gpus else "cpu")
+    return [most, most // 2, most // 4, most // 8] if asked == "auto" else [most]
 
 
 def _uses(plan: RunPlan, cluster: Cluster, count: int) -> list[DeviceUse]:
+    """What devices hold, with the activations of one token."""
     model = empty_model(plan.source, plan.model_config)
     dtype = stored_dtype(plan.model_config, plan.config.dtype)
     limits = _limits(plan, cluster, count)
@@ -95,8 +101,7 @@ def _uses(plan: RunPlan, cluster: Cluster, count: int) -> list[DeviceUse]:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     placed = place(model, dtype, Spread(limits))
     path, _ = find_block_list(model)
-    tokens = _batch_tokens(plan, cluster)
-    kept = _activations(plan, every_matrix(plan.blocks, plan.model_config), tokens * dtype.itemsize)
+    kept = _activations(plan, every_matrix(plan.blocks, plan.model_config), dtype)
     home = [device for device in limits if device != "cpu"][-1]
     uses = []
     for device in dict.fromkeys([*limits, *placed.values()]):
@@ -130,9 +135,9 @@ def _weights(model: torch.nn.Module, placed: Mapping[str, Device], device: Devic
     return sum(there.values())
 
 
-def _activations(plan: RunPlan, matrices: Sequence[MatrixSize], factor: int) -> list[int]:
-    """Bytes that autograd keeps of each block for one batch; `factor` of them for each number of a token."""
+def _activations(plan: RunPlan, matrices: Sequence[MatrixSize], dtype: torch.dtype) -> list[int]:
+    """Bytes that autograd keeps of each block for one token."""
     found = [0] * len(plan.blocks)
     for matrix in matrices:
-        found[matrix.layer] += SAVED * matrix.wide * matrix.chosen * factor
+        found[matrix.layer] += SAVED * matrix.wide * matrix.chosen * dtype.itemsize
     return found

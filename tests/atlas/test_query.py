@@ -15,6 +15,7 @@ from pipeline.errors import BacklensError
 from pipeline.store.commit import commit_shard
 from pipeline.store.files import Directory
 from schemas.atlas import ATLAS_TABLES
+from schemas.tables import TABLES
 from tests.store.examples import VOCAB, ExampleRun, arrow, example_run, random_rows, start_run
 
 
@@ -258,6 +259,9 @@ def test_whatever_only_reads_is_run(example: ExampleRun, statement: str):
     for table, files in run.snapshot.files.items():
         if files:
             plain.read_parquet(list(files)).create_view(table)
+        else:
+            plain.register(f"empty_main_{table}", TABLES[table].empty())
+            plain.execute(f"CREATE VIEW {table} AS FROM empty_main_{table}")
     for table, definition in DEFINITIONS.items():
         plain.execute(f"CREATE VIEW {table} AS {definition}")
     plain.register("neuron_weights", ATLAS_TABLES["neuron_weights"].empty())

@@ -1,6 +1,8 @@
 """What `backlens plan` says is what a run then does: rows, bytes, devices and time."""
 
 import json
+import re
+import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -15,6 +17,7 @@ from pipeline.engine.plan_options import PlanOptions
 from pipeline.errors import BacklensError
 from tests.engine.command import called, error_line, write_jsonl
 from tests.engine.conftest import some_prompts
+from tests.test_docs import ROOT
 
 CLUSTER = """
 nodes: 2
@@ -211,3 +214,18 @@ def test_a_plan_without_prompts_needs_no_tokenizer_and_writes_nothing(gpt2: Path
 def test_the_shipped_cluster_is_one() -> None:
     found = read_cluster(str(Path(__file__).parents[2] / "docs" / "h100.yaml"))
     assert (found.nodes * found.gpus, found.memory) == (64, 80 * 10**9)
+
+
+@pytest.mark.slow
+def test_the_worked_plan_in_the_docs_is_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "plan.md").read_text()
+    made, *consoles = re.findall(r"```(?:python|console)\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    exec(made)
+    for console in consoles:
+        command, shown = re.fullmatch(r"\$ (.*?[^\\])\n(.*)", console, re.DOTALL).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        words = shlex.split(command.replace("\\\n", "").partition("|")[0])
+        assert called(*words[1:]).stdout.endswith(shown)
