@@ -72,7 +72,7 @@ def _methods(axes: "Axes", best: Sequence[TrialScore]) -> None:
     axes.set_xticks(range(len(best)), labels, fontsize=7)
     axes.set_ylim(0, 105)
     axes.set_title("each method's best trial, 95 % intervals", fontsize=10)
-    axes.legend(fontsize=7, frameon=False, loc="lower left")
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
 
 
 def _curves(axes: "Axes", scores: Sequence[TrialScore], counts: Sequence[int]) -> None:
