@@ -21,11 +21,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pipeline.demo import FACTS, MODEL
-from pipeline.edit.evaluate import Exam, ask, exam
-from pipeline.edit.forward import batches, logits_of
-from pipeline.edit.forward_shift import ForwardShift
-from pipeline.edit.request import read_requests
-from pipeline.edit.weights import add_deltas, edited
+from pipeline.editing.evaluate import Exam, ask, exam
+from pipeline.editing.forward import batches, logits_of
+from pipeline.editing.forward_shift import ForwardShift
+from pipeline.editing.request import read_requests
+from pipeline.editing.weights import add_deltas, edited
 from pipeline.models.anatomy import anatomy
 from pipeline.models.load import LoadedModel, ModelSource, load_model
 

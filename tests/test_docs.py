@@ -31,7 +31,7 @@ NODES = "needs machines; tests/test_cluster_files.py checks the file that it is 
 NOT_RUN = {
     "make demo": "sets up what runs this test; the demo itself is the fixture `scratch`",
     "make test": "is what runs this test",
-    "bash docs/editing.sh editing": "takes minutes; tests/edit runs sweeps of every kind in it",
+    "bash docs/editing.sh editing": "takes minutes; tests/editing runs sweeps of every kind in it",
     "backlens edit sweep xl --model openai-community/gpt2-xl --edits counterfact.json "
     "--layers 30-40 --lr 0.24": "needs a model and a data set that are not here",
     "source .venv/bin/activate": "the environment that runs this test is on PATH already",

@@ -7,15 +7,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.edit.compare import TrialScore, best_trials, trial_scores
-from pipeline.edit.delta import Delta, described, merged, save_deltas
-from pipeline.edit.drive import Swept
-from pipeline.edit.evaluate import KINDS, Result, Summary, ask, exam, summary
-from pipeline.edit.explain import Added, explain
-from pipeline.edit.method import Method
-from pipeline.edit.request import Request
-from pipeline.edit.text import generate
-from pipeline.edit.weights import edited
+from pipeline.editing.compare import TrialScore, best_trials, trial_scores
+from pipeline.editing.delta import Delta, described, merged, save_deltas
+from pipeline.editing.drive import Swept
+from pipeline.editing.evaluate import KINDS, Result, Summary, ask, exam, summary
+from pipeline.editing.explain import Added, explain
+from pipeline.editing.method import Method
+from pipeline.editing.request import Request
+from pipeline.editing.text import generate
+from pipeline.editing.weights import edited
 from pipeline.errors import BacklensError
 from pipeline.models.load import LoadedModel
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from pipeline.edit.options import EditOptions, MethodName, parse_method
+from pipeline.editing.options import EditOptions, MethodName, parse_method
 from pipeline.errors import BacklensError
 
 app = App(name="edit", help="Change facts in a model's weights, and judge the change.")
@@ -55,8 +55,8 @@ def edit(
         A folder for the edited model.
     """
     from pipeline.cli.edit_report import print_edit
-    from pipeline.edit.drive import load, load_editable
-    from pipeline.edit.tools import make_method, make_tools
+    from pipeline.editing.drive import load, load_editable
+    from pipeline.editing.tools import make_method, make_tools
 
     name = parse_method(method)
     if prompt is not None or target_new is not None:
@@ -79,9 +79,9 @@ def apply(delta: str, /, *, save_model: str, options: EditOptions = DEFAULTS, de
     Example: backlens edit apply edit.safetensors --save-model ./edited
     """
     from pipeline.cli.edit_report import save_edited
-    from pipeline.edit.delta import load_deltas
-    from pipeline.edit.drive import load_editable
-    from pipeline.edit.weights import edited
+    from pipeline.editing.delta import load_deltas
+    from pipeline.editing.drive import load_editable
+    from pipeline.editing.weights import edited
 
     deltas, _ = load_deltas(delta)
     loaded = load_editable(replace(options, model=options.model or _demo()))
@@ -132,8 +132,8 @@ def sweep(
         Let the edited model write, for the n-gram entropy and the reference score.
     """
     from pipeline.cli.edit_report import print_sweep
-    from pipeline.edit.drive import sweep as run_sweep
-    from pipeline.edit.sweep import Grid, Side
+    from pipeline.editing.drive import sweep as run_sweep
+    from pipeline.editing.sweep import Grid, Side
     from pipeline.engine.plan import parse_layers
     from pipeline.models.load import ModelSource, load_config
 
@@ -165,7 +165,7 @@ def plot(out: str, /, *, to: str = "edits.png", debug: Debug = False) -> int:
     to
         The file; its suffix (.png, .svg, .pdf) says the format.
     """
-    from pipeline.edit.compare import trial_scores
+    from pipeline.editing.compare import trial_scores
     from pipeline.plot.canvas import check_target, require_matplotlib, save
 
     require_matplotlib()
@@ -206,8 +206,8 @@ def explain(
         The case's ordinal in the file of edits, from 0.
     """
     from pipeline.cli.edit_report import print_explanation
-    from pipeline.edit.drive import load
-    from pipeline.edit.tools import make_method, make_tools
+    from pipeline.editing.drive import load
+    from pipeline.editing.tools import make_method, make_tools
 
     names: list[MethodName] = [
         parse_method(method),
@@ -232,7 +232,7 @@ def default_layer(depth: int) -> int:
 
 
 def _typed(prompt: str | None, subject: str | None, new: str | None, true: str | None) -> Any:
-    from pipeline.edit.request import Request
+    from pipeline.editing.request import Request
     from pipeline.prompts.facts import with_space
 
     if prompt is None or new is None:

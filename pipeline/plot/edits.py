@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.edit.compare import TrialScore, best_trials
+from pipeline.editing.compare import TrialScore, best_trials
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

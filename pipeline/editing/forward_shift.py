@@ -23,13 +23,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.capture import Batch
-from pipeline.edit.covariance import Moments, damped
-from pipeline.edit.delta import Delta, merged
-from pipeline.edit.forward import batches, down_input, logits_of, subject_last, values_at, wordings
-from pipeline.edit.method import target_embeddings
-from pipeline.edit.options import Normalise, Place
-from pipeline.edit.request import Request
-from pipeline.edit.weights import edited, matrix
+from pipeline.editing.covariance import Moments, damped
+from pipeline.editing.delta import Delta, merged
+from pipeline.editing.forward import batches, down_input, logits_of, subject_last, values_at, wordings
+from pipeline.editing.method import target_embeddings
+from pipeline.editing.options import Normalise, Place
+from pipeline.editing.request import Request
+from pipeline.editing.weights import edited, matrix
 from pipeline.errors import BacklensError
 from pipeline.models.load import LoadedModel
 from pipeline.prompts.tokenize import Example

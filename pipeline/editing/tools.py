@@ -4,14 +4,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.edit.closed_form import Memit, Rome
-from pipeline.edit.covariance import Moments, measure, model_digest, read_texts
-from pipeline.edit.forward_shift import MODULE, ForwardShift
-from pipeline.edit.gradient import FineTune, GradientShift
-from pipeline.edit.method import Method
-from pipeline.edit.options import EditOptions, MethodName, Place
-from pipeline.edit.text import sample_prefixes
-from pipeline.edit.values import Search
+from pipeline.editing.closed_form import Memit, Rome
+from pipeline.editing.covariance import Moments, measure, model_digest, read_texts
+from pipeline.editing.forward_shift import MODULE, ForwardShift
+from pipeline.editing.gradient import FineTune, GradientShift
+from pipeline.editing.method import Method
+from pipeline.editing.options import EditOptions, MethodName, Place
+from pipeline.editing.text import sample_prefixes
+from pipeline.editing.values import Search
 from pipeline.errors import BacklensError
 from pipeline.models.load import LoadedModel
 

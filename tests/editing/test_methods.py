@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from transformers import Conv1D
 
-from pipeline.edit.closed_form import Memit, Rome, spread
-from pipeline.edit.covariance import Moments, measure
-from pipeline.edit.delta import Delta, load_deltas, merged, save_deltas
-from pipeline.edit.evaluate import ask, exam, summary
-from pipeline.edit.forward_shift import ForwardShift
-from pipeline.edit.gradient import FineTune, GradientShift
-from pipeline.edit.method import Method
-from pipeline.edit.request import Request
-from pipeline.edit.weights import edited, matrix, weights_digest
+from pipeline.editing.closed_form import Memit, Rome, spread
+from pipeline.editing.covariance import Moments, measure
+from pipeline.editing.delta import Delta, load_deltas, merged, save_deltas
+from pipeline.editing.evaluate import ask, exam, summary
+from pipeline.editing.forward_shift import ForwardShift
+from pipeline.editing.gradient import FineTune, GradientShift
+from pipeline.editing.method import Method
+from pipeline.editing.request import Request
+from pipeline.editing.weights import edited, matrix, weights_digest
 from pipeline.errors import BacklensError
 from pipeline.models.load import LoadedModel, ModelSource, load_model
 from tests.families import CONFIGS

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.capture import make_batch
-from pipeline.edit.forward import run_model
-from pipeline.edit.weights import matrix
+from pipeline.editing.forward import run_model
+from pipeline.editing.weights import matrix
 from pipeline.engine.packing import pack
 from pipeline.errors import BacklensError
 from pipeline.models.load import LoadedModel

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pipeline.capture import Gradient, capture, make_batch
-from pipeline.edit.delta import Delta
-from pipeline.edit.forward import wordings
-from pipeline.edit.request import Request
-from pipeline.edit.weights import edited, matrix
+from pipeline.editing.delta import Delta
+from pipeline.editing.forward import wordings
+from pipeline.editing.request import Request
+from pipeline.editing.weights import edited, matrix
 from pipeline.factors import masked
 from pipeline.models.load import LoadedModel
 

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.edit.delta import Delta, merged
-from pipeline.edit.forward import down_input, values_at, wordings
-from pipeline.edit.gradient import gradients
-from pipeline.edit.request import Request
+from pipeline.editing.delta import Delta, merged
+from pipeline.editing.forward import down_input, values_at, wordings
+from pipeline.editing.gradient import gradients
+from pipeline.editing.request import Request
 from pipeline.lens import Lens, make_lens
 from pipeline.models.layout import WRITES
 from pipeline.models.load import LoadedModel

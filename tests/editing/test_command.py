@@ -147,7 +147,7 @@ def test_an_edit_is_explained(capsys):
 def test_weights_that_are_not_restored_stop_a_sweep(tmp_path, monkeypatch, capsys):
     from contextlib import contextmanager
 
-    from pipeline.edit import sweep, weights
+    from pipeline.editing import sweep, weights
 
     @contextmanager
     def forgetful(loaded, deltas):

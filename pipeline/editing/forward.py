@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.capture import Batch, make_batch, only_loss_positions
-from pipeline.edit.request import Request
+from pipeline.editing.request import Request
 from pipeline.engine.packing import pack
 from pipeline.errors import BacklensError
 from pipeline.models.load import LoadedModel

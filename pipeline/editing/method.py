@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.edit.delta import Delta
-from pipeline.edit.request import Request
+from pipeline.editing.delta import Delta
+from pipeline.editing.request import Request
 from pipeline.models.load import LoadedModel
 
 

@@ -7,13 +7,13 @@ import random
 import pytest
 
 from pipeline.demo import FACTS
-from pipeline.edit.evaluate import KINDS, Answer, Exam, Question, Reading, _result, ask, exam, summary
-from pipeline.edit.forward_shift import ForwardShift
-from pipeline.edit.request import Metrics, Request, read_requests
-from pipeline.edit.text import generate, ngram_entropy, reference_score
-from pipeline.edit.weights import edited
+from pipeline.editing.evaluate import KINDS, Answer, Exam, Question, Reading, _result, ask, exam, summary
+from pipeline.editing.forward_shift import ForwardShift
+from pipeline.editing.request import Metrics, Request, read_requests
+from pipeline.editing.text import generate, ngram_entropy, reference_score
+from pipeline.editing.weights import edited
 from pipeline.errors import BacklensError
-from tests.edit.plain import plain_case
+from tests.editing.plain import plain_case
 
 LAYER, RATE = 5, 1.6
 
@@ -51,7 +51,7 @@ def test_figures_do_not_depend_on_what_else_is_in_the_batch(demo, requests):
 def test_targets_of_several_tokens_are_teacher_forced(demo):
     request = Request(0, "here", "Jomek Kelford", " moved to a flat in", None, " has a home in", ("x",))
     (result,) = ask(demo, [exam(demo, request)])
-    from tests.edit.plain import plain_score
+    from tests.editing.plain import plain_score
 
     nll, _ = plain_score(demo.model, demo.tokenizer, request.prompt, request.target_new)
     assert result.target.nll == pytest.approx(nll, rel=1e-4)

@@ -7,8 +7,8 @@ import torch
 
 from pipeline.demo import FACTS, MODEL
 from pipeline.demo.probes import write_probes
-from pipeline.edit.covariance import Moments, measure, read_texts
-from pipeline.edit.request import Request, read_requests
+from pipeline.editing.covariance import Moments, measure, read_texts
+from pipeline.editing.request import Request, read_requests
 from pipeline.models.load import LoadedModel, ModelSource, load_model
 
 

@@ -18,15 +18,15 @@ import pyarrow as pa
 import torch
 
 from pipeline.config import PromptFields
-from pipeline.edit.covariance import read_texts
-from pipeline.edit.evaluate import Exam, Result, ask, exam
-from pipeline.edit.forward import batches, encode, logits_of
-from pipeline.edit.method import Method
-from pipeline.edit.options import EditOptions, MethodName
-from pipeline.edit.request import Request
-from pipeline.edit.text import generate, ngram_entropy, reference_score
-from pipeline.edit.tools import Tools, make_method, make_tools
-from pipeline.edit.weights import edited, weights_digest
+from pipeline.editing.covariance import read_texts
+from pipeline.editing.evaluate import Exam, Result, ask, exam
+from pipeline.editing.forward import batches, encode, logits_of
+from pipeline.editing.method import Method
+from pipeline.editing.options import EditOptions, MethodName
+from pipeline.editing.request import Request
+from pipeline.editing.text import generate, ngram_entropy, reference_score
+from pipeline.editing.tools import Tools, make_method, make_tools
+from pipeline.editing.weights import edited, weights_digest
 from pipeline.engine.versions import package_versions
 from pipeline.errors import BacklensError
 from pipeline.models.load import LoadedModel

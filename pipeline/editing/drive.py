@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 import torch
 import yaml
 
-from pipeline.edit.covariance import model_digest
-from pipeline.edit.options import EditOptions
-from pipeline.edit.request import Request, read_requests
-from pipeline.edit.sweep import Grid, Side, Sweeper, content_digest, option_values
+from pipeline.editing.covariance import model_digest
+from pipeline.editing.options import EditOptions
+from pipeline.editing.request import Request, read_requests
+from pipeline.editing.sweep import Grid, Side, Sweeper, content_digest, option_values
 from pipeline.engine.versions import package_versions
 from pipeline.models.load import LoadedModel, ModelSource, load_model
 from pipeline.prompts.source import Source

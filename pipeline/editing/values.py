@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline.capture import make_batch
-from pipeline.edit.forward import Site, added_to, encode, logits_of, subject_last, whole_values, wordings
-from pipeline.edit.request import Request
+from pipeline.editing.forward import Site, added_to, encode, logits_of, subject_last, whole_values, wordings
+from pipeline.editing.request import Request
 from pipeline.models.load import LoadedModel
 from pipeline.prompts.tokenize import Example
 

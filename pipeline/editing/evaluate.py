@@ -22,8 +22,8 @@ from typing import Literal
 
 import torch
 
-from pipeline.edit.forward import BATCH_TOKENS, batches, encode, logits_of
-from pipeline.edit.request import Metrics, Request
+from pipeline.editing.forward import BATCH_TOKENS, batches, encode, logits_of
+from pipeline.editing.request import Metrics, Request
 from pipeline.models.load import LoadedModel
 
 Kind = Literal["efficacy", "paraphrase", "neighbourhood"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipeline.edit.evaluate import KINDS
+from pipeline.editing.evaluate import KINDS
 from pipeline.errors import BacklensError
 from pipeline.store.files import Directory
 from pipeline.store.read import read_table

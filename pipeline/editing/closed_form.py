@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.edit.covariance import Moments, damped
-from pipeline.edit.delta import Delta
-from pipeline.edit.forward import Site, down_input, values_at
-from pipeline.edit.forward_shift import MODULE
-from pipeline.edit.options import Place
-from pipeline.edit.request import Request
-from pipeline.edit.values import Edit, Search, find_values
-from pipeline.edit.weights import edited, matrix
+from pipeline.editing.covariance import Moments, damped
+from pipeline.editing.delta import Delta
+from pipeline.editing.forward import Site, down_input, values_at
+from pipeline.editing.forward_shift import MODULE
+from pipeline.editing.options import Place
+from pipeline.editing.request import Request
+from pipeline.editing.values import Edit, Search, find_values
+from pipeline.editing.weights import edited, matrix
 from pipeline.models.load import LoadedModel
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import Conv1D
 
-from pipeline.edit.delta import Delta
+from pipeline.editing.delta import Delta
 from pipeline.errors import BacklensError
 from pipeline.models.anatomy import Located
 from pipeline.models.load import LoadedModel
