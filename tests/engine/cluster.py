@@ -105,6 +105,11 @@ class Nodes:
         kill(everything)
         node.wait()
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the process that each node is below, the head first."""
+        return [self.head, *(node.pid for node in self._others)]
+
     def __len__(self) -> int:
         return 1 + len(self._others)
 

@@ -45,10 +45,11 @@ class OddModel(LlamaForCausalLM):
         if seen["device"] and not os.path.exists(self.config.mark):
             open(self.config.mark, "w").close()
             raise RuntimeError("CUDA error: device-side assert triggered")
+        prompts = [row[:5].tolist() for row in input_ids if row[0] != 1]
         if self.config.log:
             with open(self.config.log, "a") as log:
-                log.write(f"{os.getpid()} {len(input_ids)} \\n")
-            time.sleep(self.config.naps * len(input_ids))
+                log.write("".join(f"{os.getpid()} {'-'.join(map(str, prompt))}\\n" for prompt in prompts))
+            time.sleep(self.config.naps * len(prompts))
         output = super().forward(input_ids=input_ids, **kwargs)
         if seen["backward"]:
             output.logits = FailingBackward.apply(output.logits)
@@ -73,7 +74,8 @@ ACTS = {"raise": "R", "huge": "H", "kill": "K", "device": "D", "backward": "B"}
 def save_misbehaving(folder: Path, room: int = 10**6, log: Path | None = None, naps: float = 0.0) -> Path:
     """The model, with `anatomy.yaml` beside its weights. Batches of more than `room` tokens do not fit.
 
-    With a log, every forward pass writes down its process and how many prompts it has, and takes `naps` for each.
+    With a log, every forward pass writes down its process and how each prompt begins, and takes `naps` for each.
+    Prompts that begin with token 1 are passed over: they are our own probes of a model, and a gang's idle passes.
     """
     random_model(LlamaConfig(vocab_size=300, **LLAMA_SHAPE)).save_pretrained(folder)
     tokenizer = byte_tokenizer()

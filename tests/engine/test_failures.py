@@ -4,20 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.cluster import kill, several_nodes, workers
 from tests.engine.command import (
     assert_complete,
     assert_same_rows,
     backlens,
     called,
     commits,
-    count_commits,
-    finish,
     read,
     renumbered,
-    start,
     tables_of,
-    wait_for,
 )
 from tests.engine.misbehaving import command, save_misbehaving
 
@@ -139,33 +134,3 @@ def test_a_run_that_finds_no_place_says_what_is_missing(
     assert "no place for a replica within 1 s: a replica needs 2 GPUs and" in last
     assert "the cluster has 0 of 0 GPUs" in last
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_replicas_come_and_go_with_the_nodes_and_only_the_work_in_hand_is_lost(
-    clean: Path, tmp_path: Path
-) -> None:
-    log = tmp_path / "log"
-    model, out = save_misbehaving(tmp_path / "model", log=log, naps=0.4), tmp_path / "out"
-    with several_nodes(1) as nodes:
-        engine = ("--executor", "ray", "--address", nodes.address, "--replicas", "auto")
-        job = command(model, SOUND * 5, out)
-        driver = start(*job, *engine, "--shard-prompts", 2)
-        wait_for(lambda: count_commits(out) >= 1 or driver.poll() is not None, every=0.1)
-        nodes.add()
-        wait_for(lambda: len(_computing(log)) == 2 or driver.poll() is not None, every=0.1)
-        nodes.drop()
-        kill(wait_for(lambda: workers(nodes.head), every=0.05)[:1])
-        done = finish(driver)
-    assert done.status == 0, done.stderr
-    assert "workers that died and were replaced: 2" in done.stdout
-    assert_complete(out, 100)
-    rows = read(out, "tokens")
-    kept = rows.filter([number < 20 for number in rows["prompt_id"].to_pylist()])
-    assert_same_rows(read(clean, "tokens"), kept, "tokens")
-
-
-def _computing(log: Path) -> set[str]:
-    """The processes that have computed a prompt, beyond the two passes in which each looks at its model."""
-    lines = [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
-    return {process for process in lines if lines.count(process) > 2}
