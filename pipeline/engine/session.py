@@ -72,8 +72,9 @@ def reason(error: BaseException) -> str:
 def _raise_ours(error: BaseException) -> None:
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, BacklensError):
-            raise type(cause)(str(getattr(cause, "cause", cause))) from error
+        # Ray's error is of our class as well as its own, and its text is a traceback
+        if isinstance(cause, BacklensError) and not isinstance(cause, RayTaskError):
+            raise type(cause)(str(cause)) from error
         cause = getattr(cause, "cause", None) or cause.__cause__
 
 

@@ -60,7 +60,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_room(
 
     assert stopped.status == 3, stopped.stderr
     last = stopped.stderr.splitlines()[-1]
-    assert last.startswith(f"backlens: out: cannot write {out}/")
+    assert last.startswith(f"backlens: out: cannot write {out}/"), stopped.stderr
     assert "No space left on device" in last
     assert last.endswith(f"; make room on the disk of {out} and run the same command again")
     assert "Traceback" not in stopped.stderr
