@@ -72,7 +72,7 @@ def compare(folder: Path, label: str, model: Path, arguments: list[str], threads
     from pipeline.engine.outlook import look_ahead
     from pipeline.engine.plan_options import PlanOptions
 
-    out = folder / label
+    out = folder / f"run of {label}"
     common = [
         "--model",
         str(model),
