@@ -7,13 +7,13 @@ BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
 
-.PHONY: demo test quick lint format types docs docs-check check clean
+.PHONY: demo test quick lint format types docs docs-check check clean browser
 
 demo: $(VENV)/.package  ## run the bundled demo into ./demo-run
 	$(BIN)/backlens run
 	@echo "backlens is in $(VENV): source $(BIN)/activate"
 
-test: $(VENV)/.dev $(VENV)/.browser  ## the whole test suite
+test: $(VENV)/.dev browser  ## the whole test suite
 	$(BIN)/python -m pytest
 
 quick: $(VENV)/.dev  ## the tests that take seconds
@@ -42,11 +42,10 @@ clean:
 	rm -rf $(VENV) demo-run
 
 # The explorer is tested in a real browser: Debian's, if there is none yet and it can be had.
-$(VENV)/.browser: $(VENV)/.created
+browser:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
 	  || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/dev/null \
 	  || echo "no Chromium could be installed: the tests that need a browser will be skipped" >&2
-	@touch $@
 
 # One pip call each, so that the pins decide which build of torch is taken.
 $(VENV)/.package: $(VENV)/.created pyproject.toml constraints.txt

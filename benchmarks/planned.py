@@ -69,8 +69,8 @@ def make_models(folder: Path) -> None:
 
 def compare(folder: Path, label: str, model: Path, arguments: list[str], threads: int) -> None:
     from pipeline.cli.main import app
-    from pipeline.engine.outlook import look_ahead
-    from pipeline.engine.plan_options import PlanOptions
+    from pipeline.planning.options import PlanOptions
+    from pipeline.planning.outlook import look_ahead
 
     out = folder / f"run of {label}"
     common = [

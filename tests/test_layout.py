@@ -67,6 +67,7 @@ RULES = (
         "the doctor looks at models, and leaves showing what it found to the command line",
     ),
     Rule(("pipeline.store",), ("pipeline.engine", "pipeline.atlas"), "arrows point down"),
+    Rule(("pipeline.engine",), ("pipeline.planning",), "a run needs no forecast of itself"),
     Rule(
         ("pipeline.atlas",),
         ("pipeline.engine",),

@@ -29,6 +29,18 @@ LLAMA_SHAPE = {
     "initializer_range": 0.2,
 }
 
+LLAMA_LAYOUT = """
+matrices:
+  mlp.up: mlp.up_proj
+  mlp.gate: mlp.gate_proj
+  mlp.down: mlp.down_proj
+  attn.q: self_attn.q_proj
+  attn.k: self_attn.k_proj
+  attn.v: self_attn.v_proj
+  attn.o: self_attn.o_proj
+"""
+"""As `--anatomy` has it, for models that are not known to be Llamas."""
+
 CONFIGS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(
         n_layer=3,

@@ -18,8 +18,8 @@ from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error
 from pipeline.cli.serving import export_html, serve
 from pipeline.config import RunConfig, flag, read_yaml
 from pipeline.doctor.options import DoctorOptions
-from pipeline.engine.plan_options import PlanOptions
 from pipeline.errors import BacklensError
+from pipeline.planning.options import PlanOptions
 
 app = App(
     name="backlens",
@@ -80,7 +80,7 @@ def plan(
     Example: backlens plan --model gpt2 --prompt-count 100000 --cluster docs/h100.yaml
     """
     from pipeline.cli.planning import print_outlook
-    from pipeline.engine.outlook import look_ahead
+    from pipeline.planning.outlook import look_ahead
 
     print_outlook(look_ahead(options, planning))
     return 0

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.cli.sizes import human_bytes, human_seconds
-from pipeline.engine.outlook import Outlook
+from pipeline.planning.outlook import Outlook
 
 
 def print_outlook(outlook: Outlook) -> None:

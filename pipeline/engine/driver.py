@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from pipeline.config import RunConfig
-from pipeline.engine.events import emit, emit_shard
+from pipeline.engine.events import emit, emit_shard, stage_seconds
 from pipeline.engine.executors import Executor, LocalExecutor, Standing
 from pipeline.engine.plan import RunPlan, fingerprint, make_plan, with_demo_defaults
 from pipeline.engine.versions import package_versions
-from pipeline.engine.worker import FAILED, SECONDS
+from pipeline.engine.worker import FAILED
 from pipeline.errors import Interrupted
 from pipeline.models.load import load_tokenizer, model_files, weight_hash
 from pipeline.models.vocabulary import vocabulary
@@ -158,8 +158,7 @@ class _Work:
         self.prompts += commit.prompts
         self.shards += 1
         self.out_of_memory += int(commit.stats.get("out_of_memory", 0))
-        seconds = {k.removeprefix(SECONDS): v for k, v in commit.stats.items() if k.startswith(SECONDS)}
-        self.stages.update(seconds)
+        self.stages.update(stage_seconds(commit.stats))
 
 
 def _run_shards(

@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the command line imports this module whatever it is asked, and Arrow takes its time
     from pipeline.store.commit import ShardCommit
 
+SECONDS = "seconds_"
+"""Begins the name of a stage's time in a commit's stats."""
+
 LOGGER = logging.getLogger("backlens")
 LOGGER.addHandler(logging.NullHandler())
 LOGGER.setLevel(logging.INFO)
@@ -51,5 +54,4 @@ def emit_shard(commit: "ShardCommit", shards_left: int) -> None:
 
 def stage_seconds(stats: Mapping[str, float]) -> dict[str, float]:
     """The seconds of a shard's stages, out of what its worker measured."""
-    prefix = "seconds_"
-    return {name.removeprefix(prefix): value for name, value in stats.items() if name.startswith(prefix)}
+    return {name.removeprefix(SECONDS): value for name, value in stats.items() if name.startswith(SECONDS)}

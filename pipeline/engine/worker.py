@@ -14,6 +14,7 @@ import torch
 from pipeline.capture import Outcome
 from pipeline.engine.budget import TokenBudget
 from pipeline.engine.columns import fact_table, failure_table, prompt_table, without_prompts
+from pipeline.engine.events import SECONDS
 from pipeline.engine.extract import Block, Extracted, Wanted, extract, sequence
 from pipeline.engine.faults import PROMPT_ERRORS, DeviceLost, is_device_lost, is_out_of_memory
 from pipeline.engine.memory import MemoryGauge, release_all, release_freed_memory
@@ -35,8 +36,6 @@ from pipeline.store.files import Directory
 
 FAILED = "failed_"
 """Begins the name of a count of failed prompts in a commit's stats; what follows is their kind."""
-SECONDS = "seconds_"
-"""Begins the name of a stage's time."""
 FAILING = 8
 """Prompts that raise before any was computed: beyond that it is not the prompts."""
 

@@ -17,14 +17,14 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from pipeline.errors import BacklensError
-from pipeline.serve.of_names import neuron_page, search_page, token_page
-from pipeline.serve.of_prompts import compare_page, prompt_page
-from pipeline.serve.of_run import about_page, layers_page, run_page
-from pipeline.serve.of_sql import sql_page
+from pipeline.serve.name_pages import neuron_page, search_page, token_page
 from pipeline.serve.page import Page, Served
 from pipeline.serve.parameters import Missing, Parameters
+from pipeline.serve.prompt_pages import compare_page, prompt_page
 from pipeline.serve.render import as_html
+from pipeline.serve.run_pages import about_page, layers_page, run_page
 from pipeline.serve.security import Guard
+from pipeline.serve.sql_page import sql_page
 from pipeline.serve.twins import as_csv, as_json
 
 Form = Literal["html", "json", "csv"]

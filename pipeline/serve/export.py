@@ -3,9 +3,9 @@
 from pathlib import PurePath
 
 from pipeline.atlas import Atlas
-from pipeline.serve.of_prompts import prompt_page
 from pipeline.serve.page import Served
 from pipeline.serve.parameters import Parameters
+from pipeline.serve.prompt_pages import prompt_page
 from pipeline.serve.render import asset, environment
 from schemas.tables import SIGN_CONVENTION
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from tests.engine.command import write_jsonl
-from tests.tiny import LLAMA_SHAPE, byte_tokenizer, random_model
+from tests.tiny import LLAMA_LAYOUT, LLAMA_SHAPE, byte_tokenizer, random_model
 
 CODE = """
 import os
@@ -56,17 +56,6 @@ class OddModel(LlamaForCausalLM):
         return output
 """
 
-LAYOUT = """
-matrices:
-  mlp.up: mlp.up_proj
-  mlp.gate: mlp.gate_proj
-  mlp.down: mlp.down_proj
-  attn.q: self_attn.q_proj
-  attn.k: self_attn.k_proj
-  attn.v: self_attn.v_proj
-  attn.o: self_attn.o_proj
-"""
-
 ACTS = {"raise": "R", "huge": "H", "kill": "K", "device": "D", "backward": "B"}
 """The letter that a prompt has to hold."""
 
@@ -93,7 +82,7 @@ def save_misbehaving(folder: Path, room: int = 10**6, log: Path | None = None, n
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "modeling_odd.py").write_text(CODE)
-    (folder / "anatomy.yaml").write_text(LAYOUT)
+    (folder / "anatomy.yaml").write_text(LLAMA_LAYOUT)
     return folder
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from tests.engine.command import called, error_line
 from tests.families import MODERN
-from tests.tiny import byte_tokenizer, random_model
+from tests.tiny import LLAMA_LAYOUT, byte_tokenizer, random_model
 
 CODE = '''
 import torch
@@ -52,24 +52,13 @@ class OddModel(LlamaForCausalLM):
             self.model.norm = Running(config.hidden_size)
 '''
 
-LAYOUT = """
-matrices:
-  mlp.up: mlp.up_proj
-  mlp.gate: mlp.gate_proj
-  mlp.down: mlp.down_proj
-  attn.q: self_attn.q_proj
-  attn.k: self_attn.k_proj
-  attn.v: self_attn.v_proj
-  attn.o: self_attn.o_proj
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("odd")
     random_model(LlamaConfig(**MODERN)).save_pretrained(folder / "sound")
     byte_tokenizer().save_pretrained(folder / "sound")
-    (folder / "layout.yaml").write_text(LAYOUT)
+    (folder / "layout.yaml").write_text(LLAMA_LAYOUT)
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "The sea", "target": " is"}))
     return folder
 
@@ -130,13 +119,15 @@ def test_an_unknown_architecture_is_sent_to_the_doctor(folder: Path, tmp_path: P
         ("matrices: {attn.q: {path: attn.c_attn, groups: 1}}", "attn.q: give path, and the whole numbers"),
         ("matrices: {mlp.up: mlp.up_proj}\nlogit-scale: big", "logit-scale: give a number"),
         (
-            LAYOUT.replace("mlp.down: mlp.down", "mlp.down: mlp.up").replace(
+            LLAMA_LAYOUT.replace("mlp.down: mlp.down", "mlp.down: mlp.up").replace(
                 "mlp.up: mlp.up", "mlp.up: mlp.down"
             ),
             "does not fit",
         ),
         (
-            LAYOUT.replace("mlp.up_proj", "{path: mlp.up_proj, groups: 5, pieces: 1, start: 0, stop: 1}"),
+            LLAMA_LAYOUT.replace(
+                "mlp.up_proj", "{path: mlp.up_proj, groups: 5, pieces: 1, start: 0, stop: 1}"
+            ),
             "does not fit",
         ),
         ("matrices: {mlp.up: mlp.up_proj}", "no module name covers its self_attn.q_proj"),

@@ -11,13 +11,14 @@ import pytest
 from transformers import LlamaConfig
 
 from pipeline.config import RunConfig
-from pipeline.engine.cluster import read_cluster
-from pipeline.engine.outlook import Outlook, look_ahead
-from pipeline.engine.plan_options import PlanOptions
 from pipeline.errors import BacklensError
+from pipeline.planning.cluster import read_cluster
+from pipeline.planning.options import PlanOptions
+from pipeline.planning.outlook import Outlook, look_ahead
 from tests.engine.command import called, error_line, write_jsonl
 from tests.engine.conftest import some_prompts
-from tests.test_docs import ROOT
+
+ROOT = Path(__file__).resolve().parents[2]
 
 CLUSTER = """
 nodes: 2

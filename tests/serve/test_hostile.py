@@ -10,7 +10,7 @@ from urllib.parse import quote
 import pytest
 from starlette.testclient import TestClient
 
-from pipeline.serve import of_sql, sandbox
+from pipeline.serve import sandbox, sql_page
 from pipeline.serve.sandbox import Answer
 from tests.store.examples import ExampleRun
 
@@ -218,7 +218,7 @@ def test_hostile_sql_is_refused_or_answered(
     def inside(out: str, statement: str, limit: int) -> Answer:
         return Answer(**sandbox.answer(out, statement, limit, seconds=5))
 
-    monkeypatch.setattr(of_sql, "ask_sandbox", inside)
+    monkeypatch.setattr(sql_page, "ask_sandbox", inside)
     asked = statements(secret, untouched / "written.csv")
     assert len(asked) == 200
     for number, statement in enumerate(asked):
@@ -237,7 +237,7 @@ def test_hostile_sql_is_refused_or_answered(
 def test_a_query_takes_no_more_than_it_is_given(
     client: TestClient, untouched: Path, monkeypatch: pytest.MonkeyPatch, statement: str, line: str
 ):
-    monkeypatch.setattr(of_sql, "ask_sandbox", partial(sandbox.ask_sandbox, seconds=1.0))
+    monkeypatch.setattr(sql_page, "ask_sandbox", partial(sandbox.ask_sandbox, seconds=1.0))
     answer = client.get("/sql.json", params={"q": statement})
     assert answer.status_code == 400
     assert line in answer.text.lower()

@@ -3,15 +3,15 @@
 from dataclasses import dataclass, replace
 
 from pipeline.config import RunConfig
-from pipeline.engine.cluster import Cluster, read_cluster, this_machine
-from pipeline.engine.estimate import Estimate, estimate
-from pipeline.engine.fit import Fit, fit
 from pipeline.engine.plan import RunPlan, make_plan, with_demo_defaults
-from pipeline.engine.plan_options import PlanOptions
-from pipeline.engine.sample import Assumed, read_sample, sample_of
-from pipeline.engine.trial import trial
-from pipeline.engine.work import Times, Work, times_of, work_of
 from pipeline.errors import BacklensError
+from pipeline.planning.cluster import Cluster, read_cluster, this_machine
+from pipeline.planning.estimate import Estimate, estimate
+from pipeline.planning.fit import Fit, fit
+from pipeline.planning.options import PlanOptions
+from pipeline.planning.sample import Assumed, read_sample, sample_of
+from pipeline.planning.trial import trial
+from pipeline.planning.work import Times, Work, times_of, work_of
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from pipeline.engine.budget import most_tokens
 from pipeline.engine.extract import extract
 from pipeline.engine.packing import pack
 from pipeline.engine.plan import RunPlan
-from pipeline.engine.sample import Sample
 from pipeline.lens import make_lens
 from pipeline.models.anatomy import anatomy
 from pipeline.models.load import LoadedModel, exact_attention
 from pipeline.models.spread import stored_dtype
+from pipeline.planning.sample import Sample
 from pipeline.prompts.tokenize import Example
 
 FEW, MORE = 1, 3

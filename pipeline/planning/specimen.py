@@ -18,10 +18,10 @@ from torch import Tensor
 from pipeline.capture import Batch, Gradient, Outcome, Slots, make_batch
 from pipeline.engine.columns import fact_table, prompt_table
 from pipeline.engine.extract import Block, Extraction, Projections, Ragged, Wanted, chosen_positions, sequence
-from pipeline.engine.sample import Sample
 from pipeline.engine.sizes import MatrixSize
 from pipeline.lens import Lens, Norm, Scaling
 from pipeline.models.layout import READS
+from pipeline.planning.sample import Sample
 from pipeline.prompts.tokenize import Example
 from pipeline.store.files import Directory
 from pipeline.store.parquet import ROW_GROUP_ROWS, write_table

@@ -6,13 +6,13 @@ Times are of one device at work for a copy: with a copy spread over several, a b
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.engine.cluster import Cluster
-from pipeline.engine.estimate import Estimate
-from pipeline.engine.fit import Fit
 from pipeline.engine.plan import RunPlan
-from pipeline.engine.sample import Sample
 from pipeline.engine.sizes import MatrixSize, every_matrix, matrices_of
 from pipeline.models.layout import READS
+from pipeline.planning.cluster import Cluster
+from pipeline.planning.estimate import Estimate
+from pipeline.planning.fit import Fit
+from pipeline.planning.sample import Sample
 
 PASSES = 8
 """Passes over every score: the product's own, maxima, minima, differences, comparisons, counts."""

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.engine.plan import RunPlan
-from pipeline.engine.sample import Sample
 from pipeline.engine.sizes import MatrixSize, matrices_of
-from pipeline.engine.specimen import ShardSpec, shard_bytes
 from pipeline.models.spread import stored_dtype
+from pipeline.planning.sample import Sample
+from pipeline.planning.specimen import ShardSpec, shard_bytes
 
 
 @dataclass(frozen=True)

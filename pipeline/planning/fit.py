@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from pipeline.engine.budget import most_tokens
-from pipeline.engine.cluster import Cluster
 from pipeline.engine.plan import RunPlan, spread_of
 from pipeline.engine.sizes import MatrixSize, every_matrix
 from pipeline.errors import BacklensError
 from pipeline.models.load import empty_model
 from pipeline.models.spread import FREE_SHARE, Device, Spread, place, stored_dtype
 from pipeline.models.structure import find_block_list
+from pipeline.planning.cluster import Cluster
 
 GPU_TILE, CPU_TILE = 2**30, 3 * 2**22
 """Bytes of a tile of scores (`projection.project`)."""
