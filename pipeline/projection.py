@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pipeline.lens import Lens
 from pipeline.screening import Exact, Precision, Prepared, Run, Screen, Spread, prepare
-from pipeline.selection import GROUP, Candidates, Extremes, Pairs, extremes, first_of_rows
+from pipeline.selection import GROUP, Extremes, extremes, first_of_rows
+from pipeline.sieve import Sieve
 
 __all__ = ["GROUP", "Selection", "Vectors", "extremes", "project"]
 
@@ -92,7 +93,7 @@ def project(
     """
     prepared = prepared or prepare(lens)
     if tile_bytes is None:
-        tile_bytes = 2**30 if lens.unembedding.is_cuda else 3 * 2**22
+        tile_bytes = 2**30 if lens.unembedding.is_cuda else 2**23
     rows = vectors.residual.shape[1] + vectors.mixes.shape[1]
     size = max(1, tile_bytes // (4 * BLOCK * rows))
     parts = []
@@ -162,69 +163,24 @@ class _Sweep:
     def __init__(self, spread: Spread, lens: Lens, k: int) -> None:
         self._spread, self._lens, self._k = spread, lens, k
         self._exact = Exact(spread, lens)
-        rows, device = len(spread.targets), spread.targets.device
-        every = torch.arange(rows, device=device)
+        every = torch.arange(len(spread.targets), device=spread.targets.device)
         self._target_score = self._exact.of_pairs(every, spread.targets)
-        self._above = torch.zeros(rows, dtype=torch.long, device=device)
-        self._doubtful = Pairs(rows, device)
-        # rows, then the same rows negated: the bottom of a list is the top of its negative
-        self._candidates = Candidates(2 * rows, k, device)
-        self._screened = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._screened = torch.zeros_like(spread.wanted)
+        self._sieve = Sieve(self._target_score, self._screened, k)
 
     def screen(self, screen: Screen, tile_bytes: int) -> None:
         """Score every token approximately: count, and collect what the error leaves in doubt."""
         self._screened = self._spread.wanted & screen.sound()
         if not self._screened.any():
             return
+        self._sieve = Sieve(self._target_score, self._screened, self._k)
         rows = len(self._screened)
         widest = max(tile_bytes // (4 * rows) // BLOCK, 1) * BLOCK
-        out, spare = (torch.empty(rows * widest, device=self._above.device) for _ in range(2))
+        out, spare = (torch.empty(rows * widest, device=self._screened.device) for _ in range(2))
         for start, stop in _tiles(self._lens.vocabulary, widest):
             scores, other = (buffer[: rows * (stop - start)].view(rows, -1) for buffer in (out, spare))
             screen.scores(start, stop, scores, other)
-            error = _up(screen.error(start, stop))
-            shape = (rows, -1, min(GROUP, stop - start))
-            self._collect(scores.view(shape), error, start)
-            self._count(scores.view(shape), other.view(shape), error, start)
-
-    def _collect(self, groups: Float[Tensor, "row group value"], error: Tensor, start: int) -> None:
-        """Take the tile's candidates for both lists."""
-        rows, count, width = groups.shape
-        peaks = torch.cat([groups.amax(-1), -groups.amin(-1)])
-        error = torch.cat([error, error])
-        candidates = self._candidates
-        candidates.raise_bound(peaks, error)
-        open_ = self._screened.repeat(2) & ~candidates.pairs.crowded
-        least = torch.where(open_, candidates.bound - error, torch.inf)
-        places, chosen = (peaks >= least[:, None]).nonzero(as_tuple=True)
-        values = groups.view(-1, width).index_select(0, places % rows * count + chosen)
-        values *= torch.where(places < rows, 1.0, -1.0)[:, None]
-        hits, offsets = (values >= least[places][:, None]).nonzero(as_tuple=True)
-        places = places[hits]
-        candidates.add(places, chosen[hits] * width + offsets + start, values[hits, offsets] + error[places])
-
-    def _count(
-        self, groups: Float[Tensor, "row group value"], spare: Tensor, error: Tensor, start: int
-    ) -> None:
-        """Count what is certainly above the target, and take what may be; overwrites the scores.
-
-        A difference rounded to float32 is above the error only where the difference itself is, as rounding is
-        monotone; so each token is counted, or in doubt, or certainly not above.
-        """
-        _, count, width = groups.shape
-        open_ = self._screened & ~self._doubtful.crowded
-        error = torch.where(open_, error, -1.0)[:, None]
-        groups -= self._target_score[:, None, None]
-        # a comparison that answers in float32 is several times as fast as one that answers in booleans
-        above = torch.gt(groups, error[..., None], out=spare)
-        self._above += above.flatten(1).sum(-1).long()
-        doubtful, chosen = (groups.abs_().amin(-1) <= error).nonzero(as_tuple=True)
-        values = groups.view(-1, width).index_select(0, doubtful * count + chosen)
-        hits, offsets = (values <= error[doubtful]).nonzero(as_tuple=True)
-        doubtful = doubtful[hits]
-        self._doubtful.add(doubtful, chosen[hits] * width + offsets + start, values[hits, offsets])
-        if self._doubtful.full():
-            self._doubtful.compact()
+            self._sieve.add(scores, screen.error(start, stop), start, spare=other)
 
     def selection(self) -> Selection:
         """What is kept of the wanted rows."""
@@ -237,18 +193,16 @@ class _Sweep:
     def _settled(self) -> tuple[Bool[Tensor, " row"], Selection]:
         """The rows that leave few tokens in doubt, after scoring these tokens as scores are defined."""
         rows = len(self._screened)
-        settled = (
-            self._screened & ~self._doubtful.crowded & ~self._candidates.pairs.crowded.view(2, -1).any(0)
-        )
-        doubtful, doubtful_ids, _ = self._doubtful.take()
-        places, ids = self._candidates.take()
+        settled = self._screened & ~self._sieve.given_up()
+        doubtful, doubtful_ids = self._sieve.doubtful()
+        places, ids = self._sieve.candidates()
         settled &= doubtful.bincount(minlength=rows) <= MANY
         settled &= (places.bincount(minlength=2 * rows) <= MANY).view(2, -1).all(0)
 
         keep = settled[doubtful]
         doubtful, doubtful_ids = doubtful[keep], doubtful_ids[keep]
         above = self._exact.of_pairs(doubtful, doubtful_ids) > self._target_score[doubtful]
-        self._above += doubtful[above].bincount(minlength=rows)
+        rank = self._sieve.above + doubtful[above].bincount(minlength=rows)
 
         keep = settled[places % rows]
         places, ids = places[keep], ids[keep]
@@ -258,7 +212,7 @@ class _Sweep:
         top, bottom = signed.chunk(2)
         done = settled.nonzero().squeeze(-1)
         return settled, Selection(
-            top_ids, top, bottom_ids, -bottom, self._target_score[done], self._above[done].int()
+            top_ids, top, bottom_ids, -bottom, self._target_score[done], rank[done].int()
         )
 
     def _whole(self, rows: Int[Tensor, " row"]) -> Selection:
@@ -275,12 +229,6 @@ class _Sweep:
             best.add(scores, start)
             worst.add(scores, start)
         return Selection(*best.sorted(), *worst.sorted(), target_score, above.int())
-
-
-def _up(values: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
-    """Float32 numbers no smaller than float64 ones."""
-    rounded = values.float()
-    return rounded.nextafter(torch.full_like(rounded, torch.inf))
 
 
 def _tiles(vocabulary: int, widest: int) -> list[tuple[int, int]]:

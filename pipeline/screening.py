@@ -12,6 +12,7 @@ Shapes: B prompts, T positions used of a prompt, K mixes a prompt, U base rows, 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,6 +21,11 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.lens import Lens
+
+try:
+    from pipeline import kernels
+except ImportError:  # without numba
+    kernels = None
 
 Precision = Literal["float32", "bfloat16"]
 """What the products that screen are made of; scores are the same either way (see `Screen`)."""
@@ -269,6 +275,11 @@ class Exact:
     def _products(self, rows: Int[Tensor, " pair"], ids: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
         wide, unembedding = self._spread.wide, self._lens.unembedding
         products = wide.new_empty(len(ids))
+        if kernels and wide.device.type == "cpu" and unembedding.dtype == torch.float32:
+            arrays = [tensor.numpy() for tensor in (wide, unembedding, rows, ids)]
+            run = partial(kernels.dots, *arrays, products=products.numpy())
+            kernels.in_parts(len(ids), torch.get_num_threads(), run)
+            return products
         mine = wide.new_empty(min(AT_ONCE, len(ids)), wide.shape[1])
         theirs, raw = torch.empty_like(mine), unembedding.new_empty(mine.shape)
         for first in range(0, len(ids), AT_ONCE):

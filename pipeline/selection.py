@@ -9,14 +9,11 @@ Shapes: N rows, V scores of a tile.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 GROUP = 64
 """Scores whose maximum is taken first: only groups with a large one can hold one of the top k."""
-
-PAIRS = 2**21
-"""Candidates held at once. Rows with more than their share are given up (`Candidates.crowded`)."""
 
 
 def extremes(
@@ -75,71 +72,6 @@ def first_of_rows(
     begins[1:] = rows[1:] != rows[:-1]
     kept = order[places - torch.where(begins, places, 0).cummax(0).values < k]
     return ids[kept].view(-1, k), scores[kept].view(-1, k)
-
-
-class Pairs:
-    """(row, token) pairs collected tile after tile, with a number each; rows that collect too many give up."""
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.crowded: Bool[Tensor, " row"] = torch.zeros(rows, dtype=torch.bool, device=device)
-        """Rows that had more than their share of `PAIRS`: what is held of them is not complete."""
-        none = torch.zeros(0, dtype=torch.long, device=device)
-        self._parts = [(none, none, none.float())]
-        self._held = 0
-
-    def add(self, rows: Int[Tensor, " pair"], ids: Int[Tensor, " pair"], values: Tensor) -> None:
-        self._parts.append((rows, ids, values))
-        self._held += len(rows)
-
-    def full(self) -> bool:
-        return self._held > PAIRS
-
-    def take(self, least: Float[Tensor, " row"] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """All pairs of the rows that have not given up, without those whose value is below the row's `least`."""
-        rows, ids, values = (torch.cat(part) for part in zip(*self._parts, strict=True))
-        keep = ~self.crowded[rows]
-        if least is not None:
-            keep &= values >= least[rows]
-        return rows[keep], ids[keep], values[keep]
-
-    def compact(self, least: Float[Tensor, " row"] | None = None) -> None:
-        """Let go of pairs below `least`, then of the rows that still have more than their share."""
-        rows, ids, values = self.take(least)
-        share = max(PAIRS // (2 * len(self.crowded)), GROUP)
-        self.crowded |= rows.bincount(minlength=len(self.crowded)) > share
-        self._parts = [(rows, ids, values)]
-        self._parts = [self.take()]
-        self._held = len(self._parts[0][0])
-
-
-class Candidates:
-    """Every token that may be among a row's k largest scores, when scores are known to within an error.
-
-    If k tokens certainly score at least b, a token that certainly scores below b is not among the k largest; every
-    other one is a candidate. The k largest lower bounds of *group maxima* are those of k different tokens, so b is
-    found without sorting scores; it only grows, so a token is judged by the b of its own tile and again by the last.
-    """
-
-    def __init__(self, rows: int, k: int, device: torch.device) -> None:
-        self.pairs = Pairs(rows, device)
-        self._bounds = torch.full((rows, k), -torch.inf, device=device)
-
-    @property
-    def bound(self) -> Float[Tensor, " row"]:
-        return self._bounds.amin(-1)
-
-    def raise_bound(self, peaks: Float[Tensor, "row group"], error: Float[Tensor, " row"]) -> None:
-        lower = torch.cat([self._bounds, peaks - error[:, None]], dim=-1)
-        self._bounds = lower.topk(self._bounds.shape[1], sorted=False).values
-
-    def add(self, rows: Tensor, ids: Tensor, upper: Tensor) -> None:
-        self.pairs.add(rows, ids, upper)
-        if self.pairs.full():
-            self.pairs.compact(self.bound)
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        rows, ids, _ = self.pairs.take(self.bound)
-        return rows, ids
 
 
 class Extremes:

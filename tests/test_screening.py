@@ -1,5 +1,7 @@
 """Lists and ranks are those of a full sort of the scores' definition, bit for bit, whatever the screening saw."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline import projection, selection
+from pipeline import kernels, projection, screening, sieve
 from pipeline.lens import Lens, Norm
 from pipeline.projection import Selection, Vectors, project, spread_of
 from pipeline.screening import Exact, Precision, Screen, prepare
@@ -31,6 +33,7 @@ CASES = st.builds(
     mixes=st.sampled_from([0, 1, 3, 70]),
     silent=st.sampled_from([(), (1,), (0, 1, 2)]),
 )
+LOOPS = st.sampled_from(["compiled", "cramped", "torch"])
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,23 @@ class Case:
         return torch.tensor(np.random.default_rng(self.seed + 2).integers(0, self.vocabulary, 3))
 
 
+@contextmanager
+def running(loops: str) -> Iterator[None]:
+    """With PyTorch's operations, or the compiled loops: as usual, or in three threads that run out of room."""
+    threads = torch.get_num_threads()
+    with ExitStack() as changed:
+        if loops == "torch":
+            changed.enter_context(mock.patch.object(sieve, "kernels", None))
+            changed.enter_context(mock.patch.object(screening, "kernels", None))
+        elif loops == "cramped":
+            changed.enter_context(mock.patch.object(kernels, "CAPACITY", 1))
+            torch.set_num_threads(3)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
 def scale_of(lens: Lens, vectors: Tensor) -> Tensor:
     wide = vectors.double()
     return lens.scale(wide.square().sum(-1), lens.norm.centre(wide).square().sum(-1))
@@ -136,26 +156,29 @@ def assert_same(found: Selection, expected: Selection | None) -> None:
     k=st.integers(1, 12),
     tile_bytes=st.sampled_from([None, 1]),
     precision=st.sampled_from(["float32", "bfloat16"]),
+    loops=LOOPS,
 )
 @settings(max_examples=300, deadline=None)
 def test_a_projection_is_a_full_sort_of_float32_scores(
-    case: Case, k: int, tile_bytes: int | None, precision: Precision
+    case: Case, k: int, tile_bytes: int | None, precision: Precision, loops: str
 ) -> None:
     lens, k = case.lens(), min(k, case.vocabulary)
     vectors, targets = case.vectors(lens), case.targets()
-    selections = project(vectors, lens, targets, k, tile_bytes, precision=precision)
+    with running(loops):
+        selections = project(vectors, lens, targets, k, tile_bytes, precision=precision)
     for found, expected in zip(selections, full_sort(vectors, lens, targets, k), strict=True):
         assert_same(found, expected)
 
 
-@given(case=CASES, pairs=st.sampled_from([2**8, 2**14]), many=st.sampled_from([12, 300]))
+@given(case=CASES, pairs=st.sampled_from([2**8, 2**14]), many=st.sampled_from([12, 300]), loops=LOOPS)
 @settings(max_examples=100, deadline=None)
 def test_a_projection_is_a_full_sort_when_there_is_no_room_for_doubts(
-    case: Case, pairs: int, many: int
+    case: Case, pairs: int, many: int, loops: str
 ) -> None:
     lens, k = case.lens(), min(10, case.vocabulary)
     vectors, targets = case.vectors(lens), case.targets()
-    with mock.patch.object(selection, "PAIRS", pairs), mock.patch.object(projection, "MANY", many):
+    few_pairs = mock.patch.object(sieve, "PAIRS", pairs)
+    with running(loops), few_pairs, mock.patch.object(projection, "MANY", many):
         selections = project(vectors, lens, targets, k)
     for found, expected in zip(selections, full_sort(vectors, lens, targets, k), strict=True):
         assert_same(found, expected)

@@ -1,0 +1,178 @@
+"""Loops that one read of memory suffices for, compiled for the CPU by numba.
+
+As PyTorch operations the same work is a dozen passes over the scores (`benchmarks/project.py`). Who has no numba, or
+a GPU, takes those; `sieve.py` and `screening.py` decide.
+
+Shapes: R rows, V tile, D d_model, P pairs.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import njit
+
+ONE, ZERO = np.float32(1), np.float32(0)
+
+T = TypeVar("T")
+
+LANES = 32
+
+CAPACITY = 2**18
+"""Pairs that `sift` can write before it has to hand them over."""
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiled at the first call, without the GIL, and kept on disk for the next process where that can be written."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # numba found no folder for its cache
+            return njit(nogil=True, **options)(function)
+
+    return decorate
+
+
+def in_parts(count: int, threads: int, run: Callable[[int, int], T]) -> list[T]:
+    """`run(first, stop)` of consecutive parts of `count` things, each part in a thread of its own."""
+    edges = [count * part // threads for part in range(threads + 1)]
+    if threads == 1:
+        return [run(0, count)]
+    # not kept from call to call: a pool's threads are gone in a forked process
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(run, edges[:-1], edges[1:]))
+
+
+@compiled()
+def _fold(values, lanes, low, high, top, bottom, above, not_below):
+    """Of each group of a block's scores (g, g + lanes, g + 2 lanes …): the largest and smallest, and how many are above
+    `high` and not below `low`. Neighbours are of different groups, so that the inner loops are vector instructions."""
+    for g in range(lanes):
+        top[g] = values[g]
+        bottom[g] = values[g]
+        above[g] = ZERO
+        not_below[g] = ZERO
+    each = len(values) // lanes
+    for j in range(0, each - 3, 4):
+        a, b = values[j * lanes : (j + 1) * lanes], values[(j + 1) * lanes : (j + 2) * lanes]
+        c, d = values[(j + 2) * lanes : (j + 3) * lanes], values[(j + 3) * lanes : (j + 4) * lanes]
+        for g in range(lanes):
+            w, x, y, z = a[g], b[g], c[g], d[g]
+            top[g] = _larger(top[g], _larger(_larger(w, x), _larger(y, z)))
+            bottom[g] = _smaller(bottom[g], _smaller(_smaller(w, x), _smaller(y, z)))
+            above[g] += (_one(w > high) + _one(x > high)) + (_one(y > high) + _one(z > high))
+            not_below[g] += (_one(w >= low) + _one(x >= low)) + (_one(y >= low) + _one(z >= low))
+    for i in range(each // 4 * 4 * lanes, each * lanes):
+        g, w = i % lanes, values[i]
+        top[g] = _larger(top[g], w)
+        bottom[g] = _smaller(bottom[g], w)
+        above[g] += _one(w > high)
+        not_below[g] += _one(w >= low)
+
+
+@compiled()
+def _place(g, groups, each):
+    """Where a row has the first of its group g's scores, and how far apart they are."""
+    block = g // LANES * LANES
+    return block * each + g - block, min(LANES, groups - block)
+
+
+@compiled()
+def _larger(a, b):
+    return a if a > b else b
+
+
+@compiled()
+def _smaller(a, b):
+    return a if a < b else b
+
+
+@compiled()
+def _one(condition):
+    return ONE if condition else ZERO
+
+
+@compiled()
+def _raise(bounds, peaks, error):
+    """Keep the k largest of `bounds` and peaks − error, in any order; returns the smallest of them."""
+    place = np.argmin(bounds)
+    for g in range(len(peaks)):
+        lower = peaks[g] - error
+        if lower > bounds[place]:
+            bounds[place] = lower
+            place = np.argmin(bounds)
+    return bounds[place]
+
+
+@compiled()
+def sift(
+    scores, start, groups, low, high, error, counting, listing, bounds, above, first, stop,
+    places, place_ids, uppers, rows, row_ids,
+):  # fmt: skip
+    """One tile of rows first to stop: see `sieve.Sieve.add`, which this does in one pass.
+
+    Writes candidates to `places`, `place_ids` and `uppers`, and tokens in doubt to `rows` and `row_ids`. Returns the
+    first row not done because they might not have room for it, and how many of each were written.
+    """
+    total, width = scores.shape
+    top, bottom = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    over, not_below = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    each, found, doubtful = width // groups, 0, 0
+    for r in range(first, stop):
+        if found + 2 * width > len(places) or doubtful + width >= len(rows):
+            return r, found, doubtful
+        if not (counting[r] or listing[r] or listing[total + r]):
+            continue
+        values, lo, hi = scores[r], low[r], high[r]
+        for first_group in range(0, groups, LANES):
+            lanes = min(LANES, groups - first_group)
+            block = values[first_group * each : (first_group + lanes) * each]
+            part = slice(first_group, first_group + lanes)
+            _fold(block, lanes, low[r], high[r], top[part], bottom[part], over[part], not_below[part])
+        if counting[r]:
+            for g in range(groups):
+                above[r] += np.int64(over[g])
+                if not_below[g] > over[g]:
+                    i, step = _place(g, groups, each)
+                    for _ in range(each):
+                        # written whether or not it is one: a branch that cannot be foreseen costs more
+                        rows[doubtful] = r
+                        row_ids[doubtful] = start + i
+                        doubtful += np.int64((values[i] >= lo) & (values[i] <= hi))
+                        i += step
+        for side in range(2):
+            place = side * total + r
+            if not listing[place]:
+                continue
+            sign = ONE if side == 0 else -ONE
+            if side == 1:
+                for g in range(groups):
+                    top[g] = -bottom[g]
+            least = _raise(bounds[place], top, error[r]) - error[r]
+            for g in range(groups):
+                if top[g] >= least:
+                    i, step = _place(g, groups, each)
+                    for _ in range(each):
+                        if sign * values[i] >= least:
+                            places[found] = place
+                            place_ids[found] = start + i
+                            uppers[found] = sign * values[i] + error[r]
+                            found += 1
+                        i += step
+    return stop, found, doubtful
+
+
+@compiled(fastmath={"reassoc", "contract"})
+def dots(wide, unembedding, rows, ids, first, stop, products):
+    """products[p] = wide[rows[p]] · unembedding[ids[p]] in float64, for pairs first to stop.
+
+    The sum's order may be any, but is the same for every pair.
+    """
+    for p in range(first, stop):
+        mine, theirs = wide[rows[p]], unembedding[ids[p]]
+        total = 0.0
+        for d in range(len(mine)):
+            total += mine[d] * np.float64(theirs[d])
+        products[p] = total
