@@ -7,15 +7,12 @@ Shapes: R rows, V tile, D d_model, P pairs.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numba import njit
 
 ONE, ZERO = np.float32(1), np.float32(0)
-
-T = TypeVar("T")
 
 LANES = 32
 
@@ -33,16 +30,6 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
             return njit(nogil=True, **options)(function)
 
     return decorate
-
-
-def in_parts(count: int, threads: int, run: Callable[[int, int], T]) -> list[T]:
-    """`run(first, stop)` of consecutive parts of `count` things, each part in a thread of its own."""
-    edges = [count * part // threads for part in range(threads + 1)]
-    if threads == 1:
-        return [run(0, count)]
-    # not kept from call to call: a pool's threads are gone in a forked process
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(run, edges[:-1], edges[1:]))
 
 
 @compiled()
@@ -108,10 +95,10 @@ def _raise(bounds, peaks, error):
 
 @compiled()
 def sift(
-    scores, start, groups, low, high, error, counting, listing, bounds, above, first, stop,
+    scores, start, groups, low, high, error, counting, listing, bounds, above, first,
     places, place_ids, uppers, rows, row_ids,
 ):  # fmt: skip
-    """One tile of rows first to stop: see `sieve.Sieve.add`, which this does in one pass.
+    """One tile, from row `first`: see `sieve.Sieve.add`, which this does in one pass.
 
     Writes candidates to `places`, `place_ids` and `uppers`, and tokens in doubt to `rows` and `row_ids`. Returns the
     first row not done because they might not have room for it, and how many of each were written.
@@ -120,7 +107,7 @@ def sift(
     top, bottom = np.empty(groups, np.float32), np.empty(groups, np.float32)
     over, not_below = np.empty(groups, np.float32), np.empty(groups, np.float32)
     each, found, doubtful = width // groups, 0, 0
-    for r in range(first, stop):
+    for r in range(first, total):
         if found + 2 * width > len(places) or doubtful + width >= len(rows):
             return r, found, doubtful
         if not (counting[r] or listing[r] or listing[total + r]):
@@ -161,11 +148,11 @@ def sift(
                             uppers[found] = sign * values[i] + error[r]
                             found += 1
                         i += step
-    return stop, found, doubtful
+    return total, found, doubtful
 
 
 @compiled(fastmath={"reassoc", "contract"})
-def dots(wide, unembedding, rows, ids, first, stop, products):
+def dots(wide, unembedding, rows, ids, products, first, stop):
     """products[p] = wide[rows[p]] · unembedding[ids[p]] in float64, for pairs first to stop.
 
     The sum's order may be any, but is the same for every pair.

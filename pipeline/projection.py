@@ -13,15 +13,17 @@ Shapes: B prompts, T positions, K mixes a prompt, R rows screened, V vocabulary,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.lanes import in_lanes, lanes, parts
 from pipeline.lens import Lens
 from pipeline.screening import Exact, Precision, Prepared, Run, Screen, Spread, prepare
 from pipeline.selection import GROUP, Extremes, extremes, first_of_rows
-from pipeline.sieve import Sieve
+from pipeline.sieve import PAIRS, Sieve
 
 __all__ = ["GROUP", "Selection", "Vectors", "extremes", "project"]
 
@@ -86,17 +88,17 @@ def project(
 ) -> tuple[Selection, Selection]:
     """Project the wanted residual vectors and mixes; each selection's rows are in (prompt, position | mix) order.
 
-    `tile_bytes` bounds the scores held at once; the default suits the cache of a CPU or the memory of a GPU. Prompts
+    `tile_bytes` bounds the scores that a lane holds at once; the default suits a CPU's cache or a GPU's memory. Prompts
     are taken a few at a time where a tile of one block for all of them would be larger (every neuron as a mix).
     `prepared` is `prepare(lens)`, looked up when it is not given. `precision` is that of the products which screen:
     the result is the same. bfloat16 is for GPUs, whose tensor cores multiply it many times as fast.
     """
     prepared = prepared or prepare(lens)
     if tile_bytes is None:
-        tile_bytes = 2**30 if lens.unembedding.is_cuda else 2**23
+        tile_bytes = 2**30 if lens.unembedding.is_cuda else 3 * 2**21
     rows = vectors.residual.shape[1] + vectors.mixes.shape[1]
     size = max(1, tile_bytes // (4 * BLOCK * rows))
-    parts = []
+    found = []
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
         spread = spread_of(vectors[part], lens, targets[part])
@@ -105,8 +107,8 @@ def project(
             sweep.screen(Screen(spread, lens, prepared, precision), tile_bytes)
         own = int(spread.wanted[: len(spread.base)].sum())
         selection = sweep.selection()
-        parts.append((selection[:own], selection[own:]))
-    own, mixed = zip(*parts, strict=True)
+        found.append((selection[:own], selection[own:]))
+    own, mixed = zip(*found, strict=True)
     return _concatenated(own), _concatenated(mixed)
 
 
@@ -173,14 +175,22 @@ class _Sweep:
         self._screened = self._spread.wanted & screen.sound()
         if not self._screened.any():
             return
-        self._sieve = Sieve(self._target_score, self._screened, self._k)
-        rows = len(self._screened)
+        rows, device = len(self._screened), self._screened.device
+        shares = _shares(self._lens.vocabulary, lanes(device))
         widest = max(tile_bytes // (4 * rows) // BLOCK, 1) * BLOCK
-        out, spare = (torch.empty(rows * widest, device=self._screened.device) for _ in range(2))
-        for start, stop in _tiles(self._lens.vocabulary, widest):
-            scores, other = (buffer[: rows * (stop - start)].view(rows, -1) for buffer in (out, spare))
-            screen.scores(start, stop, scores, other)
-            self._sieve.add(scores, screen.error(start, stop), start, spare=other)
+
+        def sift(share: tuple[int, int]) -> Sieve:
+            sieve = Sieve(self._target_score, self._screened, self._k, PAIRS // len(shares))
+            out, spare = (torch.empty(rows * widest, device=device) for _ in range(2))
+            for start, stop in _tiles(*share, widest):
+                scores, other = (buffer[: rows * (stop - start)].view(rows, -1) for buffer in (out, spare))
+                screen.scores(start, stop, scores, other)
+                sieve.add(scores, screen.error(start, stop), start, spare=other)
+            return sieve
+
+        self._sieve, *others = in_lanes([partial(sift, share) for share in shares])
+        for other in others:
+            self._sieve.join(other)
 
     def selection(self) -> Selection:
         """What is kept of the wanted rows."""
@@ -231,8 +241,14 @@ class _Sweep:
         return Selection(*best.sorted(), *worst.sorted(), target_score, above.int())
 
 
-def _tiles(vocabulary: int, widest: int) -> list[tuple[int, int]]:
+def _shares(vocabulary: int, count: int) -> list[tuple[int, int]]:
+    """The vocabulary in about equal parts of whole groups, and the rest with the last."""
+    found = [(GROUP * part.start, GROUP * part.stop) for part in parts(vocabulary // GROUP, count)]
+    return [*found[:-1], (found[-1][0], vocabulary)]
+
+
+def _tiles(first: int, last: int, widest: int) -> list[tuple[int, int]]:
     """Tiles of whole groups, and the rest."""
-    whole = vocabulary // GROUP * GROUP
-    tiles = [(start, min(start + widest, whole)) for start in range(0, whole, widest)]
-    return [*tiles, (whole, vocabulary)] if whole < vocabulary else tiles
+    whole = last // GROUP * GROUP
+    tiles = [(start, min(start + widest, whole)) for start in range(first, whole, widest)]
+    return [*tiles, (whole, last)] if whole < last else tiles

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pipeline.lanes import in_lanes, lanes, parts
 from pipeline.lens import Lens
 
 try:
@@ -276,9 +277,9 @@ class Exact:
         wide, unembedding = self._spread.wide, self._lens.unembedding
         products = wide.new_empty(len(ids))
         if kernels and wide.device.type == "cpu" and unembedding.dtype == torch.float32:
-            arrays = [tensor.numpy() for tensor in (wide, unembedding, rows, ids)]
-            run = partial(kernels.dots, *arrays, products=products.numpy())
-            kernels.in_parts(len(ids), torch.get_num_threads(), run)
+            arrays = [tensor.numpy() for tensor in (wide, unembedding, rows, ids, products)]
+            some = parts(len(ids), lanes(wide.device))
+            in_lanes([partial(kernels.dots, *arrays, part.start, part.stop) for part in some])
             return products
         mine = wide.new_empty(min(AT_ONCE, len(ids)), wide.shape[1])
         theirs, raw = torch.empty_like(mine), unembedding.new_empty(mine.shape)

@@ -18,15 +18,16 @@ except ImportError:  # without numba
     kernels = None
 
 PAIRS = 2**21
-"""Pairs held at once. Rows with more than their share are given up (`Pairs.crowded`)."""
+"""Pairs held at once, unless said otherwise. Rows with more than their share are given up (`Pairs.crowded`)."""
 
 
 class Pairs:
     """(row, token) pairs collected tile after tile, with a number each; rows that collect too many give up."""
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int, device: torch.device, room: int = PAIRS) -> None:
+        self._room = room
         self.crowded: Bool[Tensor, " row"] = torch.zeros(rows, dtype=torch.bool, device=device)
-        """Rows that had more than their share of `PAIRS`: what is held of them is not complete."""
+        """Rows that had more than their share of the room: what is held of them is not complete."""
         none = torch.zeros(0, dtype=torch.long, device=device)
         self._parts = [(none, none, none.float())]
         self._held = 0
@@ -35,8 +36,13 @@ class Pairs:
         self._parts.append((rows, ids, values))
         self._held += len(rows)
 
+    def join(self, other: "Pairs") -> None:
+        self.crowded |= other.crowded
+        self._parts += other._parts
+        self._held += other._held
+
     def full(self) -> bool:
-        return self._held > PAIRS
+        return self._held > self._room
 
     def take(self, least: Float[Tensor, " row"] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """All pairs of the rows that have not given up, without those whose value is below the row's `least`."""
@@ -49,7 +55,7 @@ class Pairs:
     def compact(self, least: Float[Tensor, " row"] | None = None) -> None:
         """Let go of pairs below `least`, then of the rows that still have more than their share."""
         rows, ids, values = self.take(least)
-        share = max(PAIRS // (2 * len(self.crowded)), GROUP)
+        share = max(self._room // (2 * len(self.crowded)), GROUP)
         self.crowded |= rows.bincount(minlength=len(self.crowded)) > share
         self._parts = [(rows, ids, values)]
         self._parts = [self.take()]
@@ -65,13 +71,21 @@ class Sieve:
     The bottom of a list is the top of the negated row: rows, then the same rows negated, are `places`.
     """
 
-    def __init__(self, target_score: Float[Tensor, " row"], screened: Bool[Tensor, " row"], k: int) -> None:
+    def __init__(
+        self,
+        target_score: Float[Tensor, " row"],
+        screened: Bool[Tensor, " row"],
+        k: int,
+        room: int | None = None,
+    ) -> None:
+        """`room` is how many pairs to hold at once, PAIRS unless given."""
+        room = room or PAIRS
         rows, device = len(target_score), target_score.device
         self.above: Int[Tensor, " row"] = torch.zeros(rows, dtype=torch.long, device=device)
         """Tokens that are certainly above the target."""
         self._target, self._screened = target_score.double(), screened
-        self._doubtful = Pairs(rows, device)
-        self._candidates = Pairs(2 * rows, device)
+        self._doubtful = Pairs(rows, device, room)
+        self._candidates = Pairs(2 * rows, device, room)
         self._bounds = torch.full((2 * rows, k), -torch.inf, device=device)
 
     def add(
@@ -96,6 +110,14 @@ class Sieve:
             self._doubtful.compact()
         if self._candidates.full():
             self._candidates.compact(self._bounds.amin(-1))
+
+    def join(self, other: "Sieve") -> None:
+        """Take what another sieve for the same rows found in other tiles."""
+        self.above += other.above
+        self._doubtful.join(other._doubtful)
+        self._candidates.join(other._candidates)
+        bounds = torch.cat([self._bounds, other._bounds], dim=-1)
+        self._bounds = bounds.topk(self._bounds.shape[1], sorted=False).values
 
     def given_up(self) -> Bool[Tensor, " row"]:
         """Rows of which not every pair was kept."""
@@ -156,21 +178,14 @@ class Sieve:
         arrays = [tensor.numpy() for tensor in (*state, self._bounds, self.above)]
         source = scores.numpy()
 
-        def run(first: int, stop: int) -> list[tuple[Tensor, ...]]:
-            places, place_ids, rows, row_ids = torch.empty(4, room, dtype=torch.long)
-            uppers = torch.empty(room)
-            out = [part.numpy() for part in (places, place_ids, uppers, rows, row_ids)]
-            parts = []
-            while first < stop:
-                first, found, doubtful = sift(source, start, groups, *arrays, first, stop, *out)
-                candidates = (part[:found].clone() for part in (places, place_ids, uppers))
-                parts.append((*candidates, rows[:doubtful].clone(), row_ids[:doubtful].clone()))
-            return parts
-
-        for parts in kernels.in_parts(len(scores), torch.get_num_threads(), run):
-            for places, place_ids, uppers, rows, row_ids in parts:
-                self._candidates.add(places, place_ids, uppers)
-                self._doubtful.add(rows, row_ids, torch.zeros(len(rows)))
+        places, place_ids, rows, row_ids = torch.empty(4, room, dtype=torch.long)
+        uppers = torch.empty(room)
+        out = [part.numpy() for part in (places, place_ids, uppers, rows, row_ids)]
+        first = 0
+        while first < len(source):
+            first, found, doubtful = sift(source, start, groups, *arrays, first, *out)
+            self._candidates.add(*(part[:found].clone() for part in (places, place_ids, uppers)))
+            self._doubtful.add(rows[:doubtful].clone(), row_ids[:doubtful].clone(), torch.zeros(doubtful))
 
 
 def _up(values: Float[Tensor, " row"]) -> Float[Tensor, " row"]:

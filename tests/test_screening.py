@@ -97,15 +97,15 @@ class Case:
 
 @contextmanager
 def running(loops: str) -> Iterator[None]:
-    """With PyTorch's operations, or the compiled loops: as usual, or in three threads that run out of room."""
+    """The compiled loops in one lane; in three that run out of room; PyTorch's operations in three lanes."""
     threads = torch.get_num_threads()
     with ExitStack() as changed:
+        torch.set_num_threads(1 if loops == "compiled" else 3)
         if loops == "torch":
             changed.enter_context(mock.patch.object(sieve, "kernels", None))
             changed.enter_context(mock.patch.object(screening, "kernels", None))
         elif loops == "cramped":
             changed.enter_context(mock.patch.object(kernels, "CAPACITY", 1))
-            torch.set_num_threads(3)
         try:
             yield
         finally:
@@ -177,7 +177,7 @@ def test_a_projection_is_a_full_sort_when_there_is_no_room_for_doubts(
 ) -> None:
     lens, k = case.lens(), min(10, case.vocabulary)
     vectors, targets = case.vectors(lens), case.targets()
-    few_pairs = mock.patch.object(sieve, "PAIRS", pairs)
+    few_pairs = mock.patch.object(projection, "PAIRS", pairs)
     with running(loops), few_pairs, mock.patch.object(projection, "MANY", many):
         selections = project(vectors, lens, targets, k)
     for found, expected in zip(selections, full_sort(vectors, lens, targets, k), strict=True):
