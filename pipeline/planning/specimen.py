@@ -85,7 +85,7 @@ def _tables(spec: ShardSpec, sample: Sample, generator: torch.Generator) -> Iter
     for table, blocks in _blocks(spec, _numbered(prompts, _few(spec, sample)), generator).items():
         yield table, fact_table(table, blocks)
     if spec.wanted.save_factors:
-        yield "factors", _factors(spec, generator)
+        yield "factors", _factors(spec, sample, generator)
 
 
 def _numbered(examples: Sequence[Example], count: int) -> list[Example]:
@@ -226,7 +226,7 @@ def _groups(
     yield from sides.values()
 
 
-def _factors(spec: ShardSpec, generator: torch.Generator) -> pa.Table:
+def _factors(spec: ShardSpec, sample: Sample, generator: torch.Generator) -> pa.Table:
     """Rows of their true widths, of which a few say enough.
 
     What modules share is not shared here: in a run it is farther apart than Parquet's pages are long.
@@ -237,16 +237,22 @@ def _factors(spec: ShardSpec, generator: torch.Generator) -> pa.Table:
         last = spec.has_last and layers == spec.layers and layer == layers - 1
         for size in spec.matrices:
             rows = max(1, min(FACTOR_ROWS, FACTOR_NUMBERS // (size.wide + size.high)))
-            x, delta = (
-                torch.randn(rows, wide, generator=generator).to(spec.dtype).float().numpy()
-                for wide in (size.wide, size.high)
-            )
-            if last and size.module not in ("attn.k", "attn.v"):
-                delta[1:] = 0
+            x, delta = (torch.randn(rows, wide, generator=generator) for wide in (size.wide, size.high))
+            delta *= _lengths(rows, sample, generator, last and size.module not in ("attn.k", "attn.v"))
             block = Block(
                 layer, size.module, None, {name: np.arange(rows) for name in ("prompt_id", "position")}
             )
             for name, values in (("x", x), ("delta", delta)):
-                block.lists[name] = Ragged(values.ravel(), np.full(rows, values.shape[1]))
+                stored = values.to(spec.dtype).float().numpy()
+                block.lists[name] = Ragged(stored.ravel(), np.full(rows, stored.shape[1]))
             blocks.append(block)
     return fact_table("factors", blocks)
+
+
+def _lengths(rows: int, sample: Sample, generator: torch.Generator, alone: bool) -> Tensor:
+    """Lengths of VJPs, as in `_groups`, for rows of prompts of the sample's mean length; only the last if `alone`."""
+    prompt = max(1, round(sample.positions))
+    drawn = torch.exp(0.5 * torch.randn(rows, 1, generator=generator))
+    found = torch.zeros_like(drawn) if alone else OFF_LAST / max(1.0, sample.mean_length) * drawn
+    found[prompt // 2 :: prompt] = 1.0  # somewhere in each prompt, so that few rows have their share of them
+    return found
