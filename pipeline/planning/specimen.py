@@ -38,6 +38,8 @@ OFF_LAST = 0.6
 TURNS = 1
 """Ways to spread a specimen's ids over the vocabulary, a prompt keeping to one. Measured at GPT-2's shape with random
 weights: bytes of all tables are 1.00 of a run's with one way, and 1.10 with 64; lists do favour some tokens."""
+REACH = 2**19
+"""Bytes back to which zstd sees a row again."""
 FACTOR_ROWS, FACTOR_LAYERS, FACTOR_NUMBERS = 64, 12, 2**18
 """At most so many rows a module, layers, and numbers a module, of `factors`."""
 
@@ -229,15 +231,18 @@ def _groups(
 def _factors(spec: ShardSpec, sample: Sample, generator: torch.Generator) -> pa.Table:
     """Rows of their true widths, of which a few say enough.
 
-    What modules share is not shared here: in a run it is farther apart than Parquet's pages are long.
+    Inputs that modules share are written once where a module's rows are few and narrow, so that zstd sees them again.
     """
     blocks = []
     layers = min(spec.layers, FACTOR_LAYERS)
     for layer in range(layers):
         last = spec.has_last and layers == spec.layers and layer == layers - 1
+        shared: dict[tuple[str, int], Tensor] = {}
         for size in spec.matrices:
             rows = max(1, min(FACTOR_ROWS, FACTOR_NUMBERS // (size.wide + size.high)))
             x, delta = (torch.randn(rows, wide, generator=generator) for wide in (size.wide, size.high))
+            if size.module in READS and 4 * size.wide * spec.prompts * sample.positions < REACH:
+                x = shared.setdefault((_side(size.module), rows), x)
             delta *= _lengths(rows, sample, generator, last and size.module not in ("attn.k", "attn.v"))
             block = Block(
                 layer, size.module, None, {name: np.arange(rows) for name in ("prompt_id", "position")}
