@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from pipeline.cli.main import app
+from tests.kuberay import RAY_CLUSTER
 
 ROOT = Path(__file__).resolve().parents[1]
 PINNED = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
@@ -75,9 +77,31 @@ def _pods(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return [group["template"]["spec"] for group in groups]
 
 
+def test_kuberays_fields_are_what_the_manifest_has(kubernetes: dict[str, Any]) -> None:
+    jsonschema.validate(kubernetes, RAY_CLUSTER)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    [
+        ("spec", "enableInTreeAutoscalling", True),
+        ("headGroupSpec", "rayStartParams", {"num-cpus": 0}),
+        ("headGroupSpec", "serviceType", "Cluster"),
+        ("authOptions", "mode", "tokens"),
+        ("autoscalerOptions", "idleTimeoutSeconds", "600"),
+    ],
+)
+def test_a_mistake_in_the_manifest_is_found(
+    kubernetes: dict[str, Any], place: str, name: str, value: object
+) -> None:
+    spec = kubernetes["spec"]
+    (spec if place == "spec" else spec[place])[name] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(kubernetes, RAY_CLUSTER)
+
+
 def test_the_kubernetes_manifest_is_whole(kubernetes: dict[str, Any]) -> None:
-    """Without a Kubernetes here: the required fields, and what has to agree between its parts."""
-    assert (kubernetes["apiVersion"], kubernetes["kind"]) == ("ray.io/v1", "RayCluster")
+    """Without a Kubernetes here: what has to agree between its parts."""
     spec = kubernetes["spec"]
     assert spec["enableInTreeAutoscaling"] is True
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"

@@ -1,6 +1,5 @@
 """The two ways to build pieces: in this process, or as Ray tasks on the cores of a cluster."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -33,8 +32,9 @@ class RayExecutor:
     """Tasks of one core. They hold nothing that is not in their files, so Ray itself may try a lost one again."""
 
     def __init__(self, address: str | None) -> None:
-        # Ray reads this when it is imported. That a worker died is ours to say, not a paragraph on standard output.
-        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+        from pipeline.engine.before_ray import keep_deaths_quiet
+
+        keep_deaths_quiet()
         import ray
 
         from pipeline.engine.session import connect

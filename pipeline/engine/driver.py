@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from pipeline.config import RunConfig
+from pipeline.engine.before_ray import keep_deaths_quiet
 from pipeline.engine.events import emit, emit_shard, stage_seconds
 from pipeline.engine.executors import Executor, LocalExecutor, Standing
 from pipeline.engine.plan import RunPlan, fingerprint, make_plan, with_demo_defaults
@@ -205,8 +206,7 @@ def _executor(config: RunConfig, progress: Progress) -> Iterator[Executor]:
     if config.executor == "local":
         executor: Executor = LocalExecutor()
     else:
-        # Ray reads this when it is imported. That a worker died is ours to say, not a paragraph on standard output.
-        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+        keep_deaths_quiet()
         # The first shard that fails ends the run; Ray would print the traceback of the next one in flight as well.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         from pipeline.engine.ray_executor import RayExecutor, RayOptions  # Ray takes seconds to import

@@ -38,6 +38,8 @@ OFF_LAST = 0.6
 TURNS = 1
 """Ways to spread a specimen's ids over the vocabulary, a prompt keeping to one. Measured at GPT-2's shape with random
 weights: bytes of all tables are 1.00 of a run's with one way, and 1.10 with 64; lists do favour some tokens."""
+REACH = 2**19
+"""Bytes back to which zstd sees a row again."""
 FACTOR_ROWS, FACTOR_LAYERS, FACTOR_NUMBERS = 64, 12, 2**18
 """At most so many rows a module, layers, and numbers a module, of `factors`."""
 
@@ -85,7 +87,7 @@ def _tables(spec: ShardSpec, sample: Sample, generator: torch.Generator) -> Iter
     for table, blocks in _blocks(spec, _numbered(prompts, _few(spec, sample)), generator).items():
         yield table, fact_table(table, blocks)
     if spec.wanted.save_factors:
-        yield "factors", _factors(spec, generator)
+        yield "factors", _factors(spec, sample, generator)
 
 
 def _numbered(examples: Sequence[Example], count: int) -> list[Example]:
@@ -226,27 +228,36 @@ def _groups(
     yield from sides.values()
 
 
-def _factors(spec: ShardSpec, generator: torch.Generator) -> pa.Table:
+def _factors(spec: ShardSpec, sample: Sample, generator: torch.Generator) -> pa.Table:
     """Rows of their true widths, of which a few say enough.
 
-    What modules share is not shared here: in a run it is farther apart than Parquet's pages are long.
+    Inputs that modules share are written once where a module's rows are few and narrow, so that zstd sees them again.
     """
     blocks = []
     layers = min(spec.layers, FACTOR_LAYERS)
     for layer in range(layers):
         last = spec.has_last and layers == spec.layers and layer == layers - 1
+        shared: dict[tuple[str, int], Tensor] = {}
         for size in spec.matrices:
             rows = max(1, min(FACTOR_ROWS, FACTOR_NUMBERS // (size.wide + size.high)))
-            x, delta = (
-                torch.randn(rows, wide, generator=generator).to(spec.dtype).float().numpy()
-                for wide in (size.wide, size.high)
-            )
-            if last and size.module not in ("attn.k", "attn.v"):
-                delta[1:] = 0
+            x, delta = (torch.randn(rows, wide, generator=generator) for wide in (size.wide, size.high))
+            if size.module in READS and 4 * size.wide * spec.prompts * sample.positions < REACH:
+                x = shared.setdefault((_side(size.module), rows), x)
+            delta *= _lengths(rows, sample, generator, last and size.module not in ("attn.k", "attn.v"))
             block = Block(
                 layer, size.module, None, {name: np.arange(rows) for name in ("prompt_id", "position")}
             )
             for name, values in (("x", x), ("delta", delta)):
-                block.lists[name] = Ragged(values.ravel(), np.full(rows, values.shape[1]))
+                stored = values.to(spec.dtype).float().numpy()
+                block.lists[name] = Ragged(stored.ravel(), np.full(rows, stored.shape[1]))
             blocks.append(block)
     return fact_table("factors", blocks)
+
+
+def _lengths(rows: int, sample: Sample, generator: torch.Generator, alone: bool) -> Tensor:
+    """Lengths of VJPs, as in `_groups`, for rows of prompts of the sample's mean length; only the last if `alone`."""
+    prompt = max(1, round(sample.positions))
+    drawn = torch.exp(0.5 * torch.randn(rows, 1, generator=generator))
+    found = torch.zeros_like(drawn) if alone else OFF_LAST / max(1.0, sample.mean_length) * drawn
+    found[prompt // 2 :: prompt] = 1.0  # somewhere in each prompt, so that few rows have their share of them
+    return found

@@ -1,6 +1,8 @@
-"""How fast this machine is at a plan's own shapes: a few blocks with random weights are run on one of its batches."""
+"""How fast this machine is at a plan's own shapes: a few blocks with random weights are run on some of its batches."""
 
 import copy
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pipeline.engine.budget import most_tokens
 from pipeline.engine.extract import extract
+from pipeline.engine.memory import release_freed_memory
 from pipeline.engine.packing import pack
 from pipeline.engine.plan import RunPlan
 from pipeline.lens import make_lens
@@ -21,24 +24,27 @@ from pipeline.prompts.tokenize import Example
 
 FEW, MORE = 1, 3
 """Blocks of the two models whose difference is what a block takes."""
-ROUNDS = 3
-"""Times are the best of so many."""
+BATCHES = 4
+"""So many of a shard's are run, from the shortest prompts to the longest."""
+SECONDS = 1.0
+"""Small models run their batches over and over for so long. Times are means: a run has its slow moments too, and the
+best of some rounds was a fifth less than what runs then took."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Seconds of a whole run on one copy, by stage, as measured on one batch."""
+    """Seconds of a whole run on one copy, by stage, as measured on some of its batches."""
 
     stages: Mapping[str, float]
     device: str
 
 
 def trial(plan: RunPlan, sample: Sample, tokens: int) -> Trial:
-    """Run a batch of the sample through models of FEW and of MORE blocks, and reckon with the difference."""
+    """Run batches of the sample through models of FEW and of MORE blocks, and reckon with the difference."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = _batch(plan, sample, device)
-    few, more = (_seconds(plan, layers, batch, device) for layers in (FEW, MORE))
-    share = tokens / sum(len(example.token_ids) for example in batch)
+    batches = _batches(plan, sample, device)
+    few, more = (_seconds(plan, layers, batches, device) for layers in (FEW, MORE))
+    share = tokens / sum(len(example.token_ids) for batch in batches for example in batch)
     stages = {}
     for stage, seconds in few.items():
         block = max(0.0, more[stage] - seconds) / (MORE - FEW)
@@ -48,30 +54,43 @@ def trial(plan: RunPlan, sample: Sample, tokens: int) -> Trial:
     return Trial(stages, str(device))
 
 
-def _batch(plan: RunPlan, sample: Sample, device: torch.device) -> list[Example]:
-    """The middle one of a shard, as the engine packs it."""
+def _batches(plan: RunPlan, sample: Sample, device: torch.device) -> list[list[Example]]:
+    """Some of a shard's, as the engine packs them."""
     examples = sample.examples[: plan.shards.shard_prompts]
     packed = pack(sample.lengths[: len(examples)], most_tokens(plan.config.batch_tokens, device.type))
-    largest = sorted(packed, key=lambda indices: sum(sample.lengths[index] for index in indices))
-    return [examples[index] for index in largest[len(largest) // 2]]
+    count = min(BATCHES, len(packed))
+    chosen = [packed[(2 * number + 1) * len(packed) // (2 * count)] for number in range(count)]
+    return [[examples[index] for index in indices] for indices in chosen]
 
 
-def _seconds(plan: RunPlan, layers: int, batch: Sequence[Example], device: torch.device) -> dict[str, float]:
+def _seconds(
+    plan: RunPlan, layers: int, batches: Sequence[Sequence[Example]], device: torch.device
+) -> dict[str, float]:
+    """Seconds of all the batches, by stage."""
     loaded = _random_model(plan, layers, device)
     lens = make_lens(loaded.anatomy, plan.config.scaling)
     wanted = replace(plan.wanted, layers=tuple(range(layers)))
-    rounds = [
-        extract(
+
+    def run(batch: Sequence[Example]) -> Mapping[str, float]:
+        extracted = extract(
             loaded,
             lens,
             batch,
             wanted,
             screening=plan.config.screening,
             recompute=plan.config.activation_checkpointing,
-        ).seconds
-        for _ in range(ROUNDS + 1)
-    ]
-    return {stage: min(seconds[stage] for seconds in rounds[1:]) for stage in rounds[0]}
+        )
+        release_freed_memory()  # as a worker does, so that the next batch asks for memory again
+        return extracted.seconds
+
+    run(batches[-1])  # the first is slower: what it needs is read and allocated
+    total: Counter[str] = Counter()
+    started, passes = time.perf_counter(), 0
+    while not passes or time.perf_counter() - started < SECONDS:
+        for batch in batches:
+            total.update(run(batch))
+        passes += 1
+    return {stage: seconds / passes for stage, seconds in total.items()}
 
 
 def _random_model(plan: RunPlan, layers: int, device: torch.device) -> LoadedModel:

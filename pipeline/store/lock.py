@@ -47,13 +47,18 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 class DriverLock:
-    """`with DriverLock(directory): …`; refused with a BacklensError while another process holds it."""
+    """`with DriverLock(directory): …`; refused with a BacklensError while another process holds it.
+
+    A directory that it made is gone again if the block raised before anything was written there.
+    """
 
     def __init__(self, directory: Directory) -> None:
         self.directory = directory
+        self._made = False
         self._lock: _FileLock | _Lease = _FileLock(directory) if directory.is_local else _Lease(directory)
 
     def __enter__(self) -> "DriverLock":
+        self._made = self.directory.is_local and not os.path.isdir(self.directory.path(""))
         self.directory.makedirs()
         self._lock.acquire()
         return self
@@ -62,6 +67,9 @@ class DriverLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lock.release()
+        if self._made and error is not None:
+            with contextlib.suppress(OSError):  # it holds something: the error came later
+                os.rmdir(self.directory.path(""))
 
     @property
     def lost(self) -> bool:

@@ -14,7 +14,7 @@ from pipeline.models.layout_file import read_layout
 from pipeline.models.widths import misfits
 from tests.doctor.models import RenamedConfig, save
 from tests.doctor.test_doctor import doctor
-from tests.engine.command import backlens, called, write_jsonl
+from tests.engine.command import called, write_jsonl
 from tests.families import CONFIGS, EXPERT_FF, EXPERTS, MODERN, MOE
 from tests.tiny import random_model
 
@@ -138,15 +138,14 @@ def test_the_printed_description_is_the_drafted_one(tmp_path: Path) -> None:
     assert "failed: modules\n" in shown.stdout
 
 
-@pytest.mark.slow
 def test_from_an_unknown_architecture_to_a_run(tmp_path: Path) -> None:
     model, blocks = save(tmp_path / "model", UNKNOWN["nemotron"]), tmp_path / "blocks.yaml"
-    shown = backlens("doctor", "--model", model)
+    shown = called("doctor", "--model", model)
     assert shown.status == 1
     _, _, description = shown.stdout.partition("A description to edit:\n")
     blocks.write_text(description.partition("Then: ")[0])
-    assert backlens("doctor", "--model", model, "--anatomy", blocks).status == 0
+    assert called("doctor", "--model", model, "--anatomy", blocks).status == 0
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "A prompt", "target": " x"}])
     run = ("run", "--model", model, "--prompts", prompts, "--executor", "local", "--modules", "all")
     assert called(*run, "--out", tmp_path / "unknown").status == 2
-    assert backlens(*run, "--out", tmp_path / "described", "--anatomy", blocks).status == 0
+    assert called(*run, "--out", tmp_path / "described", "--anatomy", blocks).status == 0

@@ -102,10 +102,15 @@ def test_a_model_that_is_not_there_is_one_line_and_leaves_no_directory(
     prompts_file: Path, tmp_path: Path
 ) -> None:
     missing = tmp_path / "no-model"
-    refused = backlens("run", "--model", missing, "--prompts", prompts_file, "--out", tmp_path / "out")
+    out = tmp_path / "out"
+    command = ("run", "--model", missing, "--prompts", prompts_file, "--out", out)
+    refused = called(*command)
     assert refused.status == 2
     assert str(missing) in error_line(refused)
-    assert not (tmp_path / "out" / "run.json").exists()
+    assert not out.exists()
+    out.mkdir()  # the user's own stays
+    assert called(*command).status == 2
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_rows_do_not_depend_on_the_padding_side_that_the_tokenizer_prefers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize(("model", "replicas"), [("gpt2", 1), ("llama", 3)], indirect=["model"])
 def test_rows_do_not_depend_on_the_number_of_workers(
     replicas: int, model: Path, prompts: Path, alone: Path, tmp_path: Path, cluster: tuple[str, int]
 ) -> None:

@@ -16,7 +16,6 @@ from tests.engine.cluster import free_ports, one_node_cluster
 from tests.engine.command import (
     assert_complete,
     assert_same_run,
-    backlens,
     called,
     commits,
     count_commits,
@@ -194,7 +193,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(
 
     here = ("--executor", "local", "--out", tmp_path / "here")
     flags = [f"--{name}={value}" for name, value in common.items()]
-    assert backlens("run", *flags, *here).status == 0
+    assert called("run", *flags, *here).status == 0
     assert_same_run(out, tmp_path / "here")
 
 

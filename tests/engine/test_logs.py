@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.cli.logs import log_format
 from tests.engine.cluster import workers
-from tests.engine.command import backlens, called, commits, finish, start, wait_for, write_jsonl
+from tests.engine.command import called, commits, finish, start, wait_for, write_jsonl
 from tests.engine.conftest import some_prompts
 
 
@@ -24,14 +24,13 @@ def named(lines: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == event]
 
 
-@pytest.mark.slow
 def test_every_line_of_a_run_is_an_object_with_shards_failures_and_a_summary(
     gpt2: Path, tmp_path: Path
 ) -> None:
     records = [*some_prompts(7), {"prompt": "no target"}]
     prompts, out = write_jsonl(tmp_path / "prompts.jsonl", records), tmp_path / "out"
     options = ("--model", gpt2, "--prompts", prompts, "--out", out, "--executor", "local")
-    done = backlens("run", *options, "--shard-prompts", 4, "--log-format", "json")
+    done = called("run", *options, "--shard-prompts", 4, "--log-format", "json")
     assert done.status == 1
     lines = events(done.stderr)
     assert [line["event"] for line in lines] == [

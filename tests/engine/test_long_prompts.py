@@ -8,7 +8,7 @@ import pyarrow.dataset
 import pytest
 from transformers import LlamaConfig
 
-from tests.engine.command import peak_memory
+from tests.engine.command import called, peak_memory
 from tests.tiny import LLAMA_SHAPE, byte_tokenizer, random_model
 
 LENGTH = 1500
@@ -59,7 +59,9 @@ def test_checkpointing_bounds_memory_and_changes_no_row(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_positions_limit_the_rows_of_tokens(folder: Path) -> None:
-    run(folder, "few", "--layers", "5", "--positions", "subject+last", "--activation-checkpointing")
+    options = ("--layers", "5", "--positions", "subject+last", "--activation-checkpointing", "--neurons", 2)
+    files = ("--model", folder / "model", "--prompts", folder / "prompts.jsonl", "--out", folder / "few")
+    assert called("run", "--executor", "local", *files, *options).status == 0
     rows = (
         pyarrow.dataset.dataset(folder / "few" / "tokens")
         .to_table(columns=["module", "position"])

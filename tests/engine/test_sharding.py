@@ -65,7 +65,7 @@ def test_rows_do_not_depend_on_offloading_to_disk(
     family: str, model: Path, prompts_file: Path, whole: Path, tmp_path: Path
 ) -> None:
     command = _command(model, prompts_file, tmp_path / "out")
-    done = backlens(*command, *_spread(family, tmp_path / "disk"), "--executor", "local")
+    done = called(*command, *_spread(family, tmp_path / "disk"), "--executor", "local")
     _check(done, tmp_path / "out", whole, tmp_path / "disk")
 
 
@@ -73,7 +73,7 @@ def test_what_is_written_to_disk_is_removed_again(llama: Path, prompts_file: Pat
     """Weights of another type than the checkpoint's cannot be read from it block by block."""
     command = _command(llama, prompts_file, tmp_path / "out")
     options = ("--sharding", "accelerate", "--max-memory", "cpu:75KB", "--offload", tmp_path / "disk")
-    done = backlens(*command, *options, "--dtype", "bfloat16", "--executor", "local")
+    done = called(*command, *options, "--dtype", "bfloat16", "--executor", "local")
     assert done.status == 0, done.stderr
     assert "ready on cpu+disk" in done.stderr
     here = called(
@@ -94,6 +94,7 @@ def test_a_spread_model_without_limits_is_all_on_what_there_is(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama"], indirect=True)  # that families differ is this process's to show
 def test_actors_spread_their_copies_too(
     family: str, model: Path, prompts_file: Path, whole: Path, tmp_path: Path, cluster: tuple[str, int]
 ) -> None:
