@@ -1,11 +1,13 @@
-"""Work side by side on one CPU's cores, each piece in a thread of its own with PyTorch's own threads off.
+"""Work side by side on one CPU's cores, each piece in a thread of its own while PyTorch's own threads are off.
 
 Several products of one thread each use cores better than one product of several: nothing waits for the slowest
-thread of each operation, and what is not a product is spread as well.
+thread of each operation, what is not a product is spread as well, and PyTorch's threads, which spin for a while after
+each operation, take no time from those that work.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TypeVar
 
@@ -14,26 +16,33 @@ import torch
 T = TypeVar("T")
 
 
-def lanes(device: torch.device) -> int:
-    """How many pieces run at once: as many as PyTorch would use threads, one on a GPU."""
-    return torch.get_num_threads() if device.type == "cpu" else 1
+@contextmanager
+def lanes(device: torch.device) -> Iterator[int]:
+    """How many pieces to run at once: as many as PyTorch has threads, which are off meanwhile; one on a GPU."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield 1
+        return
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def in_lanes(pieces: Sequence[Callable[[], T]]) -> list[T]:
-    """What the pieces return, in their order."""
+    """What the pieces return, in their order; called inside `lanes`."""
     if len(pieces) == 1:
         return [pieces[0]()]
-    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    inference = torch.is_inference_mode_enabled()
 
     def run(piece: Callable[[], T]) -> T:
         with torch.inference_mode(inference):
             return piece()
 
     # not kept from call to call: a pool's threads are gone in a forked process
-    with ThreadPoolExecutor(len(pieces), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = list(pool.map(run, pieces))
-    torch.set_num_threads(threads)  # threads yet to come start with what was set last
-    return found
+    with ThreadPoolExecutor(len(pieces)) as pool:
+        return list(pool.map(run, pieces))
 
 
 def parts(count: int, pieces: int) -> list[slice]:

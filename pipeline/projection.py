@@ -99,15 +99,16 @@ def project(
     rows = vectors.residual.shape[1] + vectors.mixes.shape[1]
     size = max(1, tile_bytes // (4 * BLOCK * rows))
     found = []
-    for start in range(0, len(targets), size):
-        part = slice(start, start + size)
-        spread = spread_of(vectors[part], lens, targets[part])
-        sweep = _Sweep(spread, lens, k)
-        if lens.vocabulary > SMALL:
-            sweep.screen(Screen(spread, lens, prepared, precision), tile_bytes)
-        own = int(spread.wanted[: len(spread.base)].sum())
-        selection = sweep.selection()
-        found.append((selection[:own], selection[own:]))
+    with lanes(lens.unembedding.device) as count:
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            spread = spread_of(vectors[part], lens, targets[part])
+            sweep = _Sweep(spread, lens, k, count)
+            if lens.vocabulary > SMALL:
+                sweep.screen(Screen(spread, lens, prepared, precision), tile_bytes)
+            own = int(spread.wanted[: len(spread.base)].sum())
+            selection = sweep.selection()
+            found.append((selection[:own], selection[own:]))
     own, mixed = zip(*found, strict=True)
     return _concatenated(own), _concatenated(mixed)
 
@@ -162,9 +163,9 @@ def _runs(mixes_BKT: Tensor, used: Bool[Tensor, "prompt position"]) -> list[Run]
 class _Sweep:
     """One pass over the vocabulary, and what it leaves in doubt settled."""
 
-    def __init__(self, spread: Spread, lens: Lens, k: int) -> None:
-        self._spread, self._lens, self._k = spread, lens, k
-        self._exact = Exact(spread, lens)
+    def __init__(self, spread: Spread, lens: Lens, k: int, lanes: int) -> None:
+        self._spread, self._lens, self._k, self._lanes = spread, lens, k, lanes
+        self._exact = Exact(spread, lens, lanes)
         every = torch.arange(len(spread.targets), device=spread.targets.device)
         self._target_score = self._exact.of_pairs(every, spread.targets)
         self._screened = torch.zeros_like(spread.wanted)
@@ -176,7 +177,7 @@ class _Sweep:
         if not self._screened.any():
             return
         rows, device = len(self._screened), self._screened.device
-        shares = _shares(self._lens.vocabulary, lanes(device))
+        shares = _shares(self._lens.vocabulary, self._lanes)
         widest = max(tile_bytes // (4 * rows) // BLOCK, 1) * BLOCK
 
         def sift(share: tuple[int, int]) -> Sieve:

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pipeline.lanes import in_lanes, lanes, parts
+from pipeline.lanes import in_lanes, parts
 from pipeline.lens import Lens
 
 try:
@@ -248,8 +248,8 @@ _ONEDNN = _onednn_product()
 class Exact:
     """Scores of pairs, as they are defined."""
 
-    def __init__(self, spread: Spread, lens: Lens) -> None:
-        self._spread, self._lens = spread, lens
+    def __init__(self, spread: Spread, lens: Lens, lanes: int = 1) -> None:
+        self._spread, self._lens, self._lanes = spread, lens, lanes
 
     def of_pairs(self, rows: Int[Tensor, " pair"], ids: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
         spread = self._spread
@@ -278,7 +278,7 @@ class Exact:
         products = wide.new_empty(len(ids))
         if kernels and wide.device.type == "cpu" and unembedding.dtype == torch.float32:
             arrays = [tensor.numpy() for tensor in (wide, unembedding, rows, ids, products)]
-            some = parts(len(ids), lanes(wide.device))
+            some = parts(len(ids), self._lanes)
             in_lanes([partial(kernels.dots, *arrays, part.start, part.stop) for part in some])
             return products
         mine = wide.new_empty(min(AT_ONCE, len(ids)), wide.shape[1])
