@@ -149,7 +149,7 @@ HEATMAP = f"""
 SELECT
     layer, module, expert, position, token, input_norm, vjp_norm, target_score, target_rank,
     top_ids, top_scores, bottom_ids, bottom_scores
-FROM tokens LEFT JOIN vocab USING (token_id)
+FROM prompt_tokens LEFT JOIN vocab USING (token_id)
 WHERE prompt_id = $prompt_id AND {FILTER}
 ORDER BY layer, module, expert, position
 LIMIT $limit
@@ -159,7 +159,7 @@ PROMPT_NEURONS = f"""
 SELECT
     layer, module, expert, neuron, grad_norm, main_position, token AS main_token, target_score, n.target_rank,
     top_ids, top_scores, bottom_ids, bottom_scores
-FROM neurons n
+FROM prompt_neurons n
 JOIN prompts USING (prompt_id)
 LEFT JOIN vocab ON vocab.token_id = prompts.token_ids[main_position + 1]
 WHERE prompt_id = $prompt_id AND {FILTER}
@@ -169,7 +169,7 @@ LIMIT $limit
 
 TARGET_RANKS = f"""
 SELECT layer, module, expert, position, token, t.target_rank, target_score, vjp_norm
-FROM tokens t JOIN prompts USING (prompt_id) LEFT JOIN vocab ON vocab.token_id = t.token_id
+FROM prompt_tokens t JOIN prompts USING (prompt_id) LEFT JOIN vocab ON vocab.token_id = t.token_id
 WHERE prompt_id = $prompt_id AND position = coalesce($position, n_tokens - 1) AND {FILTER}
 ORDER BY module, expert, layer
 LIMIT $limit
@@ -177,9 +177,9 @@ LIMIT $limit
 
 PROMINENT_IN_PROMPT = f"""
 WITH listed AS (
-    SELECT layer, module, position, 'top' AS side, top_ids AS ids FROM tokens WHERE prompt_id = $prompt_id
+    SELECT layer, module, position, 'top' AS side, top_ids AS ids FROM prompt_tokens WHERE prompt_id = $prompt_id
     UNION ALL
-    SELECT layer, module, position, 'bottom' AS side, bottom_ids AS ids FROM tokens WHERE prompt_id = $prompt_id
+    SELECT layer, module, position, 'bottom' AS side, bottom_ids AS ids FROM prompt_tokens WHERE prompt_id = $prompt_id
 ), places AS (
     SELECT
         layer, module, position, side, unnest(ids) AS token_id, generate_subscripts(ids, 1) - 1 AS place
@@ -213,10 +213,10 @@ WITH facts AS (
     FROM layers WHERE prompt_id IN ($one, $two)
     UNION ALL
     SELECT layer, module, expert, prompt_id, NULL, t.target_rank, NULL
-    FROM tokens t JOIN prompts USING (prompt_id)
+    FROM prompt_tokens t JOIN prompts USING (prompt_id)
     WHERE prompt_id IN ($one, $two) AND position = n_tokens - 1
     UNION ALL
-    SELECT layer, module, expert, prompt_id, NULL, NULL, neuron FROM neurons WHERE prompt_id IN ($one, $two)
+    SELECT layer, module, expert, prompt_id, NULL, NULL, neuron FROM prompt_neurons WHERE prompt_id IN ($one, $two)
 ), shared AS (
     SELECT layer, module, expert, count(*) AS neurons
     FROM (

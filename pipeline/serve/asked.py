@@ -10,7 +10,7 @@ import duckdb
 import pyarrow as pa
 
 from pipeline.atlas.address import Neuron, parse_neuron
-from pipeline.atlas.sql import sql_text
+from pipeline.atlas.database import sql_text
 
 Row = Mapping[str, Any]
 

@@ -31,7 +31,7 @@ def prompt_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
     limit = given.limit(NEURONS)
     cells = ask("cells", atlas.by_prompt, questions.HEATMAP, prompt_id, None, None, module)
     ids = [*row["token_ids"], row["target_ids"][0], row["predicted_id"]]
-    with served.connection() as opened:
+    with served.atlas.question() as opened:
         near = look_up(opened, "near", lookups.NEAR_PROMPTS, prompt_id=prompt_id).rows[0]
         found = look_up(opened, "texts", lookups.TOKEN_TEXTS, ids=ids).rows
     named = {token["token_id"]: token["token"] for token in found}
@@ -75,7 +75,7 @@ def compare_page(served: Served, path: Mapping[str, str], given: Parameters) -> 
     sides = ask("modules", atlas.compare_prompts, questions.COMPARE_PROMPTS, one, two, None, None, module)
     limit = given.limit(NEURONS)
     values = {"one": one, "two": two, "module": module, "limit": limit}
-    with served.connection() as opened:
+    with served.atlas.question() as opened:
         neurons = look_up(opened, "neurons", lookups.COMPARE_NEURONS, **values)
     charts = [
         line_chart(f"gradient norm of {name}", _norm_lines(sides.rows, name, (one, two)), "log")
