@@ -236,7 +236,7 @@ class Atlas:
     @cached_property
     def _database(self) -> Database:
         """Opened for the first question, and kept for those that follow."""
-        return self.snapshot.database(self.memory)
+        return self.snapshot.database(self.memory, is_kept=True)
 
     def question(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
         """A cursor for SELECTs of our own, which sees the tables."""
@@ -261,9 +261,12 @@ class Atlas:
 
     def _of_prompt(self, question: str, prompt_id: int, **given: Any) -> Answer:
         with self._prompt_question(prompt_id) as opened:
-            names.check_prompt(self.snapshot, opened, prompt_id)
             names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
-            return _answer(opened, question, given | {"prompt_id": prompt_id})
+            known = prompt_id if names.is_prompt_number(prompt_id) else None
+            answer = _answer(opened, question, given | {"prompt_id": known})
+            if answer.num_rows == 0:  # only now, for to look it up takes as long as half an answer
+                names.check_prompt(self.snapshot, opened, prompt_id)
+            return answer
 
     def _ask(self, question: str, **given: Any) -> Answer:
         with self.question() as opened:

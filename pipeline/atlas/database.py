@@ -35,9 +35,11 @@ class Database:
         memory: str = MEMORY_LIMIT,
         other: tuple[Directory, Files] | None = None,
         derived: Sequence[str] = tuple(ATLAS_TABLES),
+        is_kept: bool = False,
     ) -> None:
         """`derived` are the tables of the atlas that will be asked for: to bind all takes longer than many a question.
 
+        One that `is_kept` for many questions has the vocabulary in memory, where all of them look up their texts.
         Raises BacklensError if a file is not there.
         """
         runs = {MAIN: (directory, files)} if other is None else {MAIN: (directory, files), OTHER: other}
@@ -50,10 +52,11 @@ class Database:
             _restrict(self._opened, paths, memory)
             for schema, (_, tables) in runs.items():
                 for name, table in TABLES.items():
-                    _create(self._opened, f"{schema}.{name}", table, tables.get(name))
+                    is_loaded = is_kept and name == "vocab"
+                    _create(self._opened, f"{schema}.{name}", table, tables.get(name), is_loaded=is_loaded)
             for name in derived:
                 _create(self._opened, name, ATLAS_TABLES[name], files.get(name), DEFINITIONS.get(name))
-            self._opened.execute("SET lock_configuration = true")
+            self._opened.execute("SET GLOBAL lock_configuration = true")
 
     @contextmanager
     def question(self, seconds: float) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -91,12 +94,12 @@ def _errors_as_ours(seconds: float = 0.0) -> Iterator[None]:
 
 
 def _restrict(opened: duckdb.DuckDBPyConnection, paths: Sequence[str], memory: str) -> None:
-    opened.execute(f"SET memory_limit = {sql_text(memory)}")
-    opened.execute("SET autoload_known_extensions = false")
-    opened.execute("SET temp_directory = ''")  # else a large query spills into the working directory
-    opened.execute("SET parquet_metadata_cache = true")
-    opened.execute(f"SET allowed_paths = {_literal_list(paths)}")
-    opened.execute("SET enable_external_access = false")
+    opened.execute(f"SET GLOBAL memory_limit = {sql_text(memory)}")
+    opened.execute("SET GLOBAL autoload_known_extensions = false")
+    opened.execute("SET GLOBAL temp_directory = ''")  # else a large query spills into the working directory
+    opened.execute("SET GLOBAL parquet_metadata_cache = true")
+    opened.execute(f"SET GLOBAL allowed_paths = {_literal_list(paths)}")
+    opened.execute("SET GLOBAL enable_external_access = false")
 
 
 def _create(
@@ -105,10 +108,12 @@ def _create(
     table: Table,
     paths: Sequence[str] | None,
     definition: str | None = None,
+    is_loaded: bool = False,
 ) -> None:
     """A table from its files, or else as it is defined, or else without rows."""
     if paths:
-        opened.execute(f"CREATE VIEW {name} AS FROM {read_parquet(paths)}")
+        kind = "TABLE" if is_loaded else "VIEW"
+        opened.execute(f"CREATE {kind} {name} AS FROM {read_parquet(paths)}")
     elif definition is not None:
         opened.execute(f"CREATE VIEW {name} AS {definition}")
     else:

@@ -33,8 +33,9 @@ PIECES = f"{ATLAS}/_pieces"
 LAYER_TABLES = ("neuron_topk", "neuron_prompts", "neuron_summary", "layer_curves")
 TOKEN_TABLES = ("token_topk", "token_summary", "position_topk")
 WEIGHT_TABLES = ("neuron_weights",)
-ROW_GROUPS: Mapping[str, int] = dict.fromkeys(PROMPT_TABLES, 4096)
-"""Rows in a group where they are fewer: about ten prompts, for who asks about one reads all of its group."""
+ROW_GROUPS: Mapping[str, int] = dict.fromkeys(PROMPT_TABLES, 8192)
+"""Rows in a group where they are fewer, for who asks about one prompt reads all of its group. Measured: with half of
+them answers take as long, for there are twice as many groups to pass by; with twice as many, a fifth longer."""
 FACTS = ("prompts", "layers", "neurons", "tokens")
 
 Files = Mapping[str, Sequence[FileRecord]]

@@ -177,13 +177,10 @@ LIMIT $limit
 
 PROMINENT_IN_PROMPT = f"""
 WITH listed AS (
-    SELECT layer, module, position, 'top' AS side, top_ids AS ids FROM prompt_tokens WHERE prompt_id = $prompt_id
-    UNION ALL
-    SELECT layer, module, position, 'bottom' AS side, bottom_ids AS ids FROM prompt_tokens WHERE prompt_id = $prompt_id
+    SELECT layer, unnest(['top', 'bottom']) AS side, unnest([top_ids, bottom_ids]) AS ids
+    FROM prompt_tokens WHERE prompt_id = $prompt_id AND {FILTER}
 ), places AS (
-    SELECT
-        layer, module, position, side, unnest(ids) AS token_id, generate_subscripts(ids, 1) - 1 AS place
-    FROM listed WHERE {FILTER}
+    SELECT layer, side, unnest(ids) AS token_id, generate_subscripts(ids, 1) - 1 AS place FROM listed
 )
 SELECT
     token_id, token, side, count(*) AS cells, count(*) FILTER (place = 0) AS first_places,

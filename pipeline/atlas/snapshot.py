@@ -73,10 +73,12 @@ class Snapshot:
             )
         return "; ".join(notes) or None
 
-    def database(self, memory: str = MEMORY_LIMIT, other: "Snapshot | None" = None) -> Database:
+    def database(
+        self, memory: str = MEMORY_LIMIT, other: "Snapshot | None" = None, is_kept: bool = False
+    ) -> Database:
         """These tables, and those of `other` in the schema `other`."""
         beside = None if other is None else (other.directory, other.files)
-        return Database(self.directory, self.files, memory, beside)
+        return Database(self.directory, self.files, memory, beside, is_kept=is_kept)
 
     def prompt_database(self, prompt_id: int, memory: str = MEMORY_LIMIT) -> Database:
         """What questions about one prompt read where there is no atlas: the tables of its shard.
