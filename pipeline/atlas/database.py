@@ -25,6 +25,10 @@ Files = Mapping[str, Sequence[str]]
 """Where a run's files are, by table."""
 
 
+class TooLarge(BacklensError):
+    """A question takes more memory than it is given."""
+
+
 class Database:
     """A run's files as views of `main`, those of another run, if there is one, as views of `other`."""
 
@@ -43,8 +47,9 @@ class Database:
         Raises BacklensError if a file is not there.
         """
         runs = {MAIN: (directory, files)} if other is None else {MAIN: (directory, files), OTHER: other}
+        self._memory = memory
         self._opened = duckdb.connect(":memory:", config={"python_enable_replacements": False})
-        with _errors_as_ours():
+        with _errors_as_ours(memory):
             for fs in {run.fs for run, _ in runs.values() if not run.is_local}:
                 self._opened.register_filesystem(fs)
             self._opened.execute(f"CREATE SCHEMA {OTHER}")
@@ -65,7 +70,7 @@ class Database:
         late = threading.Timer(seconds, asked.interrupt)
         late.start()
         try:
-            with _errors_as_ours(seconds):
+            with _errors_as_ours(self._memory, seconds):
                 yield asked
         finally:
             late.cancel()
@@ -84,11 +89,15 @@ def connection(database: Database, seconds: float) -> Iterator[duckdb.DuckDBPyCo
 
 
 @contextmanager
-def _errors_as_ours(seconds: float = 0.0) -> Iterator[None]:
+def _errors_as_ours(memory: str, seconds: float = 0.0) -> Iterator[None]:
     try:
         yield
     except duckdb.InterruptException as error:
         raise BacklensError(f"query: stopped after {seconds:g} s; narrow it, by layer for example") from error
+    except (duckdb.OutOfMemoryException, MemoryError) as error:
+        raise TooLarge(
+            f"query: it takes more memory than the {memory} that it is given; narrow it, by layer for example"
+        ) from error
     except duckdb.Error as error:
         raise BacklensError(f"query: {first_line(error)}") from error
 

@@ -57,21 +57,23 @@ class Snapshot:
     @property
     def note(self) -> str | None:
         """What a reader of results should know: that the run is not complete, or its atlas not current."""
-        planned = self.record.plan.shards
-        notes = []
-        if self.shards < planned:
-            notes.append(f"{self.directory} is not complete: these are {self.shards} of its {planned} shards")
-        if self.manifest is not None and not self.is_current:
-            notes.append(
-                f"the atlas of {self.directory} is of {self.manifest.shards} shards and no longer the run's, so it "
-                f"is not read; `backlens atlas {self.directory}` builds it again"
-            )
+        planned, out = self.record.plan.shards, self.directory
+        progress = f"{out} is not complete: these are {self.shards} of its {planned} shards"
+        notes = [progress if self.shards < planned else None, self.atlas_note]
+        return "; ".join(note for note in notes if note) or None
+
+    @property
+    def atlas_note(self) -> str | None:
+        """Why the atlas that is there is not read."""
+        remedy = f"is not read; `backlens atlas {self.directory}` builds it again"
         if self.is_foreign:
-            notes.append(
-                f"the atlas of {self.directory} was written by another version and is not read; "
-                f"`backlens atlas {self.directory}` builds it again"
+            return f"the atlas of {self.directory} was written by another version and {remedy}"
+        if self.manifest is not None and not self.is_current:
+            return (
+                f"the atlas of {self.directory} is of {self.manifest.shards} shards and no longer the run's, "
+                f"so it {remedy}"
             )
-        return "; ".join(notes) or None
+        return None
 
     def database(
         self, memory: str = MEMORY_LIMIT, other: "Snapshot | None" = None, is_kept: bool = False

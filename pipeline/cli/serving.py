@@ -56,10 +56,10 @@ def serve(
     from pipeline.serve.app import make_app
     from pipeline.serve.page import Served
     from pipeline.serve.security import OWN_HOSTS
+    from pipeline.serve.standing import require_atlas
 
     atlas = Atlas(out, seconds=SECONDS, memory=MEMORY)
-    if not atlas.snapshot.is_current:
-        raise BacklensError(atlas.note or f"serve: {out} has no atlas yet; build it: backlens atlas {out}")
+    require_atlas(atlas, out)
     if atlas.note:
         print(atlas.note, file=sys.stderr)
     app = make_app(Served.of(atlas, out, sql), [*OWN_HOSTS, _in_url(host), *(allow_host or [])])

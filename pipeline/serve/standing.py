@@ -16,6 +16,14 @@ class NotNow(BacklensError):
     """The run cannot be asked at the moment."""
 
 
+def require_atlas(atlas: Atlas, out: str) -> None:
+    """Raises NotNow if the run has no atlas of just its rows: what is fast with one would take minutes."""
+    if not atlas.snapshot.is_current:
+        raise NotNow(
+            atlas.snapshot.atlas_note or f"serve: {out} has no atlas yet; build it: backlens atlas {out}"
+        )
+
+
 class Standing:
     """A run in its present state. Requests that began with the state before end with it, if its files last."""
 
@@ -26,10 +34,7 @@ class Standing:
         self._looking = threading.Lock()
 
     def now(self) -> Served:
-        """The run, looked at within the last second.
-
-        Raises NotNow if its atlas is not one of just its rows: what was fast would take minutes.
-        """
+        """The run, looked at within the last second. Raises NotNow if it has no atlas any more."""
         if time.monotonic() - self._looked < LOOK_EVERY:
             return self.last
         return self.looked_at_again()
@@ -40,9 +45,7 @@ class Standing:
             before = self.last.atlas
             if find_manifest(before.snapshot.directory) != before.snapshot.manifest:
                 atlas = Atlas(before.snapshot.directory, before.seconds, before.memory)
-                if not atlas.snapshot.is_current:
-                    out = self.last.out
-                    raise NotNow(atlas.note or f"{out} has no atlas any more; build it: backlens atlas {out}")
+                require_atlas(atlas, self.last.out)
                 self.last = Served.of(atlas, self.last.out, self.last.has_sql)
             self._looked = time.monotonic()
             return self.last
