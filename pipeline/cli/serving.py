@@ -63,7 +63,7 @@ def serve(
     if atlas.note:
         print(atlas.note, file=sys.stderr)
     app = make_app(Served.of(atlas, out, sql), [*OWN_HOSTS, _in_url(host), *(allow_host or [])])
-    with _listening(host, port) as listener:
+    with listening(host, port) as listener:
         bound = listener.getsockname()[1]
         print(f"serving {out} on http://{_in_url(host)}:{bound}/ (Ctrl-C stops)", flush=True)
         if host not in LOCAL:
@@ -127,13 +127,16 @@ def _require_extra() -> None:
         ) from error
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
+    """A socket whose answers leave at once.
+
+    asyncio sees to that for sockets of its own making; without it small pages wait 40 ms for the client's ACK.
+    """
     if not 0 <= port <= 65535:
         raise BacklensError(f"--port {port}: give 1 to 65535, or 0 for any that is free")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family)
-        # asyncio does so for sockets of its own making; without it small pages wait 40 ms for the client's ACK.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except (OSError, UnicodeError) as error:

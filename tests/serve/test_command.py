@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.atlas.build import build_atlas
+from pipeline.cli.serving import listening
 from pipeline.store.files import Directory
 from tests.engine.command import BACKLENS, called
 from tests.serve.conftest import MARKUP
@@ -78,6 +79,13 @@ def test_an_atlas_of_another_version_is_to_be_built_again(tmp_path: Path):
         f"backlens: the atlas of {run.out} was written by another version and is not read; "
         f"`backlens atlas {run.out}` builds it again\n"
     )
+
+
+def test_answers_leave_at_once():
+    with listening("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_port_in_use_is_one_line(example: ExampleRun):
