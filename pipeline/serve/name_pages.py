@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 
 from pipeline.atlas import names, questions
 from pipeline.atlas.address import Neuron, parse_neuron
 from pipeline.plot.heatmap import SHIFTS
 from pipeline.serve import lookups
-from pipeline.serve.asked import ask, look_up, neuron_values
+from pipeline.serve.asked import ask, look_up, neuron_values, together
 from pipeline.serve.charts import histogram
 from pipeline.serve.page import Beside, Page, Served
 from pipeline.serve.parameters import Parameters, is_named_by_the_address, one_of
@@ -63,7 +64,7 @@ def token_page(served: Served, path: Mapping[str, str], given: Parameters) -> Pa
 def neuron_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
     """What all prompts say to a neuron and its strongest prompts; with `show=similar` who is told the same.
 
-    That takes seconds, so the page does not wait for it.
+    In a large run that takes seconds, so the page does not wait for it.
     """
     atlas = served.atlas
     show = one_of("show", given.text("show"), NEURON_SHOWS)
@@ -76,20 +77,17 @@ def neuron_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
     with served.atlas.question() as opened:
         near = look_up(opened, "near", lookups.NEAR_NEURONS, **values).rows[0]
         norms = look_up(opened, "histogram", lookups.HISTOGRAM, **values)
-    similar = (
-        [ask("similar", atlas.similar_neurons, questions.SIMILAR_NEURONS, address, SIMILAR)] if show else []
+    similar = partial(ask, "similar", atlas.similar_neurons, questions.SIMILAR_NEURONS, address, SIMILAR)
+    found = together(
+        partial(ask, "tokens", atlas.neuron_tokens, questions.NEURON_TOKENS, address, limit),
+        partial(ask, "prompts", atlas.by_neuron, questions.NEURON_PROMPTS, address, limit),
+        *([similar] if show else []),
     )
     counts = [(row["norm_from"], row["norm_to"], row["prompts"]) for row in norms.rows]
     return Page(
         "neuron.html",
         f"Neuron {address}",
-        (
-            summary,
-            ask("tokens", atlas.neuron_tokens, questions.NEURON_TOKENS, address, limit),
-            ask("prompts", atlas.by_neuron, questions.NEURON_PROMPTS, address, limit),
-            norms,
-            *similar,
-        ),
+        (summary, norms, *found),
         {"neuron": address, "kept_neurons": near["kept_neurons"]},
         {
             "histogram": histogram("prompts by gradient norm", counts),

@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from pipeline.atlas import Atlas, questions
 from pipeline.errors import BacklensError
 from pipeline.plot.heatmap import SHIFTS
 from pipeline.serve import lookups
-from pipeline.serve.asked import Row, ask, look_up
+from pipeline.serve.asked import Row, ask, look_up, together
 from pipeline.serve.charts import Points, line_chart
 from pipeline.serve.grid import kind_of, make_grid
 from pipeline.serve.page import Beside, Page, Served
@@ -29,7 +30,15 @@ def prompt_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
         prompt_id = whole_number("prompt", path["prompt_id"])
         row = the_prompt(atlas, prompt_id)
     limit = given.limit(NEURONS)
-    cells = ask("cells", atlas.by_prompt, questions.HEATMAP, prompt_id, None, None, module)
+    cells, neurons, tokens = together(
+        partial(ask, "cells", atlas.by_prompt, questions.HEATMAP, prompt_id, None, None, module),
+        partial(
+            ask, "neurons", atlas.prompt_neurons, questions.PROMPT_NEURONS, prompt_id, limit, None, module
+        ),
+        partial(
+            ask, "tokens", atlas.prominent_tokens, questions.PROMINENT_IN_PROMPT, prompt_id, 12, None, module
+        ),
+    )
     ids = [*row["token_ids"], row["target_ids"][0], row["predicted_id"]]
     with served.atlas.question() as opened:
         near = look_up(opened, "near", lookups.NEAR_PROMPTS, prompt_id=prompt_id).rows[0]
@@ -42,11 +51,7 @@ def prompt_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
     return Page(
         "prompt.html",
         f"Prompt {prompt_id}",
-        (
-            cells,
-            ask("neurons", atlas.prompt_neurons, questions.PROMPT_NEURONS, prompt_id, limit, None, module),
-            ask("tokens", atlas.prominent_tokens, questions.PROMINENT_IN_PROMPT, prompt_id, 12, None, module),
-        ),
+        (cells, neurons, tokens),
         facts={"prompt": row, "module": module},
         view={
             "grid": grid,
