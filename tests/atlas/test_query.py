@@ -262,8 +262,8 @@ def test_whatever_only_reads_is_run(example: ExampleRun, statement: str):
         if files:
             plain.read_parquet(list(files)).create_view(table)
         else:
-            plain.register(f"empty_main_{table}", TABLES[table].empty())
-            plain.execute(f"CREATE VIEW {table} AS FROM empty_main_{table}")
+            no_rows = TABLES[table].empty()
+            plain.execute(f"CREATE TABLE {table} AS FROM no_rows")
     for table, definition in DEFINITIONS.items():
         plain.execute(f"CREATE VIEW {table} AS {definition}")
     plain.register("neuron_weights", ATLAS_TABLES["neuron_weights"].empty())
