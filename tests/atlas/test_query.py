@@ -262,8 +262,9 @@ def test_whatever_only_reads_is_run(example: ExampleRun, statement: str):
         if files:
             plain.read_parquet(list(files)).create_view(table)
         else:
-            no_rows = TABLES[table].empty()
+            plain.register("no_rows", TABLES[table].empty())
             plain.execute(f"CREATE TABLE {table} AS FROM no_rows")
+            plain.unregister("no_rows")
     for table, definition in DEFINITIONS.items():
         plain.execute(f"CREATE VIEW {table} AS {definition}")
     plain.register("neuron_weights", ATLAS_TABLES["neuron_weights"].empty())
