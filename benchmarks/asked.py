@@ -9,6 +9,10 @@ from pipeline.atlas import Atlas
 
 TIMES = 8
 """Of each kind; in pages the last is to warm up with."""
+MOST_KEPT_FIRST = """
+SELECT concat_ws('.', layer, module, neuron) AS address
+FROM neuron_summary ORDER BY prompts DESC, layer, module, neuron
+"""
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,7 @@ def what_to_ask(folder: str) -> Asked:
     """Chosen at random, but always alike."""
     chosen = random.Random(0)
     atlas = Atlas(folder)
-    rows = atlas.sql(
-        "FROM neuron_summary ORDER BY prompts DESC, layer, module, neuron", 1_000_000
-    ).to_pylist()
-    addresses = [f"{row['layer']}.{row['module']}.{row['neuron']}" for row in rows]
+    addresses = atlas.sql(MOST_KEPT_FIRST, 1_000_000).column("address").to_pylist()
     return Asked(
         prompts=chosen.sample(range(atlas.snapshot.record.plan.prompts), TIMES),
         common=[word(rank) for rank in range(TIMES)],
