@@ -1,17 +1,17 @@
-"""Build time, size and answer times of an atlas: 50 million list entries of random rows by default.
+"""Build time, size and answer times of an atlas and of its explorer: 50 million list entries of random rows by default.
 
     python -m benchmarks.atlas [--prompts 6512] [--folder FOLDER] [--memory 2GB]
 
 Writes a run of 12 layers, two modules, 16 neurons and 8 to 16 positions a prompt through the store, without a model:
 token frequencies fall as 1 / (rank + 10), so the most common token has 1.2 % of all entries. `backlens atlas` and the
 questions run in processes of their own, whose peak memory is printed. Answer times are of `Atlas` in a process that
-has answered something before, each over several tokens, neurons or prompts.
+has answered something before, each over several tokens, neurons or prompts; then come whole pages of the explorer
+(`benchmarks.explorer`). What is in FOLDER already, the run or its atlas, is not made again.
 """
 
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.asked import what_to_ask
+from benchmarks.explorer import time_pages
 from benchmarks.memory import peak_of
 from benchmarks.shape import VOCABULARY, word
 from pipeline.store.commit import commit_shard
@@ -59,14 +61,16 @@ def main() -> None:
             print(
                 f"run written in {time.perf_counter() - started:.0f} s, {size_of(Path(folder))}", flush=True
             )
-        entry = [sys.executable, "-c", "from pipeline.cli.main import main; main()", "atlas", folder]
-        peak, seconds = peak_of([*entry, "--memory", options.memory])
-        print(f"build: {seconds:.0f} s, peak {peak / 2**20:,.0f} MiB", flush=True)
+        if not Path(folder, "atlas/manifest.json").exists():
+            entry = [sys.executable, "-c", "from pipeline.cli.main import main; main()", "atlas", folder]
+            peak, seconds = peak_of([*entry, "--memory", options.memory])
+            print(f"build: {seconds:.0f} s, peak {peak / 2**20:,.0f} MiB", flush=True)
         manifest = json.loads(Path(folder, "atlas/manifest.json").read_text())
         for table, files in manifest["files"].items():
             rows, size = (sum(file[what] for file in files) for what in ("rows", "bytes"))
             print(f"{table:>16} {rows:>12,} rows {size / 2**20:8,.0f} MiB {len(files):4} files")
         subprocess.run([sys.executable, "-m", "benchmarks.atlas", "--ask", "--folder", folder], check=True)
+        time_pages(folder)
 
 
 def size_of(folder: Path) -> str:
@@ -217,16 +221,12 @@ def ask(folder: str) -> None:
 
     from pipeline.atlas import Atlas
 
-    chosen = random.Random(0)
+    asked = what_to_ask(folder)
+    prompts, common, rare = asked.prompts, asked.common, asked.rare
+    neurons, strongest = asked.neurons, asked.strongest
     atlas = Atlas(folder, memory=MEMORY)
+    atlas.coverage()
     count = atlas.snapshot.record.plan.prompts
-    prompts = [chosen.randrange(count) for _ in range(7)]
-    common, rare = [word(rank) for rank in range(7)], [word(20_000 + rank) for rank in range(7)]
-    neurons = [f"{chosen.randrange(LAYERS)}.mlp.down.{chosen.randrange(WIDTH)}" for _ in range(7)]
-    strongest = [
-        f"{row['layer']}.{row['module']}.{row['neuron']}"
-        for row in atlas.sql("FROM neuron_summary ORDER BY prompts DESC", 7).to_pylist()
-    ]
     questions: dict[str, tuple[Callable[[Any], Any], Sequence[Any]]] = {
         "neuron: summary": (atlas.neuron_summary, neurons),
         "neuron: prompts": (lambda neuron: atlas.by_neuron(neuron, 20), neurons),

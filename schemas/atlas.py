@@ -6,9 +6,9 @@ Only kept neurons are counted, so a neuron that is missing for a prompt was belo
 
 import pyarrow as pa
 
-from schemas.tables import KEYS, MODULE, POSITION, SCORES, TOKEN_IDS, Column, Table, list_of
+from schemas.tables import KEYS, MODULE, NEURONS, POSITION, SCORES, TOKEN_IDS, TOKENS, Column, Table, list_of
 
-ATLAS_VERSION = 2
+ATLAS_VERSION = 3
 """Raised when a table here changes; an atlas of another version is not read but built again."""
 
 PROMPT_ID, LAYER, MODULE_COLUMN, EXPERT = KEYS
@@ -273,11 +273,30 @@ LAYER_CURVES = Table(
     ),
 )
 
+PROMPT_TOKENS = Table(
+    name="prompt_tokens",
+    doc="The same rows as `tokens`, prompt after prompt: what a prompt's heatmap reads. It takes as much room again.",
+    row_per=TOKENS.row_per,
+    sorted_by=("prompt_id", "layer", "module", "expert", "position"),
+    columns=TOKENS.columns,
+)
+
+PROMPT_NEURONS = Table(
+    name="prompt_neurons",
+    doc="The same rows as `neurons`, prompt after prompt. It takes as much room again.",
+    row_per=NEURONS.row_per,
+    sorted_by=("prompt_id", "layer", "module", "expert", "neuron"),
+    columns=NEURONS.columns,
+)
+
 ATLAS_TABLES: dict[str, Table] = {
     table.name: table
     for table in (
         *(NEURON_TOPK, TOKEN_TOPK, POSITION_TOPK, NEURON_PROMPTS),
         *(NEURON_SUMMARY, NEURON_WEIGHTS, TOKEN_SUMMARY, LAYER_CURVES),
+        *(PROMPT_TOKENS, PROMPT_NEURONS),
     )
 }
 """Every derived table by name, in the order in which they are documented."""
+PROMPT_TABLES = ("prompt_tokens", "prompt_neurons")
+"""Those that are sorted by prompt."""

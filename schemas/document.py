@@ -19,8 +19,11 @@ ATLAS = """\
 ## The atlas
 
 `backlens atlas OUT` derives these tables from the others and writes them under `OUT/atlas/`, a layer at a time, and
-what is sorted by token in ranges of tokens. `atlas/manifest.json`, written last, lists their files and the digest of
-the commits that they were made from: a reader takes the files it lists, and only while that digest is the run's.
+what is sorted by token or by prompt in ranges of tokens or prompts. Together they take about three times the room of
+the run's own: of 514 MiB for 50 million list entries came 1.6 GiB, of which the copies by prompt (`prompt_tokens`,
+`prompt_neurons`, in row groups of 8,192 rows) are 540 MiB. `atlas/manifest.json`, written last, lists their files and
+the digest of the commits that they were made from: a reader takes the files it lists, and only while that digest is
+the run's.
 In SQL (`backlens query --sql`) they can be read without an atlas too; then they are derived on the way, but for
 `neuron_weights`, which comes from the run's model.
 

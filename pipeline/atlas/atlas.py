@@ -15,6 +15,7 @@ only (`cut_off`).
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import duckdb
@@ -23,9 +24,10 @@ import pyarrow as pa
 from pipeline.atlas import names, questions
 from pipeline.atlas.address import Neuron, parse_neuron
 from pipeline.atlas.answer import Answer, table_html
+from pipeline.atlas.database import MEMORY_LIMIT, Database, connection
 from pipeline.atlas.manifest import CutOff
 from pipeline.atlas.snapshot import Snapshot
-from pipeline.atlas.sql import MEMORY_LIMIT, run_select
+from pipeline.atlas.sql import run_select
 from pipeline.errors import BacklensError
 from pipeline.store.files import Directory
 
@@ -39,7 +41,7 @@ class Atlas:
     """A run as it was when this was made, to be asked."""
 
     def __init__(self, out: str | Directory, seconds: float = SECONDS, memory: str = MEMORY_LIMIT) -> None:
-        """`out` is a run directory, a path or a URL; a question may take `seconds`, and of memory `memory`."""
+        """`out` is a run directory, a path or a URL; a question may take `seconds`, all at a time `memory`."""
         self.snapshot = Snapshot.open(out)
         self.seconds = seconds
         self.memory = memory
@@ -125,7 +127,7 @@ class Atlas:
 
     def prompt(self, prompt_id: int) -> Answer:
         """One prompt's row of `prompts`: its text, target and loss among them."""
-        with self.snapshot.prompt_connection(prompt_id, self.seconds, self.memory) as opened:
+        with self._prompt_question(prompt_id) as opened:
             return Answer(names.check_prompt(self.snapshot, opened, prompt_id))
 
     def by_prompt(
@@ -190,7 +192,7 @@ class Atlas:
     ) -> Answer:
         """Two runs by layer and module, over the prompts whose text is in both; means of norms and ranks."""
         beside = other.snapshot if isinstance(other, Atlas) else Snapshot.open(other)
-        with self.snapshot.connection(self.seconds, beside, self.memory) as opened:
+        with connection(self.snapshot.database(self.memory, beside), self.seconds) as opened:
             names.check_place(self.snapshot, opened, layer, module)
             given = {"limit": limit, "layer": layer, "module": module}
             rows = _select(opened, questions.COMPARE_RUNS, given)
@@ -209,7 +211,7 @@ class Atlas:
         module: str | None = None,
     ) -> Answer:
         """Means by layer and module over the prompts of each relation, subject, target or key of `meta`."""
-        with self._connection() as opened:
+        with self.question() as opened:
             names.check_tag(opened, by, COLUMNS)
         pointer = "/" + by.replace("~", "~0").replace("/", "~1")
         return self._ask(questions.GROUPS, by=by, pointer=pointer, limit=limit, layer=layer, module=module)
@@ -228,32 +230,46 @@ class Atlas:
 
     def sql(self, statement: str, limit: int = 1000) -> Answer:
         """At most `limit` rows of one SELECT over the tables; nothing else is run."""
-        with self._connection() as opened:
+        with connection(self.snapshot.database(self.memory), self.seconds) as opened:
             return Answer(run_select(opened, statement, limit))
 
-    def _connection(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
-        return self.snapshot.connection(self.seconds, memory=self.memory)
+    @cached_property
+    def _database(self) -> Database:
+        """Opened for the first question, and kept for those that follow."""
+        return self.snapshot.database(self.memory, is_kept=True)
+
+    def question(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        """A cursor for SELECTs of our own, which sees the tables."""
+        return self._database.question(self.seconds)
+
+    def _prompt_question(self, prompt_id: int) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        if self.snapshot.is_current:
+            return self.question()
+        return connection(self.snapshot.prompt_database(prompt_id, self.memory), self.seconds)
 
     def _of_token(self, question: str, token: str, **given: Any) -> Answer:
-        with self._connection() as opened:
+        with self.question() as opened:
             names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
             return _answer(opened, question, given | {"ids": names.token_ids(opened, token)})
 
     def _of_neuron(self, question: str, neuron: str | Neuron, limit: int) -> Answer:
         wanted = parse_neuron(neuron) if isinstance(neuron, str) else neuron
         given = {"layer": wanted.layer, "module": wanted.module, "index": wanted.index}
-        with self._connection() as opened:
+        with self.question() as opened:
             names.check_place(self.snapshot, opened, wanted.layer, wanted.module)
             return _answer(opened, question, given | {"expert": wanted.expert, "limit": limit})
 
     def _of_prompt(self, question: str, prompt_id: int, **given: Any) -> Answer:
-        with self.snapshot.prompt_connection(prompt_id, self.seconds, self.memory) as opened:
-            names.check_prompt(self.snapshot, opened, prompt_id)
+        with self._prompt_question(prompt_id) as opened:
             names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
-            return _answer(opened, question, given | {"prompt_id": prompt_id})
+            known = prompt_id if names.is_prompt_number(prompt_id) else None
+            answer = _answer(opened, question, given | {"prompt_id": known})
+            if answer.num_rows == 0:  # only now, for to look it up takes as long as half an answer
+                names.check_prompt(self.snapshot, opened, prompt_id)
+            return answer
 
     def _ask(self, question: str, **given: Any) -> Answer:
-        with self._connection() as opened:
+        with self.question() as opened:
             names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
             return _answer(opened, question, given)
 

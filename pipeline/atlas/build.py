@@ -1,8 +1,8 @@
 """`backlens atlas`: derives the atlas tables of a run, piece by piece, in bounded memory.
 
-A piece is a layer, and then a range of tokens, or what a layer's weights say. Its files are written under temporary
-names, renamed, and recorded in `atlas/_pieces/`; `atlas/manifest.json`, written last, lists the files of all pieces.
-What a crash at any instant leaves:
+A piece is a layer or a range of prompts, and then a range of tokens, or what a layer's weights say. Its files are
+written under temporary names, renamed, and recorded in `atlas/_pieces/`; `atlas/manifest.json`, written last, lists the
+files of all pieces. What a crash at any instant leaves:
 
     within a piece      temporary files, or final names without a record: nobody reads them; the next call
                         replaces them
@@ -15,7 +15,7 @@ the next one is built beside it.
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,16 +46,18 @@ from pipeline.atlas.piece import (
 )
 from pipeline.atlas.weights import NONE, NoWeights, WeightSource, find_weights
 from pipeline.errors import BacklensError
-from pipeline.store.commit import committed
+from pipeline.store.commit import ShardCommit, committed
 from pipeline.store.files import Directory, is_temporary
 from pipeline.store.parquet import FileRecord
 from pipeline.store.rundir import load_run
-from schemas.atlas import ATLAS_TABLES
+from schemas.atlas import ATLAS_TABLES, PROMPT_TABLES
 
 LOCK = f"{ATLAS}/_build.lock"
 MEMORY = "2GB"
 TOKEN_PIECE_ROWS = 2**25
 """How many entries, of neurons or of positions, are sorted at a time."""
+PROMPT_PIECE_ROWS = 2**19
+"""The same of rows with their lists."""
 ENTRIES = """
 SELECT token_id, greatest(count(*) FILTER (of_neurons), count(*) FILTER (NOT of_neurons))
 FROM (
@@ -127,7 +129,7 @@ def build_atlas(
         model = weights if isinstance(weights, WeightSource) else None
         work = Work(directory, facts, source, options.memory, model)
         plan = _plan_line(len(commits), record.plan.shards, standing)
-        files = _build(work, options, progress, plan)
+        files = _build(work, commits.values(), options, progress, plan)
         manifest = Manifest(
             source=source,
             shards=len(commits),
@@ -162,17 +164,18 @@ def _plan_line(shards: int, planned: int, standing: Manifest | None) -> str:
 
 
 def _build(
-    work: Work, options: BuildOptions, progress: Progress | None, plan: str
+    work: Work, commits: Iterable[ShardCommit], options: BuildOptions, progress: Progress | None, plan: str
 ) -> dict[str, list[FileRecord]]:
     """Every piece that is not recorded already; the files of all of them, by table."""
     files: dict[str, list[FileRecord]] = {table: [] for table in ATLAS_TABLES}
     layers = _layer_pieces(work)
+    first = [*layers, *_prompt_pieces(commits)]
     if progress is not None:
-        progress.planned(plan, len(layers))
+        progress.planned(plan, len(first))
     with _executor(options) as executor:
-        _build_some(work, layers, files, executor, progress, len(layers))
+        _build_some(work, first, files, executor, progress, len(first))
         rest = [*_token_pieces(work, files), *_weight_pieces(work, layers)]
-        _build_some(work, rest, files, executor, progress, len(layers) + len(rest))
+        _build_some(work, rest, files, executor, progress, len(first) + len(rest))
     return files
 
 
@@ -226,6 +229,21 @@ def _layer_pieces(work: Work) -> list[Piece]:
             view(opened, table, work.facts[table])
         rows = opened.execute(f"SELECT layer FROM ({of_tables}) ORDER BY layer").fetchall()
     return [Piece(f"layer-{layer:06d}", LAYER_TABLES, "layer", layer, layer) for (layer,) in rows]
+
+
+def _prompt_pieces(commits: Iterable[ShardCommit]) -> list[Piece]:
+    """Shards that follow each other, with about as many rows together as are sorted at a time."""
+    pieces: list[Piece] = []
+    first, rows = None, 0
+    ordered = sorted(commits, key=lambda commit: commit.first_prompt)
+    for commit in ordered:
+        first = commit.first_prompt if first is None else first
+        rows += max(commit.rows["tokens"], commit.rows["neurons"])
+        if rows >= PROMPT_PIECE_ROWS or commit is ordered[-1]:
+            last = commit.first_prompt + commit.prompts - 1
+            pieces.append(Piece(f"prompts-{first:09d}", PROMPT_TABLES, "prompt_id", first, last))
+            first, rows = None, 0
+    return pieces
 
 
 def _weight_pieces(work: Work, layers: Sequence[Piece]) -> list[Piece]:

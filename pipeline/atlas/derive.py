@@ -176,5 +176,7 @@ DEFINITIONS: dict[str, str] = {
     "neuron_summary": NEURON_SUMMARY,
     "token_summary": TOKEN_SUMMARY,
     "layer_curves": LAYER_CURVES,
+    "prompt_tokens": "SELECT * FROM tokens",
+    "prompt_neurons": "SELECT * FROM neurons",
 }
 """By table, each after those it reads."""

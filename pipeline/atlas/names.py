@@ -41,11 +41,16 @@ def check_place(
 
 def check_prompt(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, prompt_id: int) -> pa.Table:
     """The prompt's row."""
-    if abs(prompt_id) < 2**63:
+    if is_prompt_number(prompt_id):
         found = _select(opened, "FROM prompts WHERE prompt_id = $prompt_id", prompt_id=prompt_id)
         if found.num_rows:
             return found
     raise BacklensError(_missing_prompt(snapshot, opened, prompt_id))
+
+
+def is_prompt_number(prompt_id: int) -> bool:
+    """Whether it is one that a prompt could have: it fits into its column."""
+    return abs(prompt_id) < 2**63
 
 
 def check_tag(opened: duckdb.DuckDBPyConnection, by: str, columns: Sequence[str]) -> None:
@@ -111,7 +116,7 @@ def _known(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection) -> tuple[Seque
 def _missing_prompt(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, prompt_id: int) -> str:
     failed = (
         _select(opened, "FROM failures WHERE prompt_id = $prompt_id", prompt_id=prompt_id).to_pylist()
-        if abs(prompt_id) < 2**63
+        if is_prompt_number(prompt_id)
         else []
     )
     if failed:

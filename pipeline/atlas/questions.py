@@ -98,38 +98,44 @@ ORDER BY s.expert
 LIMIT $limit
 """
 
+SAME_NEURON = """
+n.layer = s.layer AND n.module = s.module AND n.neuron = s.neuron AND n.expert IS NOT DISTINCT FROM s.expert
+"""
+
 SIMILAR_NEURONS = f"""
 WITH mine AS (
-    SELECT side, token_id, count(*) AS entries FROM neuron_topk WHERE {THE_NEURON} GROUP BY side, token_id
+    SELECT
+        token_id, count(*) FILTER (side = 'top') AS top, count(*) FILTER (side = 'bottom') AS bottom
+    FROM neuron_topk WHERE {THE_NEURON} GROUP BY token_id
 ), products AS (
     -- An entry a row on their side, so that nothing is counted before the sum: counts are many, neurons few.
-    SELECT layer, module, expert, neuron, sum(mine.entries)::DOUBLE AS product
-    FROM token_topk JOIN mine USING (side, token_id)
+    SELECT
+        layer, module, expert, neuron, sum(CASE WHEN side = 'top' THEN top ELSE bottom END)::DOUBLE AS product
+    FROM token_topk JOIN mine USING (token_id)
     GROUP BY layer, module, expert, neuron
 ), nearest AS (
     SELECT
-        p.layer, p.module, p.expert, p.neuron,
-        product / entries_norm / (SELECT sqrt(sum(entries * entries)::DOUBLE) FROM mine) AS similarity,
-        prompts, promoted_ids, promoted_counts, demoted_ids, demoted_counts
-    FROM products p JOIN neuron_summary s
-    ON p.layer = s.layer AND p.module = s.module AND p.neuron = s.neuron AND p.expert IS NOT DISTINCT FROM s.expert
-    WHERE NOT (
-        p.layer = $layer AND p.module = $module AND p.neuron = $index
-        AND ($expert IS NULL OR p.expert = $expert)
+        n.layer, n.module, n.expert, n.neuron,
+        product / entries_norm / (SELECT sqrt(sum(top * top + bottom * bottom)::DOUBLE) FROM mine) AS similarity
+    FROM products n JOIN neuron_summary s ON {SAME_NEURON}
+    WHERE product > 0 AND NOT (
+        n.layer = $layer AND n.module = $module AND n.neuron = $index
+        AND ($expert IS NULL OR n.expert = $expert)
     )
-    ORDER BY similarity DESC, p.layer, p.module, p.expert, p.neuron
+    ORDER BY similarity DESC, n.layer, n.module, n.expert, n.neuron
     LIMIT $limit
 ), shared AS (
-    SELECT t.layer, t.module, t.expert, t.neuron, count(DISTINCT token_id) AS shared_tokens
-    FROM neuron_topk t JOIN mine USING (side, token_id) JOIN nearest n
-    ON t.layer = n.layer AND t.module = n.module AND t.neuron = n.neuron AND t.expert IS NOT DISTINCT FROM n.expert
-    GROUP BY t.layer, t.module, t.expert, t.neuron
+    SELECT n.layer, n.module, n.expert, n.neuron, count(DISTINCT token_id) AS shared_tokens
+    FROM neuron_topk s JOIN mine USING (token_id) JOIN nearest n ON {SAME_NEURON}
+    WHERE CASE WHEN side = 'top' THEN top ELSE bottom END > 0
+    GROUP BY n.layer, n.module, n.expert, n.neuron
+), counted AS (
+    SELECT n.*, shared_tokens FROM nearest n JOIN shared s ON {SAME_NEURON}
 )
-SELECT n.layer, n.module, n.expert, n.neuron, similarity, shared_tokens, n.* EXCLUDE (
-    layer, module, expert, neuron, similarity
-)
-FROM nearest n JOIN shared s
-ON n.layer = s.layer AND n.module = s.module AND n.neuron = s.neuron AND n.expert IS NOT DISTINCT FROM s.expert
+SELECT
+    n.layer, n.module, n.expert, n.neuron, similarity, shared_tokens, prompts,
+    promoted_ids, promoted_counts, demoted_ids, demoted_counts
+FROM counted n JOIN neuron_summary s ON {SAME_NEURON}
 ORDER BY similarity DESC, n.layer, n.module, n.expert, n.neuron
 """
 
@@ -149,7 +155,7 @@ HEATMAP = f"""
 SELECT
     layer, module, expert, position, token, input_norm, vjp_norm, target_score, target_rank,
     top_ids, top_scores, bottom_ids, bottom_scores
-FROM tokens LEFT JOIN vocab USING (token_id)
+FROM prompt_tokens LEFT JOIN vocab USING (token_id)
 WHERE prompt_id = $prompt_id AND {FILTER}
 ORDER BY layer, module, expert, position
 LIMIT $limit
@@ -159,7 +165,7 @@ PROMPT_NEURONS = f"""
 SELECT
     layer, module, expert, neuron, grad_norm, main_position, token AS main_token, target_score, n.target_rank,
     top_ids, top_scores, bottom_ids, bottom_scores
-FROM neurons n
+FROM prompt_neurons n
 JOIN prompts USING (prompt_id)
 LEFT JOIN vocab ON vocab.token_id = prompts.token_ids[main_position + 1]
 WHERE prompt_id = $prompt_id AND {FILTER}
@@ -169,7 +175,7 @@ LIMIT $limit
 
 TARGET_RANKS = f"""
 SELECT layer, module, expert, position, token, t.target_rank, target_score, vjp_norm
-FROM tokens t JOIN prompts USING (prompt_id) LEFT JOIN vocab ON vocab.token_id = t.token_id
+FROM prompt_tokens t JOIN prompts USING (prompt_id) LEFT JOIN vocab ON vocab.token_id = t.token_id
 WHERE prompt_id = $prompt_id AND position = coalesce($position, n_tokens - 1) AND {FILTER}
 ORDER BY module, expert, layer
 LIMIT $limit
@@ -177,13 +183,10 @@ LIMIT $limit
 
 PROMINENT_IN_PROMPT = f"""
 WITH listed AS (
-    SELECT layer, module, position, 'top' AS side, top_ids AS ids FROM tokens WHERE prompt_id = $prompt_id
-    UNION ALL
-    SELECT layer, module, position, 'bottom' AS side, bottom_ids AS ids FROM tokens WHERE prompt_id = $prompt_id
+    SELECT layer, unnest(['top', 'bottom']) AS side, unnest([top_ids, bottom_ids]) AS ids
+    FROM prompt_tokens WHERE prompt_id = $prompt_id AND {FILTER}
 ), places AS (
-    SELECT
-        layer, module, position, side, unnest(ids) AS token_id, generate_subscripts(ids, 1) - 1 AS place
-    FROM listed WHERE {FILTER}
+    SELECT layer, side, unnest(ids) AS token_id, generate_subscripts(ids, 1) - 1 AS place FROM listed
 )
 SELECT
     token_id, token, side, count(*) AS cells, count(*) FILTER (place = 0) AS first_places,
@@ -213,10 +216,10 @@ WITH facts AS (
     FROM layers WHERE prompt_id IN ($one, $two)
     UNION ALL
     SELECT layer, module, expert, prompt_id, NULL, t.target_rank, NULL
-    FROM tokens t JOIN prompts USING (prompt_id)
+    FROM prompt_tokens t JOIN prompts USING (prompt_id)
     WHERE prompt_id IN ($one, $two) AND position = n_tokens - 1
     UNION ALL
-    SELECT layer, module, expert, prompt_id, NULL, NULL, neuron FROM neurons WHERE prompt_id IN ($one, $two)
+    SELECT layer, module, expert, prompt_id, NULL, NULL, neuron FROM prompt_neurons WHERE prompt_id IN ($one, $two)
 ), shared AS (
     SELECT layer, module, expert, count(*) AS neurons
     FROM (

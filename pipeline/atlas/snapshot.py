@@ -1,17 +1,15 @@
 """A run's tables as they were committed at one moment, with the atlas if it is of just these."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import duckdb
-
-from pipeline.atlas.manifest import CutOff, Manifest, find_manifest, source_of
-from pipeline.atlas.sql import MEMORY_LIMIT, connection
+from pipeline.atlas.database import MEMORY_LIMIT, Database
+from pipeline.atlas.manifest import MANIFEST, CutOff, Manifest, find_manifest, source_of
 from pipeline.store.commit import committed, table_file
 from pipeline.store.files import Directory
 from pipeline.store.rundir import RunRecord, load_run
 from pipeline.store.vocab import VOCAB_FILE
+from schemas.atlas import PROMPT_TABLES
 from schemas.tables import TABLES
 
 
@@ -29,6 +27,8 @@ class Snapshot:
     """Of the atlas, current or not; None without one."""
     is_current: bool
     """Whether the atlas is of just these shards."""
+    is_foreign: bool
+    """Whether there is an atlas that this version cannot read."""
 
     @classmethod
     def open(cls, out: str | Directory) -> "Snapshot":
@@ -46,7 +46,8 @@ class Snapshot:
         if manifest is not None and is_current:
             for table, records in manifest.files.items():
                 files[table] = [directory.location(file.path) for file in records]
-        return cls(directory, record, files, len(commits), manifest, is_current)
+        is_foreign = manifest is None and directory.exists(MANIFEST)
+        return cls(directory, record, files, len(commits), manifest, is_current, is_foreign)
 
     @property
     def cut_off(self) -> CutOff:
@@ -56,30 +57,35 @@ class Snapshot:
     @property
     def note(self) -> str | None:
         """What a reader of results should know: that the run is not complete, or its atlas not current."""
-        planned = self.record.plan.shards
-        notes = []
-        if self.shards < planned:
-            notes.append(f"{self.directory} is not complete: these are {self.shards} of its {planned} shards")
+        planned, out = self.record.plan.shards, self.directory
+        progress = f"{out} is not complete: these are {self.shards} of its {planned} shards"
+        notes = [progress if self.shards < planned else None, self.atlas_note]
+        return "; ".join(note for note in notes if note) or None
+
+    @property
+    def atlas_note(self) -> str | None:
+        """Why the atlas that is there is not read."""
+        remedy = f"is not read; `backlens atlas {self.directory}` builds it again"
+        if self.is_foreign:
+            return f"the atlas of {self.directory} was written by another version and {remedy}"
         if self.manifest is not None and not self.is_current:
-            notes.append(
-                f"the atlas of {self.directory} is of {self.manifest.shards} shards and no longer the run's, so it "
-                f"is not read; `backlens atlas {self.directory}` builds it again"
+            return (
+                f"the atlas of {self.directory} is of {self.manifest.shards} shards and no longer the run's, "
+                f"so it {remedy}"
             )
-        return "; ".join(notes) or None
+        return None
 
-    def connection(
-        self, seconds: float, other: "Snapshot | None" = None, memory: str = MEMORY_LIMIT
-    ) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
-        """A connection that sees these tables, and those of `other` in the schema `other`."""
+    def database(
+        self, memory: str = MEMORY_LIMIT, other: "Snapshot | None" = None, is_kept: bool = False
+    ) -> Database:
+        """These tables, and those of `other` in the schema `other`."""
         beside = None if other is None else (other.directory, other.files)
-        return connection(self.directory, self.files, seconds, beside, memory)
+        return Database(self.directory, self.files, memory, beside, is_kept=is_kept)
 
-    def prompt_connection(
-        self, prompt_id: int, seconds: float, memory: str = MEMORY_LIMIT
-    ) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
-        """A connection for questions about one prompt: it sees that prompt's shard, and no atlas.
+    def prompt_database(self, prompt_id: int, memory: str = MEMORY_LIMIT) -> Database:
+        """What questions about one prompt read where there is no atlas: the tables of its shard.
 
-        Of a prompt whose shard is not there it sees all shards, to say what there is.
+        Of a prompt whose shard is not there these are all shards, to say what there is.
         """
         shard = prompt_id // self.record.plan.shard_prompts
         own = {
@@ -88,4 +94,4 @@ class Snapshot:
             if table != "vocab"
         }
         files = own | {"vocab": self.files["vocab"]} if own["prompts"] else self.files
-        return connection(self.directory, files, seconds, memory=memory, facts_only=True)
+        return Database(self.directory, files, memory, derived=PROMPT_TABLES)

@@ -12,8 +12,10 @@ from rich.table import Table
 
 from pipeline.atlas.answer import Answer
 from pipeline.atlas.atlas import Atlas
+from pipeline.atlas.database import MEMORY_LIMIT, TooLarge
 from pipeline.atlas.names import did_you_mean
 from pipeline.atlas.text import cell_text, shown_columns, visible
+from pipeline.cli.bounded import bounded_memory, bytes_of
 from pipeline.errors import BacklensError
 
 Style = Literal["table", "json", "csv"]
@@ -35,6 +37,7 @@ class Question:
     position: int | None = None
     min_prompts: int = 5
     limit: int = 20
+    memory: str = MEMORY_LIMIT
 
 
 SHOWS = {
@@ -49,11 +52,15 @@ SHOWS = {
 def print_answer(out: str, question: Question, style: Style) -> int:
     """Answer the one question that is asked and return the exit status."""
     kind = _kind(question)
-    atlas = Atlas(out)
+    bytes_of(question.memory)
+    atlas = Atlas(out, memory=question.memory)
     if atlas.note:
         print(atlas.note, file=sys.stderr)
     show = _show(question, kind)
-    answer = _answer(atlas, question, kind, show)  # first, so that nothing is printed before a refusal
+    try:
+        answer = _answer(atlas, question, kind, show)  # first, so that nothing is printed before a refusal
+    except TooLarge as error:
+        raise BacklensError(f"{error}, or give it more with --memory") from error
     if style == "table" and kind == "prompt" and question.prompt is not None:
         _print_prompt(atlas.prompt(question.prompt).to_pylist()[0])
         if question.compare is not None:
@@ -111,7 +118,8 @@ def _show(question: Question, kind: str) -> str:
 def _answer(atlas: Atlas, question: Question, kind: str, show: str) -> Answer:
     within = {"limit": question.limit, "layer": question.layer, "module": question.module}
     if question.sql is not None:
-        return atlas.sql(question.sql, question.limit)
+        with bounded_memory(question.memory):
+            return atlas.sql(question.sql, question.limit)
     if question.token is not None:
         return _of_token(atlas, question.token, show, within)
     if question.neuron is not None:

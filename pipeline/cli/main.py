@@ -162,6 +162,7 @@ def query(
     position: int | None = None,
     min_prompts: int = 5,
     limit: int = 20,
+    memory: str = "4GB",
     json: Annotated[bool, Parameter(negative=())] = False,
     csv: Annotated[bool, Parameter(negative=())] = False,
     debug: Debug = False,
@@ -203,6 +204,8 @@ def query(
         For specific: neurons that are kept for fewer prompts are left out.
     limit
         Rows to show.
+    memory
+        What the question may take: a query of --sql that takes more is stopped.
     json
         JSON lines instead of a table.
     csv
@@ -214,7 +217,7 @@ def query(
     if json and csv:
         raise BacklensError("query: choose one of --json and --csv")
     question = Question(
-        token, neuron, prompt, sql, show, compare, by, layer, module, position, min_prompts, limit
+        token, neuron, prompt, sql, show, compare, by, layer, module, position, min_prompts, limit, memory
     )
     return print_answer(out, question, style)
 

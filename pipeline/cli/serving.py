@@ -15,7 +15,7 @@ Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an er
 SECONDS = 10.0
 """A page may take."""
 MEMORY = "400MB"
-"""For a question to DuckDB; several may be asked at a time."""
+"""For DuckDB: all questions that are asked at a time, together."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -56,14 +56,14 @@ def serve(
     from pipeline.serve.app import make_app
     from pipeline.serve.page import Served
     from pipeline.serve.security import OWN_HOSTS
+    from pipeline.serve.standing import require_atlas
 
     atlas = Atlas(out, seconds=SECONDS, memory=MEMORY)
-    if not atlas.snapshot.is_current:
-        raise BacklensError(atlas.note or f"serve: {out} has no atlas yet; build it: backlens atlas {out}")
+    require_atlas(atlas, out)
     if atlas.note:
         print(atlas.note, file=sys.stderr)
     app = make_app(Served.of(atlas, out, sql), [*OWN_HOSTS, _in_url(host), *(allow_host or [])])
-    with _listening(host, port) as listener:
+    with listening(host, port) as listener:
         bound = listener.getsockname()[1]
         print(f"serving {out} on http://{_in_url(host)}:{bound}/ (Ctrl-C stops)", flush=True)
         if host not in LOCAL:
@@ -127,12 +127,18 @@ def _require_extra() -> None:
         ) from error
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
+    """A socket whose answers leave at once.
+
+    asyncio sees to that for sockets of its own making; without it small pages wait 40 ms for the client's ACK.
+    """
     if not 0 <= port <= 65535:
         raise BacklensError(f"--port {port}: give 1 to 65535, or 0 for any that is free")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
+        listener = socket.create_server(address[:2], family=family)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except (OSError, UnicodeError) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise BacklensError(

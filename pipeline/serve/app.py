@@ -25,10 +25,13 @@ from pipeline.serve.render import as_html
 from pipeline.serve.run_pages import about_page, layers_page, run_page
 from pipeline.serve.security import Guard
 from pipeline.serve.sql_page import sql_page
+from pipeline.serve.standing import NotNow, Standing
 from pipeline.serve.twins import as_csv, as_json
 
 Form = Literal["html", "json", "csv"]
 MEDIA: dict[Form, str] = {"html": "text/html", "json": "application/json", "csv": "text/csv"}
+STATUS: Mapping[type[Exception], int] = {Missing: 404, NotNow: 503}
+TITLES = {404: "Not found", 503: "Not now"}
 AT_ONCE = 2
 """Pages that are made at the same time; each takes memory and all cores."""
 
@@ -46,7 +49,7 @@ ADDRESSES = (
     Address("/", run_page, ("limit",)),
     Address("/search", search_page, ("q", "limit")),
     Address("/token", token_page, ("text", "show", "limit")),
-    Address("/neuron/{address}", neuron_page, ("limit",)),
+    Address("/neuron/{address}", neuron_page, ("show", "limit")),
     Address("/prompt/{prompt_id}", prompt_page, ("module", "limit")),
     Address("/compare", compare_page, ("one", "two", "module", "limit")),
     Address("/layers", layers_page, ("module", "by")),
@@ -58,20 +61,21 @@ SQL = Address("/sql", sql_page, ("q", "limit"))
 def make_app(served: Served, hosts: Sequence[str]) -> Starlette:
     """The explorer of one run, answering under these host names."""
     addresses = (*ADDRESSES, SQL) if served.has_sql else ADDRESSES
+    standing = Standing(served)
     pages, queries = CapacityLimiter(AT_ONCE), CapacityLimiter(1)
     routes: list[Route | Mount] = []
     for address in addresses:
         limiter = queries if address is SQL else pages
         for form in ("json", "csv", "html"):  # `/neuron/{address}` would match its twins too
-            endpoint = partial(_answer, served, address, form, limiter)
+            endpoint = partial(_answer, standing, address, form, limiter)
             routes.append(Route(_path(address, form), endpoint, name=f"{address.path} {form}"))
     routes.append(Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")))
     app = Starlette(
         routes=routes,
         middleware=[Middleware(Guard, hosts=hosts)],
         exception_handlers={
-            BacklensError: partial(_refuse, served),
-            HTTPException: partial(_refuse, served),
+            BacklensError: partial(_refuse, standing),
+            HTTPException: partial(_refuse, standing),
         },
     )
     app.router.redirect_slashes = False
@@ -79,9 +83,20 @@ def make_app(served: Served, hosts: Sequence[str]) -> Starlette:
 
 
 async def _answer(
-    served: Served, address: Address, form: Form, limiter: CapacityLimiter, request: Request
+    standing: Standing, address: Address, form: Form, limiter: CapacityLimiter, request: Request
 ) -> Response:
-    return await to_thread.run_sync(_make, served, address, form, request, limiter=limiter)
+    return await to_thread.run_sync(_answered, standing, address, form, request, limiter=limiter)
+
+
+def _answered(standing: Standing, address: Address, form: Form, request: Request) -> Response:
+    served = standing.now()
+    try:
+        return _make(served, address, form, request)
+    except BacklensError:
+        # Its files may have been those of an atlas that has just been replaced.
+        if (again := standing.looked_at_again()) is served:
+            raise
+        return _make(again, address, form, request)
 
 
 def _make(served: Served, address: Address, form: Form, request: Request) -> Response:
@@ -103,20 +118,20 @@ def _make(served: Served, address: Address, form: Form, request: Request) -> Res
     return Response(content, media_type=MEDIA[form])
 
 
-def _refuse(served: Served, request: Request, error: Exception) -> Response:
+def _refuse(standing: Standing, request: Request, error: Exception) -> Response:
     """One clear line, as a page or as its twin would say it."""
     path = request.scope["path"]
     if isinstance(error, HTTPException):
         status = error.status_code
         line = f"there is no page {path[:80]!r} here" if status == 404 else str(error.detail)
     else:
-        status, line = (404 if isinstance(error, Missing) else 400), str(error)
+        status, line = STATUS.get(type(error), 400), str(error)
     if path.endswith((".json", ".csv")):
         return PlainTextResponse(f"{line}\n", status)
-    page = Page("error.html", "Not found" if status == 404 else "Not understood", view={"line": line})
+    page = Page("error.html", TITLES.get(status, "Not understood"), view={"line": line})
     words = request.query_params.get("text") or request.query_params.get("q") or ""
     around = {"path": path, "query": {}, "twins": {}, "words": words}
-    return Response(as_html(page, served, **around), status, media_type=MEDIA["html"])
+    return Response(as_html(page, standing.last, **around), status, media_type=MEDIA["html"])
 
 
 def _path(address: Address, form: Form) -> str:

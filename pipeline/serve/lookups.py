@@ -75,7 +75,7 @@ SELECT token_id, token FROM vocab WHERE list_contains($ids, token_id)
 COMPARE_NEURONS = """
 WITH kept AS (
     SELECT prompt_id, layer, module::VARCHAR AS module, expert, neuron, grad_norm
-    FROM neurons WHERE prompt_id IN ($one, $two) AND ($module IS NULL OR module = $module)
+    FROM prompt_neurons WHERE prompt_id IN ($one, $two) AND ($module IS NULL OR module = $module)
 ), pairs AS (
     SELECT
         layer, module, expert, neuron,

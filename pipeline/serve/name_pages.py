@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 
 from pipeline.atlas import names, questions
 from pipeline.atlas.address import Neuron, parse_neuron
 from pipeline.plot.heatmap import SHIFTS
 from pipeline.serve import lookups
-from pipeline.serve.asked import ask, look_up, neuron_values
+from pipeline.serve.asked import ask, look_up, neuron_values, together
 from pipeline.serve.charts import histogram
 from pipeline.serve.page import Beside, Page, Served
 from pipeline.serve.parameters import Parameters, is_named_by_the_address, one_of
@@ -17,13 +18,14 @@ ROWS = 20
 SIMILAR = 10
 
 TOKEN_SHOWS = ("neurons", "places")
+NEURON_SHOWS = ("similar",)
 
 
 def search_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
     """Tokens by their text in all its variants, and prompts; without words, the first prompts."""
     q = given.text("q")
     limit = given.limit(FOUND)
-    with served.connection() as opened:
+    with served.atlas.question() as opened:
         prompts = look_up(opened, "prompts", lookups.SEARCH_PROMPTS, q=q, limit=limit)
         if q is None:
             return Page("search.html", "Search", (prompts,), {"q": ""})
@@ -38,7 +40,7 @@ def token_page(served: Served, path: Mapping[str, str], given: Parameters) -> Pa
     atlas = served.atlas
     text = given.text("text") or ""
     show = one_of("show", given.text("show"), TOKEN_SHOWS) or "neurons"
-    with is_named_by_the_address(), served.connection() as opened:
+    with is_named_by_the_address(), served.atlas.question() as opened:
         ids = names.token_ids(opened, text)
     limit = given.limit(ROWS)
     layers = ask("layers", atlas.token_layers, questions.TOKEN_LAYERS, text, 1000, ids=ids)
@@ -60,33 +62,38 @@ def token_page(served: Served, path: Mapping[str, str], given: Parameters) -> Pa
 
 
 def neuron_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
-    """What all prompts say to a neuron, its strongest prompts, and the neurons that are told the same."""
+    """What all prompts say to a neuron and its strongest prompts; with `show=similar` who is told the same.
+
+    In a large run that takes seconds, so the page does not wait for it.
+    """
     atlas = served.atlas
+    show = one_of("show", given.text("show"), NEURON_SHOWS)
     limit = given.limit(ROWS)
     with is_named_by_the_address():
         neuron = parse_neuron(path["address"])
         address = str(neuron)
         summary = ask("summary", atlas.neuron_summary, questions.NEURON_SUMMARY, address)
     values = neuron_values(neuron)
-    with served.connection() as opened:
+    with served.atlas.question() as opened:
         near = look_up(opened, "near", lookups.NEAR_NEURONS, **values).rows[0]
         norms = look_up(opened, "histogram", lookups.HISTOGRAM, **values)
+    similar = partial(ask, "similar", atlas.similar_neurons, questions.SIMILAR_NEURONS, address, SIMILAR)
+    found = together(
+        partial(ask, "tokens", atlas.neuron_tokens, questions.NEURON_TOKENS, address, limit),
+        partial(ask, "prompts", atlas.by_neuron, questions.NEURON_PROMPTS, address, limit),
+        *([similar] if show else []),
+    )
     counts = [(row["norm_from"], row["norm_to"], row["prompts"]) for row in norms.rows]
     return Page(
         "neuron.html",
         f"Neuron {address}",
-        (
-            summary,
-            ask("tokens", atlas.neuron_tokens, questions.NEURON_TOKENS, address, limit),
-            ask("prompts", atlas.by_neuron, questions.NEURON_PROMPTS, address, limit),
-            ask("similar", atlas.similar_neurons, questions.SIMILAR_NEURONS, address, SIMILAR),
-            norms,
-        ),
+        (summary, norms, *found),
         {"neuron": address, "kept_neurons": near["kept_neurons"]},
         {
             "histogram": histogram("prompts by gradient norm", counts),
             "prompts": atlas.snapshot.record.plan.prompts,
             "is_shift": neuron.module in SHIFTS,
+            "show": show,
         },
         Beside(_address(neuron, near["previous"]), _address(neuron, near["next"])),
     )

@@ -1,11 +1,8 @@
 """What a page is before it is written as HTML, JSON or CSV."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
-
-import duckdb
 
 from pipeline.atlas import Atlas
 from pipeline.serve.asked import Asked, Row
@@ -27,7 +24,7 @@ class Served:
     @classmethod
     def of(cls, atlas: Atlas, out: str, has_sql: bool = False) -> "Served":
         """The run, with what does not change while it is served."""
-        with atlas.snapshot.connection(atlas.seconds) as opened:
+        with atlas.question() as opened:
             ((vocabulary,),) = opened.sql("SELECT count(*) FROM vocab").fetchall()
             named = atlas.snapshot.record.model.get("modules")
             rows = (
@@ -36,10 +33,6 @@ class Served:
                 else opened.sql("SELECT DISTINCT module::VARCHAR FROM layers ORDER BY 1").fetchall()
             )
         return cls(atlas, out, list(named or (module for (module,) in rows)), vocabulary, has_sql)
-
-    def connection(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
-        """To look things up that `Atlas` is not asked about."""
-        return self.atlas.snapshot.connection(self.atlas.seconds, memory=self.atlas.memory)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from pipeline.atlas import Atlas, questions
 from pipeline.errors import BacklensError
 from pipeline.plot.heatmap import SHIFTS
 from pipeline.serve import lookups
-from pipeline.serve.asked import Row, ask, look_up
+from pipeline.serve.asked import Row, ask, look_up, together
 from pipeline.serve.charts import Points, line_chart
 from pipeline.serve.grid import kind_of, make_grid
 from pipeline.serve.page import Beside, Page, Served
@@ -29,9 +30,17 @@ def prompt_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
         prompt_id = whole_number("prompt", path["prompt_id"])
         row = the_prompt(atlas, prompt_id)
     limit = given.limit(NEURONS)
-    cells = ask("cells", atlas.by_prompt, questions.HEATMAP, prompt_id, None, None, module)
+    cells, neurons, tokens = together(
+        partial(ask, "cells", atlas.by_prompt, questions.HEATMAP, prompt_id, None, None, module),
+        partial(
+            ask, "neurons", atlas.prompt_neurons, questions.PROMPT_NEURONS, prompt_id, limit, None, module
+        ),
+        partial(
+            ask, "tokens", atlas.prominent_tokens, questions.PROMINENT_IN_PROMPT, prompt_id, 12, None, module
+        ),
+    )
     ids = [*row["token_ids"], row["target_ids"][0], row["predicted_id"]]
-    with served.connection() as opened:
+    with served.atlas.question() as opened:
         near = look_up(opened, "near", lookups.NEAR_PROMPTS, prompt_id=prompt_id).rows[0]
         found = look_up(opened, "texts", lookups.TOKEN_TEXTS, ids=ids).rows
     named = {token["token_id"]: token["token"] for token in found}
@@ -42,11 +51,7 @@ def prompt_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
     return Page(
         "prompt.html",
         f"Prompt {prompt_id}",
-        (
-            cells,
-            ask("neurons", atlas.prompt_neurons, questions.PROMPT_NEURONS, prompt_id, limit, None, module),
-            ask("tokens", atlas.prominent_tokens, questions.PROMINENT_IN_PROMPT, prompt_id, 12, None, module),
-        ),
+        (cells, neurons, tokens),
         facts={"prompt": row, "module": module},
         view={
             "grid": grid,
@@ -75,7 +80,7 @@ def compare_page(served: Served, path: Mapping[str, str], given: Parameters) -> 
     sides = ask("modules", atlas.compare_prompts, questions.COMPARE_PROMPTS, one, two, None, None, module)
     limit = given.limit(NEURONS)
     values = {"one": one, "two": two, "module": module, "limit": limit}
-    with served.connection() as opened:
+    with served.atlas.question() as opened:
         neurons = look_up(opened, "neurons", lookups.COMPARE_NEURONS, **values)
     charts = [
         line_chart(f"gradient norm of {name}", _norm_lines(sides.rows, name, (one, two)), "log")

@@ -23,7 +23,7 @@ def run_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page
     """What the run is, and where to begin."""
     atlas = served.atlas
     limit = given.limit(FEW)
-    with served.connection() as opened:
+    with served.atlas.question() as opened:
         prompts = look_up(opened, "prompts", lookups.SEARCH_PROMPTS, q=None, limit=limit)
     return Page(
         "run.html",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.atlas import Atlas
+from pipeline.atlas.database import connection
 from pipeline.atlas.sql import checked_query
 from pipeline.errors import BacklensError
 from pipeline.serve.plain import plain
@@ -66,7 +67,7 @@ def _limit_process() -> None:
 
 def answer(out: str, statement: str, limit: int, seconds: float) -> dict[str, Any]:
     """The fields of an `Answer`, asked in this process."""
-    with Atlas(out).snapshot.connection(seconds) as opened:
+    with connection(Atlas(out).snapshot.database(), seconds) as opened:
         query = checked_query(opened, statement)
         # Times with a zone are handed over as text: as objects they would take a package that is not needed here.
         texts = opened.execute(

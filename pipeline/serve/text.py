@@ -9,6 +9,8 @@ from pipeline.atlas.text import visible
 
 LONGEST = 160
 """Letters of a token or cell that a page shows; JSON and CSV have them all."""
+SIGNS = frozenset("␣⏎␍⇥")
+"""What stands for spaces and line breaks."""
 
 
 def number(value: Any) -> str:
@@ -29,11 +31,13 @@ def token(text: str | None) -> Markup:
     shown = visible(text)
     if len(shown) > LONGEST:
         shown = f"{shown[:LONGEST]}…"
-    return Markup("").join(map(_letter, shown)) or Markup('<span class="sign">∅</span>')
+    if shown.isprintable() and SIGNS.isdisjoint(shown):  # nearly all, and a heatmap has thousands
+        return Markup.escape(shown) or Markup('<span class="sign">∅</span>')
+    return Markup("").join(map(_letter, shown))
 
 
 def _letter(letter: str) -> Markup:
-    if letter in "␣⏎␍⇥":
+    if letter in SIGNS:
         return Markup('<span class="sign">{}</span>').format(letter)
     if not letter.isprintable():
         return Markup('<span class="sign">⟨{:x}⟩</span>').format(ord(letter))

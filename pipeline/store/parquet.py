@@ -5,7 +5,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -117,25 +117,23 @@ def _gather(batches: list[pa.RecordBatch], wanted: pa.Array) -> pa.Table:
     return pa.Table.from_batches(parts).take(pc.sort_indices(pa.concat_arrays(places)))
 
 
-def _write_parquet(rows: pa.Table, table: Table, file: IO[bytes]) -> None:
+def writer_options(table: Table) -> dict[str, Any]:
     """zstd, byte-stream-split floats, dictionaries for all else, statistics of scalars, and a page index."""
     leaves = [_leaf(field) for field in table.schema]
-    floats = [path for path, leaf_type in leaves if leaf_type == pa.float32()]
-    # float16 stays plain: DuckDB reads byte-stream-split only for wider types.
-    others = [path for path, leaf_type in leaves if not pa.types.is_floating(leaf_type)]
-    scalars = [field.name for field in table.schema if not pa.types.is_list(field.type)]
-    with pq.ParquetWriter(
-        file,
-        table.schema,
-        compression="zstd",
-        use_dictionary=others,  # pyright: ignore[reportArgumentType]
-        use_byte_stream_split=floats,  # pyright: ignore[reportArgumentType]
-        write_statistics=scalars,  # pyright: ignore[reportArgumentType]
-        write_page_index=True,
-        sorting_columns=pq.SortingColumn.from_ordering(
-            table.schema, [(name, "ascending") for name in table.sorted_by]
-        ),
-    ) as writer:
+    order = [(name, "ascending") for name in table.sorted_by]
+    return {
+        "compression": "zstd",
+        "use_dictionary": [path for path, leaf_type in leaves if not pa.types.is_floating(leaf_type)],
+        # float16 stays plain: DuckDB reads byte-stream-split only for wider types.
+        "use_byte_stream_split": [path for path, leaf_type in leaves if leaf_type == pa.float32()],
+        "write_statistics": [field.name for field in table.schema if not pa.types.is_list(field.type)],
+        "write_page_index": True,
+        "sorting_columns": pq.SortingColumn.from_ordering(table.schema, order),
+    }
+
+
+def _write_parquet(rows: pa.Table, table: Table, file: IO[bytes]) -> None:
+    with pq.ParquetWriter(file, table.schema, **writer_options(table)) as writer:
         writer.write_table(rows.replace_schema_metadata(table.schema.metadata), _row_group_rows(rows))
 
 

@@ -57,9 +57,11 @@ def test_files_are_as_declared_sorted_and_hold_every_row(
     tmp_path: Path, experts: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(build, "TOKEN_PIECE_ROWS", 200)
+    monkeypatch.setattr(build, "PROMPT_PIECE_ROWS", 20)
     example_run(Directory.at(tmp_path), experts=experts)
     manifest = build_atlas(str(tmp_path))
     assert len(manifest.files["token_topk"]) > 2
+    assert len(manifest.files["prompt_tokens"]) == 2
     for name, files in manifest.files.items():
         table = ATLAS_TABLES[name]
         rows = []
@@ -79,10 +81,12 @@ def test_files_are_as_declared_sorted_and_hold_every_row(
 
 def test_row_groups_are_of_the_size_look_ups_want(example: ExampleRun, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(piece, "ROW_GROUP_ROWS", 30)
-    (file, *_) = build_atlas(example.out).files["neuron_topk"]
-    metadata = pq.ParquetFile(Path(example.out) / file.path).metadata
-    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    assert set(sizes[:-1]) == {30}
+    monkeypatch.setattr(piece, "ROW_GROUPS", {"prompt_neurons": 10})
+    files = build_atlas(example.out).files
+    for table, rows in (("neuron_topk", 30), ("prompt_neurons", 10)):
+        metadata = pq.ParquetFile(Path(example.out) / files[table][0].path).metadata
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        assert set(sizes[:-1]) == {rows}
 
 
 def test_a_second_call_has_nothing_to_do(example: ExampleRun):
@@ -92,7 +96,7 @@ def test_a_second_call_has_nothing_to_do(example: ExampleRun):
     assert watcher.pieces == []
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 4])
+@pytest.mark.parametrize("stop_after", [1, 4, 5])
 def test_a_stopped_build_counts_for_nothing_and_is_gone_on_with(example: ExampleRun, stop_after: int):
     with pytest.raises(KeyboardInterrupt):
         build_atlas(example.out, Watcher(stop_after))
@@ -100,7 +104,7 @@ def test_a_stopped_build_counts_for_nothing_and_is_gone_on_with(example: Example
     assert not Atlas(example.out).snapshot.files.get("neuron_topk")
     watcher = Watcher()
     build_atlas(example.out, watcher)
-    assert [kept for _, kept in watcher.pieces] == [True] * stop_after + [False] * (4 - stop_after)
+    assert [kept for _, kept in watcher.pieces] == [True] * stop_after + [False] * (5 - stop_after)
     assert Atlas(example.out).snapshot.is_current
 
 
@@ -176,6 +180,18 @@ def test_a_manifest_that_cannot_be_read_is_as_good_as_none(example: ExampleRun):
     assert build_atlas(example.out).source == content["source"]
 
 
+def test_an_atlas_of_another_version_is_not_read_and_is_said_to_be(example: ExampleRun):
+    build_atlas(example.out)
+    path = Path(example.out) / "atlas" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "atlas_version": 1}))
+    old = Atlas(example.out)
+    assert f"written by another version and is not read; `backlens atlas {example.out}`" in str(old.note)
+    answer = old.by_prompt(1)
+    build_atlas(example.out)
+    assert Atlas(example.out).note is None
+    assert Atlas(example.out).by_prompt(1) == answer
+
+
 def test_runs_on_object_stores_have_their_atlas_beside_them(tmp_path: Path):
     url = f"memory://{tmp_path.name}"
     example_run(Directory.at(url))
@@ -212,7 +228,7 @@ def test_the_cut_off_is_said(neurons: int | None, said: str):
 def test_the_command_builds_and_says_what_there_is(example: ExampleRun, capsys: pytest.CaptureFixture[str]):
     assert call(["atlas", example.out]) == 0
     printed = capsys.readouterr()
-    assert "4 of 4 pieces" in printed.err
+    assert "5 of 5 pieces" in printed.err
     assert "neuron_summary" in printed.out
     assert "not zero" in printed.out
     assert call(["atlas", example.out, "--json"]) == 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from pipeline.atlas.address import Neuron, parse_neuron
 from pipeline.atlas.atlas import Atlas
 from pipeline.atlas.derive import DEFINITIONS
+from pipeline.cli.main import call
 from pipeline.errors import BacklensError
 from pipeline.store.commit import commit_shard
 from pipeline.store.files import Directory
@@ -260,8 +262,9 @@ def test_whatever_only_reads_is_run(example: ExampleRun, statement: str):
         if files:
             plain.read_parquet(list(files)).create_view(table)
         else:
-            plain.register(f"empty_main_{table}", TABLES[table].empty())
-            plain.execute(f"CREATE VIEW {table} AS FROM empty_main_{table}")
+            plain.register("no_rows", TABLES[table].empty())
+            plain.execute(f"CREATE TABLE {table} AS FROM no_rows")
+            plain.unregister("no_rows")
     for table, definition in DEFINITIONS.items():
         plain.execute(f"CREATE VIEW {table} AS {definition}")
     plain.register("neuron_weights", ATLAS_TABLES["neuron_weights"].empty())
@@ -386,7 +389,7 @@ def test_a_query_that_needs_too_much_memory_is_stopped_and_writes_nothing(
     example: ExampleRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BacklensError, match="Out of Memory"):
+    with pytest.raises(BacklensError, match="more memory than the 50MB"):
         Atlas(example.out, memory="50MB").sql("SELECT count(DISTINCT hash(range)) FROM range(50000000)")
     assert list(tmp_path.iterdir()) == []
 
@@ -396,3 +399,32 @@ def test_a_missing_file_is_named(tmp_path: Path):
     (tmp_path / "neurons" / "part-000001.parquet").unlink()
     with pytest.raises(BacklensError, match=r"part-000001\.parquet"):
         Atlas(example.out).by_token(" Paris")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT count(DISTINCT a) FROM (SELECT unnest(range(20000000)) AS a)",
+        "SELECT len(range(600000000))",  # 5 GB of vectors, which DuckDB's own limit does not count
+    ],
+)
+def test_a_query_on_the_command_line_has_a_limit_on_memory(
+    example: ExampleRun, statement: str, capsys: pytest.CaptureFixture[str]
+):
+    before = resource.getrlimit(resource.RLIMIT_AS), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert call(["query", example.out, "--memory", "200MB", "--sql", statement]) == 2
+    assert capsys.readouterr().err == (
+        "backlens: query: it takes more memory than the 200MB that it is given; narrow it, by layer for example, "
+        "or give it more with --memory\n"
+    )
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before[1] < 2 * 2**20  # KiB
+    assert resource.getrlimit(resource.RLIMIT_AS) == before[0]
+    assert call(["query", example.out, "--memory", "200MB", "--sql", "SELECT 1"]) == 0
+
+
+@pytest.mark.parametrize("size", ["lots", "4", "-1GB", ""])
+def test_a_limit_on_memory_that_is_none_is_refused(
+    example: ExampleRun, size: str, capsys: pytest.CaptureFixture[str]
+):
+    assert call(["query", example.out, f"--memory={size}", "--show", "coverage"]) == 2
+    assert capsys.readouterr().err == f"backlens: --memory {size}: write it as 2GB\n"

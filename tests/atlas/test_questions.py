@@ -143,6 +143,15 @@ def test_a_heatmap_is_a_prompts_rows(example: ExampleRun, atlas: Atlas):
 
 
 @on_random_runs
+def test_tables_sorted_by_prompt_hold_the_rows_themselves(example: ExampleRun, atlas: Atlas):
+    for table, last in (("tokens", "position"), ("neurons", "neuron")):
+        names = ("prompt_id", *UNIT, last)
+        rows = sorted(example.rows[table], key=lambda row: order(key(row, names)))
+        found = atlas.sql(f"FROM prompt_{table} ORDER BY {', '.join(names)}", ALL).to_pylist()
+        assert found == [{name: row[name] for name in found[0]} for row in rows]
+
+
+@on_random_runs
 def test_the_neurons_of_a_token_are_those_in_whose_lists_it_stands(example: ExampleRun, atlas: Atlas):
     for token_id in (1, 4, 20):
         rows = grouped([row for row in entries(example) if row["token_id"] == token_id], NEURON)

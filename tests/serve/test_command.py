@@ -1,5 +1,6 @@
 """`backlens serve` and `backlens export-html` as commands: what they print, refuse and leave behind."""
 
+import json
 import re
 import signal
 import socket
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.atlas.build import build_atlas
+from pipeline.cli.serving import listening
 from pipeline.store.files import Directory
 from tests.engine.command import BACKLENS, called
 from tests.serve.conftest import MARKUP
@@ -63,6 +66,26 @@ def test_a_run_without_an_atlas_is_told_what_to_do(tmp_path: Path):
     assert (
         refused.stderr == f"backlens: serve: {run.out} has no atlas yet; build it: backlens atlas {run.out}\n"
     )
+
+
+def test_an_atlas_of_another_version_is_to_be_built_again(tmp_path: Path):
+    run = example_run(Directory.at(tmp_path / "run"))
+    build_atlas(run.out)
+    manifest = Path(run.out, "atlas", "manifest.json")
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "atlas_version": 2}))
+    refused = called("serve", run.out)
+    assert (refused.status, refused.stdout) == (2, "")
+    assert refused.stderr == (
+        f"backlens: the atlas of {run.out} was written by another version and is not read; "
+        f"`backlens atlas {run.out}` builds it again\n"
+    )
+
+
+def test_answers_leave_at_once():
+    with listening("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_port_in_use_is_one_line(example: ExampleRun):

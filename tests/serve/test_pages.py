@@ -22,7 +22,7 @@ def pages(neuron: str) -> list[str]:
         *("/", "/search", "/search?q=paris", "/token?text=%20Paris", "/token?text=%20Paris&show=places"),
         *(f"/neuron/{neuron}", "/neuron/0.mlp.up.5000", "/prompt/1", "/prompt/1?module=mlp.up"),
         *("/compare", "/compare?one=0&two=1", "/compare?one=0&two=1&module=mlp.up", "/layers"),
-        *("/layers?module=mlp.down&by=target", "/about", "/sql"),
+        *("/layers?module=mlp.down&by=target", "/about", "/sql", f"/neuron/{neuron}?show=similar"),
     ]
 
 
@@ -112,6 +112,18 @@ def test_a_neuron_page_lists_the_prompts_that_keep_it(example: ExampleRun, clien
     assert max(row["norm_to"] for row in said["histogram"]) == pytest.approx(max(norms.values()))
 
 
+def test_a_neuron_page_looks_for_similar_ones_only_when_it_is_asked_to(
+    example: ExampleRun, client: TestClient, neuron: str
+):
+    assert "similar" not in tables(client, f"/neuron/{neuron}")
+    html = client.get(f"/neuron/{neuron}").text
+    (link,) = re.findall(r'href="([^"#]*show=similar)#similar"', html)
+    said = [(row["neuron"], row["similarity"]) for row in tables(client, link)["similar"]]
+    expected = Atlas(example.out).similar_neurons(neuron, 10).to_pylist()
+    assert said == [(row["neuron"], row["similarity"]) for row in expected]
+    assert len(said) > 1
+
+
 def test_a_prompt_page_has_a_cell_for_every_row(example: ExampleRun, client: TestClient):
     rows = [row for row in example.rows["tokens"] if (row["prompt_id"], row["module"]) == (1, "mlp.up")]
     said = tables(client, "/prompt/1?module=mlp.up")["cells"]
@@ -165,7 +177,7 @@ def test_search_shows_spaces(client: TestClient):
 
 def test_what_is_copied_gives_the_rows_of_the_page(example: ExampleRun, client: TestClient, neuron: str):
     atlas = Atlas(example.out)
-    for address in pages(neuron)[1:13:2]:
+    for address in pages(neuron)[1::2]:
         html = client.get(address).text
         for name, rows in tables(client, address).items():
             block = html.split(f"<summary>{name} as Python or SQL</summary>")[1]
