@@ -100,6 +100,8 @@ def print_sweep(swept: Swept) -> None:
     if swept.before:
         console.print(f"{swept.before:,} shards were done before")
     console.print(f"{swept.cases:,} cases in {swept.shards:,} shards")
+    if swept.deaths:
+        console.print(f"workers that died and were replaced: {swept.deaths}")
     console.print(_trials_table(best_trials(trial_scores(swept.out))))
     console.print("Next:")
     sql = "SELECT method, layer, lr, avg(efficacy) FROM edits GROUP BY ALL ORDER BY ALL"

@@ -2,10 +2,11 @@
 
 import sys
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from pipeline.config import WHOLE, WHOLE_OR_AUTO
 from pipeline.editing.options import EditOptions, MethodName, parse_method
 from pipeline.errors import BacklensError
 
@@ -55,7 +56,7 @@ def edit(
         A folder for the edited model.
     """
     from pipeline.cli.edit_report import print_edit
-    from pipeline.editing.drive import load, load_editable
+    from pipeline.editing.loading import load, load_editable
     from pipeline.editing.tools import make_method, make_tools
 
     name = parse_method(method)
@@ -80,7 +81,7 @@ def apply(delta: str, /, *, save_model: str, options: EditOptions = DEFAULTS, de
     """
     from pipeline.cli.edit_report import save_edited
     from pipeline.editing.delta import load_deltas
-    from pipeline.editing.drive import load_editable
+    from pipeline.editing.loading import load_editable
     from pipeline.editing.weights import edited
 
     deltas, _ = load_deltas(delta)
@@ -102,6 +103,10 @@ def sweep(
     untouched: str | None = None,
     held_out: str | None = None,
     generate: Annotated[bool, Parameter(negative=())] = False,
+    executor: Literal["local", "ray"] = "local",
+    workers: Annotated[int | Literal["auto"], WHOLE_OR_AUTO, Parameter(name=("--workers", "--replicas"))] = 1,
+    gpus_per_replica: Annotated[int | None, WHOLE] = None,
+    address: str | None = None,
     options: EditOptions = DEFAULTS,
     debug: Debug = False,
 ) -> int:
@@ -130,10 +135,21 @@ def sweep(
         A file of texts, one a line: their perplexity with several cases at once.
     generate
         Let the edited model write, for the n-gram entropy and the reference score.
+    executor
+        local: this process. ray: workers on a cluster, which read --model, --text, --statistics and --editor by
+        themselves.
+    workers
+        Copies of the model that work side by side (ray); auto: as many as the cluster holds.
+    gpus_per_replica
+        GPUs that each asks for (ray). Default: 1 if the cluster has any.
+    address
+        A running Ray cluster. Default: $RAY_ADDRESS, else one on this machine for the length of the sweep.
     """
     from pipeline.cli.edit_report import print_sweep
+    from pipeline.editing.drive import Reports, Side
     from pipeline.editing.drive import sweep as run_sweep
-    from pipeline.editing.sweep import Grid, Side
+    from pipeline.editing.grid import Grid
+    from pipeline.engine.executors import RayOptions
     from pipeline.engine.plan import parse_layers
     from pipeline.models.load import ModelSource, load_config
 
@@ -147,7 +163,13 @@ def sweep(
         raise BacklensError(f"--at-once {at_once}: give numbers of 1 or more")
     depth = int(load_config(ModelSource(options.model or _demo(), options.revision)).num_hidden_layers)
     grid = Grid(names, parse_layers(layers, depth), rates, counts)
-    swept = run_sweep(options, grid, Side(untouched, held_out, generate), out, _told)
+    if executor == "local" and (workers != 1 or address is not None):
+        raise BacklensError(
+            "--executor local runs in this process; use --executor ray with --workers or --address"
+        )
+    ray = RayOptions(address, workers, gpus_per_replica) if executor == "ray" else None
+    side = Side(untouched, held_out, generate)
+    swept = run_sweep(options, grid, side, out, Reports(_told, _noted), ray)
     print_sweep(swept)
     return 0
 
@@ -206,7 +228,7 @@ def explain(
         The case's ordinal in the file of edits, from 0.
     """
     from pipeline.cli.edit_report import print_explanation
-    from pipeline.editing.drive import load
+    from pipeline.editing.loading import load
     from pipeline.editing.tools import make_method, make_tools
 
     names: list[MethodName] = [
@@ -261,3 +283,7 @@ def _demo() -> str:
 
 def _told(done: int, shards: int) -> None:
     print(f"{done} of {shards} shards", file=sys.stderr, flush=True)
+
+
+def _noted(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

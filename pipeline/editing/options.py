@@ -61,6 +61,8 @@ class EditOptions:
     """A file of covariances: read if it is there, else measured over --text and written."""
     text: Annotated[str | None, STATISTICS] = None
     """Texts to measure covariances over, one a line, or JSON Lines with a field `text`."""
+    editor: Annotated[str | None, METHOD] = None
+    """mend: the file that `backlens edit train-mend` wrote."""
 
     def __post_init__(self) -> None:
         """Raises BacklensError naming the flag and the values it takes."""
