@@ -16,7 +16,7 @@ from pipeline.editing.sweep import SweepJob
 from pipeline.editing.untouched import Bystanders
 from pipeline.engine.executors import RayOptions, executing
 from pipeline.engine.versions import package_versions
-from pipeline.errors import Interrupted
+from pipeline.errors import BacklensError, Interrupted
 from pipeline.models.load import load_config, model_files, weight_hash
 from pipeline.prompts.source import Source
 from pipeline.store.commit import committed
@@ -127,6 +127,7 @@ def _fingerprint(
         "edits": f"content {_content_digest(requests)[:16]}",
         **{name: " ".join(map(str, values)) for name, values in asdict(grid).items()},
         **_option_values(options),
+        "editor": None if options.editor is None else _file_digest(options.editor),
         "text": None if options.text is None else Source(options.text).name,
         "untouched and held-out": None if beyond is None else f"content {beyond[:16]}",
         "generate": side.generate,
@@ -139,9 +140,20 @@ def _content_digest(requests: Sequence[Request]) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
+def _file_digest(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return f"content {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    except OSError as error:
+        raise BacklensError(f"{path}: cannot be read: {error.strerror}; check --editor") from error
+
+
 def _option_values(options: EditOptions) -> dict[str, FingerprintValue]:
     """The options that change results, by flag."""
-    own = ("model", "revision", "edits", "format", "limit", "statistics", "text", "trust_remote_code")
+    own = (
+        *("model", "revision", "edits", "format", "limit", "statistics", "text", "trust_remote_code"),
+        "editor",
+    )
     return {f.name.replace("_", "-"): getattr(options, f.name) for f in fields(options) if f.name not in own}
 
 

@@ -10,7 +10,7 @@ from pipeline.errors import BacklensError
 
 Normalise = Literal["none", "length", "covariance"]
 Place = Literal["last", "subject"]
-MethodName = Literal["forward-shift", "gradient-shift", "finetune", "rome", "memit"]
+MethodName = Literal["forward-shift", "gradient-shift", "finetune", "rome", "memit", "mend"]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 METHOD = Parameter(group=Group("Method", sort_key=3))
 STATISTICS = Parameter(group=Group("Statistics", sort_key=4))
