@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from pipeline.config import WHOLE, WHOLE_OR_AUTO
-from pipeline.editing.options import EditOptions, MethodName, parse_method
+from pipeline.editing.options import EditOptions, MendOptions, MethodName, parse_method
 from pipeline.errors import BacklensError
 
 app = App(name="edit", help="Change facts in a model's weights, and judge the change.")
 Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
 DEFAULTS = EditOptions()
+MEND_DEFAULTS = MendOptions()
 
 
 @app.default
@@ -37,9 +38,9 @@ def edit(
     Parameters
     ----------
     method
-        forward-shift, gradient-shift, finetune, rome or memit.
+        forward-shift, gradient-shift, finetune, rome, memit or mend.
     layer
-        The layer to edit. Default: at 7/10 of the model's depth.
+        The layer to edit. Default: at 7/10 of the model's depth; of mend the last that its editor changes.
     lr
         The learning rate η; forward-shift and gradient-shift need one (see `backlens edit sweep`).
     prompt
@@ -67,7 +68,10 @@ def edit(
     else:
         loaded, requests = load(options)
     chosen = default_layer(len(loaded.anatomy.blocks)) if layer is None else layer
-    made = make_method(options, make_tools(options, loaded, [name], [chosen]), name, chosen, lr)
+    tools = make_tools(options, loaded, [name], [chosen])
+    if layer is None and tools.editor is not None:
+        chosen = tools.editor.layers[-1]
+    made = make_method(options, tools, name, chosen, lr)
     about = {"method": name, "layer": chosen, "lr": lr, "model": options.model or "demo"}
     print_edit(loaded, requests, made, about, save_delta, save_model)
     return 0
@@ -112,7 +116,7 @@ def sweep(
 ) -> int:
     """Try every method at every layer with every rate on every case; the same command resumes a stopped sweep.
 
-    Results are the table `edits` of the directory OUT (see `backlens query` and `backlens plot --figure edits`).
+    Results are the table `edits` of the directory OUT (see `backlens query` and `backlens plot edits`).
 
     Example: backlens edit sweep ./sweep --layers 3-6 --lr 0.8,1.6,3.2 --limit 100
 
@@ -172,6 +176,48 @@ def sweep(
     swept = run_sweep(options, grid, side, out, Reports(_told, _noted), ray)
     print_sweep(swept)
     return 0
+
+
+@app.command(name="train-mend")
+def train_mend(editor: str, /, *, training: MendOptions = MEND_DEFAULTS, debug: Debug = False) -> int:
+    """Train MEND's editor on a file of edits and save it, for --method mend --editor FILE.
+
+    Keep some edits out of that file to judge it by.
+
+    Example: backlens edit train-mend editor.safetensors --edits train.json --text texts.txt --layers 5-7
+    """
+    from pipeline.editing.covariance import model_digest, read_texts
+    from pipeline.editing.loading import load
+    from pipeline.editing.mend_train import Training, train
+    from pipeline.engine.plan import parse_layers
+
+    loaded, requests = load(training)
+    depth = len(loaded.anatomy.blocks)
+    layers = parse_layers(training.layers or f"{max(0, depth - 3)}-{depth - 1}", depth)
+    plan = Training(layers, training.rank, training.steps, training.batch, training.lr, training.locality)
+    texts = list(read_texts(training.text)) if training.text is not None else []
+    made = train(loaded, requests, texts, plan, _Losses(training.steps))
+    made.save(
+        editor, {"model": model_digest(loaded), "edits": str(len(requests)), "steps": str(training.steps)}
+    )
+    print(editor)
+    return 0
+
+
+class _Losses:
+    """Says how the training goes, ten times."""
+
+    def __init__(self, steps: int) -> None:
+        self._every, self._steps = max(1, steps // 10), steps
+        self._edit = self._locality = 0.0
+
+    def __call__(self, step: int, losses: Any) -> None:
+        self._edit, self._locality = self._edit + losses.edit, self._locality + losses.locality
+        if step % self._every == 0:
+            edit, locality = self._edit / self._every, self._locality / self._every
+            self._edit = self._locality = 0.0
+            text = f"step {step} of {self._steps}: edit {edit:.4f}, unrelated {locality:.5f} (nats)"
+            print(text, file=sys.stderr, flush=True)
 
 
 @app.command

@@ -13,6 +13,7 @@ from pipeline.editing.loading import model_source
 from pipeline.editing.options import EditOptions
 from pipeline.editing.request import Request, read_requests
 from pipeline.editing.sweep import SweepJob
+from pipeline.editing.tools import refuse_missing
 from pipeline.editing.untouched import Bystanders
 from pipeline.engine.executors import RayOptions, executing
 from pipeline.engine.versions import package_versions
@@ -66,6 +67,7 @@ def sweep(
     Raises BacklensError, before anything is computed, if `out` is another sweep's, and Interrupted when workers went on
     dying; the same call then goes on.
     """
+    refuse_missing(options, grid.methods)
     directory = Directory.at(out)
     with DriverLock(directory) as lock:
         options = options.with_demo_defaults()

@@ -104,7 +104,7 @@ def train(
         (edit + training.locality * locality).backward()
         torch.nn.utils.clip_grad_norm_(editor.parameters(), 1.0)
         optimizer.step()
-        told(step + 1, Losses(float(edit), float(locality)))
+        told(step + 1, Losses(float(edit.detach()), float(locality.detach())))
     return editor.requires_grad_(False)
 
 

@@ -1,7 +1,7 @@
 """What `backlens edit` is told."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from cyclopts import Group, Parameter
 
@@ -18,8 +18,8 @@ STATISTICS = Parameter(group=Group("Statistics", sort_key=4))
 
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EditOptions:
-    """Options that a single edit and a sweep share."""
+class EditInput:
+    """Which model, and which edits."""
 
     model: Annotated[str | None, MODEL] = None
     """A model directory or hub id. Default: the bundled demo model."""
@@ -36,6 +36,19 @@ class EditOptions:
     """How to read it; auto goes by the file's name and content."""
     limit: Annotated[int | None, PROMPTS, WHOLE] = None
     """Only the first N edits."""
+
+    def with_demo_defaults(self) -> Self:
+        from pipeline.demo import FACTS, MODEL
+
+        if self.model is not None and self.edits is None:
+            raise BacklensError("--edits: name a file of edits, or give one with --prompt and --target-new")
+        return replace(self, model=self.model or str(MODEL), edits=self.edits or str(FACTS))
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditOptions(EditInput):
+    """Options that a single edit and a sweep share."""
 
     normalise: Annotated[Normalise, METHOD] = "none"
     """forward-shift: what η multiplies. none: the input x itself, as in the paper. length: x / ‖x‖². covariance: the
@@ -77,16 +90,41 @@ class EditOptions:
         if self.prefixes < 0:
             raise BacklensError(f"--prefixes {self.prefixes}: give 0 or more")
 
-    def with_demo_defaults(self) -> "EditOptions":
-        from pipeline.demo import FACTS, MODEL
-
-        if self.model is not None and self.edits is None:
-            raise BacklensError("--edits: name a file of edits, or give one with --prompt and --target-new")
-        return replace(self, model=self.model or str(MODEL), edits=self.edits or str(FACTS))
-
     def needs_moments(self, method: MethodName) -> bool:
         solved = self.ridge is not None or self.normalise == "covariance"
         return method in ("rome", "memit") or (method == "forward-shift" and solved)
+
+
+TRAINING = Parameter(group=Group("Training", sort_key=4))
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MendOptions(EditInput):
+    """How MEND's editor is trained, and on what."""
+
+    text: Annotated[str | None, PROMPTS] = None
+    """Texts whose next tokens edits should leave alone, one a line, or JSON Lines with a field `text`."""
+
+    layers: Annotated[str | None, TRAINING] = None
+    """Whose feed-forward matrices the editor changes, e.g. "5-7". Default: the last three."""
+    rank: Annotated[int, TRAINING, WHOLE] = 64
+    """Of the editor's products U V."""
+    steps: Annotated[int, TRAINING, WHOLE] = 600
+    """Steps of Adam."""
+    batch: Annotated[int, TRAINING, WHOLE] = 8
+    """Edits in a step."""
+    lr: Annotated[float, TRAINING] = 1e-3
+    """Adam's rate; it falls to zero along a line."""
+    locality: Annotated[float, TRAINING] = 10.0
+    """Weight of what edits should leave alone (KL) beside what they should do."""
+
+    def __post_init__(self) -> None:
+        """Raises BacklensError naming the flag and the values it takes."""
+        numbers = (("rank", self.rank), ("steps", self.steps), ("batch", self.batch))
+        for name, value in numbers:
+            if value < 1:
+                raise BacklensError(f"--{name} {value}: give 1 or more")
 
 
 def parse_method(text: str) -> MethodName:

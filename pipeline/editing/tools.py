@@ -27,19 +27,29 @@ class Tools:
     editor: Editor | None
 
 
+def refuse_missing(options: EditOptions, methods: Sequence[MethodName]) -> None:
+    """Raises BacklensError where a method needs a file that is not given: before a model is loaded for it."""
+    if "mend" in methods and options.editor is None:
+        raise BacklensError("--editor: mend needs the file of one; `backlens edit train-mend` trains it")
+    measured = options.statistics is not None and Path(options.statistics).exists()
+    if options.text is None and not measured and any(map(options.needs_moments, methods)):
+        raise BacklensError(
+            "--text: this method spares what the model has read, and needs texts to measure that over: give a file, a "
+            "text per line (with --statistics FILE the result is kept)"
+        )
+
+
 def make_tools(
     options: EditOptions, loaded: LoadedModel, methods: Sequence[MethodName], layers: Sequence[int]
 ) -> Tools:
     """Measure or read what the methods need, for the given layers and those spanned below them."""
+    refuse_missing(options, methods)
     moments = None
-    if any(options.needs_moments(method) for method in methods):
+    if any(map(options.needs_moments, methods)):
         spanned = sorted({each for layer in layers for each in spanned_layers(layer, options.span)})
         moments = _moments(options, loaded, spanned)
-    editor = None
-    if "mend" in methods:
-        if options.editor is None:
-            raise BacklensError("--editor: mend needs the file of one; `backlens edit train-mend` trains it")
-        editor = Editor.load(options.editor, model_digest(loaded))
+    wanted = options.editor if "mend" in methods else None
+    editor = None if wanted is None else Editor.load(wanted, model_digest(loaded))
     return Tools(moments, sample_prefixes(loaded, options.prefixes), editor)
 
 
@@ -47,11 +57,7 @@ def _moments(options: EditOptions, loaded: LoadedModel, layers: Sequence[int]) -
     path, digest = options.statistics, model_digest(loaded)
     if path is not None and Path(path).exists():
         return Moments.load(path, digest)
-    if options.text is None:
-        raise BacklensError(
-            "--text: this method spares what the model has read, and needs texts to measure that over: give a file, a "
-            "text per line (with --statistics FILE the result is kept)"
-        )
+    assert options.text is not None
     everywhere = range(len(loaded.anatomy.blocks)) if path is not None else layers
     moments = measure(loaded, read_texts(options.text), everywhere)
     if path is not None:

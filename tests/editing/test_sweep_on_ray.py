@@ -7,7 +7,7 @@ import duckdb
 import pytest
 
 from tests.engine.cluster import kill, one_node_cluster, workers
-from tests.engine.command import backlens, called, count_commits, finish, start, wait_for
+from tests.engine.command import called, count_commits, error_line, finish, start, wait_for
 
 GRID = ("--layers", "4-6", "--lr", "1,1.6", "--limit", "60", "--at-once", "1,20")
 SHARDS = 3 * 2 * (2 + 2)
@@ -50,15 +50,12 @@ def test_a_sweep_goes_on_through_the_deaths_of_a_worker_and_of_its_driver(
     assert rows(there) == rows(here)
 
 
-@pytest.mark.slow
-def test_an_error_of_a_worker_on_ray_is_one_line(tmp_path: Path) -> None:
-    done = backlens(
-        *("edit", "sweep", tmp_path / "s", "--methods", "rome", "--layers", "5", "--limit", "2"),
-        *("--executor", "ray"),
-    )
-    assert done.status == 2
-    assert "--text" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_a_missing_file_is_said_before_anything_is_started(tmp_path: Path) -> None:
+    for method, flag in (("rome", "--text"), ("mend", "--editor")):
+        asked = ("edit", "sweep", tmp_path / "s", "--methods", method, "--layers", "5", "--executor", "ray")
+        refused = called(*asked)
+        assert refused.status == 2
+        assert flag in error_line(refused)
 
 
 def test_workers_are_for_ray(tmp_path: Path) -> None:
