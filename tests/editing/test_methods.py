@@ -11,9 +11,12 @@ from transformers import Conv1D
 from pipeline.editing.closed_form import Memit, Rome, spread
 from pipeline.editing.covariance import Moments, measure
 from pipeline.editing.delta import Delta, load_deltas, merged, save_deltas
+from pipeline.editing.editor import Editor
 from pipeline.editing.evaluate import ask, exam, summary
 from pipeline.editing.forward_shift import ForwardShift
 from pipeline.editing.gradient import FineTune, GradientShift
+from pipeline.editing.mend import Mend
+from pipeline.editing.mend_train import feed_forward_shapes
 from pipeline.editing.method import Method
 from pipeline.editing.request import Request
 from pipeline.editing.weights import edited, matrix, weights_digest
@@ -139,6 +142,7 @@ def test_every_method_edits_every_dense_family_and_leaves_it_as_it_was(family, t
         FineTune((1,), 0.01, modules=("mlp.up", "mlp.down"), steps=3),
         Rome(0, moments),
         Memit((0,), moments, 1.0),
+        Mend(Editor(feed_forward_shapes(loaded, (0, 1)), rank=4)),
     ]
     digest = weights_digest(loaded)
     for method in methods:
