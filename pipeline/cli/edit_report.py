@@ -106,7 +106,7 @@ def print_sweep(swept: Swept) -> None:
     console.print("Next:")
     sql = "SELECT method, layer, lr, avg(efficacy) FROM edits GROUP BY ALL ORDER BY ALL"
     console.print(f'  backlens query {swept.out} --sql "{sql}"', soft_wrap=True)
-    console.print(f"  backlens edit plot {swept.out}", soft_wrap=True)
+    console.print(f"  backlens plot edits {swept.out}", soft_wrap=True)
 
 
 def _trials_table(scores: Sequence[TrialScore]) -> Table:

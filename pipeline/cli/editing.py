@@ -224,7 +224,7 @@ class _Losses:
 def plot(out: str, /, *, to: str = "edits.png", debug: Debug = False) -> int:
     """Draw a sweep: S by layer and learning rate, methods with bootstrap intervals, many edits at once.
 
-    Example: backlens edit plot ./sweep --to edits.svg
+    Example: backlens plot edits ./sweep --to edits.svg
 
     Parameters
     ----------

@@ -100,8 +100,10 @@ def test_a_sweep_is_queried_and_drawn(tmp_path, capsys):
     assert [row["layer"] for row in rows] == [4, 5]
     assert rows[1]["e"] >= 0.8
     assert rows[1]["h"] > 1
-    assert call(["edit", "plot", out, "--to", str(figure)]) == 0
-    assert "forward-shift: score S" in figure.read_text("utf-8")
+    for spelling in (["edit", "plot"], ["plot", "edits"]):
+        figure.unlink(missing_ok=True)
+        assert call([*spelling, out, "--to", str(figure)]) == 0
+        assert "forward-shift: score S" in figure.read_text("utf-8")
 
 
 def test_many_edits_are_judged_by_what_they_should_leave_alone(tmp_path, short_text, probes):

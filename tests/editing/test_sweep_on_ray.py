@@ -9,8 +9,8 @@ import pytest
 from tests.engine.cluster import kill, one_node_cluster, workers
 from tests.engine.command import called, count_commits, error_line, finish, start, wait_for
 
-GRID = ("--layers", "4-6", "--lr", "1,1.6", "--limit", "60", "--at-once", "1,20")
-SHARDS = 3 * 2 * (2 + 2)
+GRID = ("--layers", "4-6", "--lr", "1,1.6", "--limit", "40", "--at-once", "1,20")
+SHARDS = 3 * 2 * (1 + 1)
 
 
 def rows(out: Path) -> list[tuple[Any, ...]]:
