@@ -13,7 +13,7 @@ which is theirs but for the side that is weighted (they have c_edit · L_e + L_l
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -54,6 +54,8 @@ class Training:
     """c_loc; the paper's weights come to the same (c_edit = 0.1)."""
     unrelated: int = 4
     """Unrelated prompts, and texts, for each edit of a step."""
+    swapped: float = 0.5
+    """Share of edits that are given another one's target."""
     seed: int = 0
 
 
@@ -192,18 +194,28 @@ def _text_rows(loaded: LoadedModel, texts: Sequence[str]) -> list[tuple[Sequence
 def _lessons(
     loaded: LoadedModel, requests: Sequence[Request], texts: Rows, training: Training, draw: random.Random
 ) -> list[Lesson]:
-    """Some edits, drawn anew, each with unrelated prompts and texts."""
+    """Some edits, drawn anew, each with unrelated prompts and texts.
+
+    So that a few hundred edits are not learned by heart, the prompt that gives the gradient is any of the wordings, and
+    a share of the edits have the target of another one.
+    """
     chosen = draw.sample(list(requests), min(training.batch, len(requests)))
-    return [_lesson(loaded, request, texts, training.unrelated, draw) for request in chosen]
+    made: list[Lesson] = []
+    for request in chosen:
+        other = draw.choice(requests).target_new if draw.random() < training.swapped else request.target_new
+        made.append(_lesson(loaded, replace(request, target_new=other), texts, training.unrelated, draw))
+    return made
 
 
 def _lesson(
     loaded: LoadedModel, request: Request, texts: Rows, unrelated: int, draw: random.Random
 ) -> Lesson:
-    said = [(prompt, request.target_new) for prompt in (request.prompt, *request.paraphrases)]
+    wordings = (request.prompt, *request.paraphrases)
+    said = [(prompt, request.target_new) for prompt in wordings]
+    asked = replace(request, prompt=draw.choice(wordings), subject=None)
     around = draw.sample(request.neighbourhood, min(unrelated, len(request.neighbourhood)))
     # only where these prompts end is compared: the target is not read
     kept = [(prompt, request.target_new) for prompt in around]
     rows = [(e.token_ids, e.target_ids) for e in encode(loaded, said, request.where)]
     left = [(e.token_ids, e.target_ids[:1]) for e in encode(loaded, kept, request.where)] if kept else []
-    return Lesson(request, rows, [*left, *draw.sample(list(texts), min(unrelated, len(texts)))])
+    return Lesson(asked, rows, [*left, *draw.sample(list(texts), min(unrelated, len(texts)))])
