@@ -61,6 +61,8 @@ class EditOptions(EditInput):
     """forward-shift: solve for all edits together, λ tokens of the text weighing as much as one edit. memit: its λ."""
     passes: Annotated[int, METHOD, WHOLE] = 1
     """forward-shift: go over the edits again, each shifted by how much of its target is missing."""
+    contrast: Annotated[bool, METHOD] = False
+    """forward-shift: take away what the model expects, as much as it expects it, while the target is added."""
     span: Annotated[int, METHOD, WHOLE] = 1
     """Layers that an edit is spread over: the given one and those right below it."""
     halves: Annotated[Literal["both", "imprint", "shift"], METHOD] = "both"
@@ -110,13 +112,13 @@ class MendOptions(EditInput):
     """Whose feed-forward matrices the editor changes, e.g. "5-7". Default: the last three."""
     rank: Annotated[int, TRAINING, WHOLE] = 64
     """Of the editor's products U V."""
-    steps: Annotated[int, TRAINING, WHOLE] = 600
+    steps: Annotated[int, TRAINING, WHOLE] = 500
     """Steps of Adam."""
     batch: Annotated[int, TRAINING, WHOLE] = 8
     """Edits in a step."""
-    lr: Annotated[float, TRAINING] = 1e-3
+    lr: Annotated[float, TRAINING] = 3e-3
     """Adam's rate; it falls to zero along a line."""
-    locality: Annotated[float, TRAINING] = 10.0
+    locality: Annotated[float, TRAINING] = 1.0
     """Weight of what edits should leave alone (KL) beside what they should do."""
 
     def __post_init__(self) -> None:

@@ -83,6 +83,7 @@ def make_method(options: EditOptions, tools: Tools, name: MethodName, layer: int
             tools.moments,
             options.ridge,
             options.passes,
+            options.contrast,
         )
     if name == "gradient-shift":
         halves = {"imprint": ("mlp.up", "mlp.gate"), "shift": (MODULE,)}
