@@ -15,6 +15,8 @@ What goes beyond the paper:
   there gets no more, one that interference took away gets more.
 * `contrast`: E[target] − Σ p(token) E[token] in the place of E[target]: what the model expects is taken away as the
   target is added, weighted by how much of it there is. That is −δ of the head's input, so it needs no second factor.
+* `temperature`: p is of logits divided by it. Above 1 an edit is not yet there when its p comes close to 1, so that the
+  target wins by more, and other wordings follow.
 """
 
 from collections.abc import Sequence
@@ -55,6 +57,7 @@ class ForwardShift:
     """λ: edits are solved for together; None adds them up."""
     passes: int = 1
     contrast: bool = False
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.normalise == "covariance" or self.ridge is not None) and self.moments is None:
@@ -96,7 +99,7 @@ class ForwardShift:
         wanted = target_embeddings(loaded, targets)
         if first and not self.contrast:
             return wanted
-        said, expected = _said(loaded, examples, counts)
+        said, expected = _said(loaded, examples, counts, self.temperature)
         return wanted - expected if self.contrast else wanted * (1 - said)[:, None]
 
     def _places(self, example: Example, request: Request | None = None) -> list[int]:
@@ -123,13 +126,13 @@ class ForwardShift:
 
 @torch.no_grad()
 def _said(
-    loaded: LoadedModel, examples: Sequence[Example], counts: Sequence[int]
+    loaded: LoadedModel, examples: Sequence[Example], counts: Sequence[int], temperature: float
 ) -> tuple[Float[Tensor, " token"], Float[Tensor, "token d_model"]]:
     """p of each edit's first target tokens, as many as its count says, and Σ p(token) E[token] there."""
     said: list[Tensor] = [torch.empty(0)] * len(examples)
     expected = list(said)
     for indices, batch in batches(loaded, [(e.token_ids, e.target_ids) for e in examples]):
-        p = logits_of(loaded, batch).softmax(-1)
+        p = (logits_of(loaded, batch) / temperature).softmax(-1)
         mean = expected_embeddings(loaded, p)
         of_target = p.gather(-1, batch.targets[..., None]).squeeze(-1)
         for row, index in enumerate(indices):

@@ -63,6 +63,8 @@ class EditOptions(EditInput):
     """forward-shift: go over the edits again, each shifted by how much of its target is missing."""
     contrast: Annotated[bool, METHOD] = False
     """forward-shift: take away what the model expects, as much as it expects it, while the target is added."""
+    temperature: Annotated[float, METHOD] = 1.0
+    """forward-shift, passes and contrast: above 1, an edit goes on until its target wins by more."""
     span: Annotated[int, METHOD, WHOLE] = 1
     """Layers that an edit is spread over: the given one and those right below it."""
     halves: Annotated[Literal["both", "imprint", "shift"], METHOD] = "both"
@@ -89,6 +91,8 @@ class EditOptions(EditInput):
         ):
             if value is not None and value < 1:
                 raise BacklensError(f"--{name} {value}: give 1 or more")
+        if self.temperature <= 0:
+            raise BacklensError(f"--temperature {self.temperature}: give more than 0")
         if self.prefixes < 0:
             raise BacklensError(f"--prefixes {self.prefixes}: give 0 or more")
 

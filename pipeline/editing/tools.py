@@ -84,6 +84,7 @@ def make_method(options: EditOptions, tools: Tools, name: MethodName, layer: int
             options.ridge,
             options.passes,
             options.contrast,
+            options.temperature,
         )
     if name == "gradient-shift":
         halves = {"imprint": ("mlp.up", "mlp.gate"), "shift": (MODULE,)}

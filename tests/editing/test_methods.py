@@ -225,9 +225,10 @@ def test_a_request_without_a_subject_is_refused_by_methods_that_need_one(demo, r
         Rome(0, moments)(demo, lost)
 
 
-def test_a_contrasting_shift_is_what_descent_would_add_to_the_heads_input(demo, requests):
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_contrasting_shift_is_what_descent_would_add_to_the_heads_input(demo, requests, temperature):
     request = requests[0]
-    (delta,) = ForwardShift((LAYER,), 1.0, contrast=True)(demo, request)
+    (delta,) = ForwardShift((LAYER,), 1.0, contrast=True, temperature=temperature)(demo, request)
     (token,) = demo.tokenizer.encode(request.target_new)
     kept: list[torch.Tensor] = []
     hook = demo.model.lm_head.register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
@@ -235,7 +236,7 @@ def test_a_contrasting_shift_is_what_descent_would_add_to_the_heads_input(demo, 
         demo.model(torch.tensor([demo.tokenizer.encode(request.prompt)]))
     hook.remove()
     hidden = kept[0][0, -1].clone().requires_grad_()
-    (-demo.model.lm_head(hidden).log_softmax(-1)[token]).backward()
+    (-(demo.model.lm_head(hidden) / temperature).log_softmax(-1)[token]).backward()
     assert hidden.grad is not None
-    wanted = torch.outer(input_of_down(demo, request.prompt)[-1], -hidden.grad)
+    wanted = torch.outer(input_of_down(demo, request.prompt)[-1], -temperature * hidden.grad)
     torch.testing.assert_close(delta.matrix(), wanted, rtol=1e-3, atol=1e-4)
