@@ -1,6 +1,5 @@
 # Makes the tables of docs/editing.md in a folder: bash docs/editing.sh FOLDER [--model DIR --edits FILE]
-# About six minutes on one core. The second architecture: python -m pipeline.demo.train --architecture llama --out
-# FOLDER makes it; docs/editing.md says which sweeps were made with it.
+# About ten minutes on one core. MEND is trained and tried on the demo model, whatever follows FOLDER.
 set -euo pipefail
 mkdir -p "$1"
 cd "$1"
@@ -12,22 +11,26 @@ try() {
 python -m pipeline.demo.probes --out probes
 C="--text probes/text.txt --statistics covariance.safetensors"
 B="--untouched probes/untouched.jsonl --held-out probes/held-out.txt"
+SOLVE="--layers 7 --span 4 --lr 320 --ridge 1000 --passes 6"
+MEMIT="--methods memit --layers 6 --span 3 --ridge 300 --place last"
+DEMO="--model $(python -c 'from pipeline.demo import MODEL; print(MODEL)')"
 
+backlens edit train-mend editor.safetensors $DEMO --edits probes/mend-train.json --text probes/text.txt
+try mend --methods mend --layers 7 --editor editor.safetensors $DEMO --edits probes/mend-test.json --at-once 1,10,100 $B
 try naive --layers 5 --lr 1.6 --at-once 100,600 $B "$@"
-try solve --layers 7 --span 4 --lr 320 --ridge 1000 --passes 6 --at-once 100,600 $C $B "$@"
-try memit-many --methods memit --layers 6 --span 3 --ridge 300 --place last --at-once 100 --limit 300 $C $B "$@"
-try best --layers 6 --lr 0.8 "$@"
-try best-five --layers 5 --lr 2 "$@"
+try naive-ten --layers 5 --lr 1.6 --at-once 1,10 --limit 50 $B "$@"
+try solve --contrast $SOLVE --at-once 100,600 $C $B "$@"
+try solve-ten $SOLVE --at-once 1,10 --limit 50 $C $B "$@"
+try memit-many $MEMIT --at-once 100 --limit 300 $C $B "$@"
+try memit-ten $MEMIT --at-once 10 --limit 50 $C $B "$@"
+try best --layers 6 --lr 0.8 --limit 300 "$@"
 try best-covariance --layers 5 --lr 320 --normalise covariance $C "$@"
-try heat-map --layers 1-7 --lr 0.2,0.4,0.8,1.6,2.4 --limit 30 "$@"
-try gradient --methods gradient-shift --halves shift --layers 5 --lr 32,48 --limit 50 "$@"
+try heat-map --layers 1-7 --lr 0.2,0.4,0.8,1.6,2.4 --limit 10 "$@"
+try heat-map-covariance --layers 3-7 --lr 200,320,500 --limit 10 --normalise covariance $C "$@"
+try gradient --methods gradient-shift --halves shift --layers 5 --lr 32 --limit 50 "$@"
 try finetune --methods finetune --layers 5 --lr 0.02 --limit 50 "$@"
-try finetune-limit --methods finetune --layers 5 --lr 0.02 --norm-limit 0.02 --limit 50 "$@"
+try finetune-limit --methods finetune --layers 5 --lr 0.02 --norm-limit 0.05 --limit 50 "$@"
 try rome --methods rome --layers 0 --limit 50 --prefixes 2 $C "$@"
-try rome-last --methods rome --layers 5-6 --limit 50 --place last $C "$@"
+try rome-last --methods rome --layers 6 --limit 50 --place last $C "$@"
 try memit --methods memit --layers 4 --span 3 --ridge 300 --limit 30 --prefixes 2 $C "$@"
-try memit-last --methods memit --layers 6 --span 3 --ridge 300 --limit 50 --place last $C "$@"
-try naive-ten --layers 5 --lr 1.6 --at-once 1,10 --limit 100 $B "$@"
-try solve-ten --layers 7 --span 4 --lr 320 --ridge 1000 --passes 6 --at-once 1,10 --limit 100 $C $B "$@"
-try memit-ten --methods memit --layers 6 --span 3 --ridge 300 --place last --at-once 10 --limit 100 $C $B "$@"
-try heat-map-covariance --layers 3-7 --lr 200,320,500 --limit 30 --normalise covariance $C "$@"
+try memit-last $MEMIT --limit 50 $C "$@"

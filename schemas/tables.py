@@ -338,7 +338,11 @@ EDITS = Table(
             "The case: its ordinal in the input, from 0; joins `prompts.prompt_id` of a run over the same file.",
         ),
         Column("method", MODULE, "The method, as `--method` names it."),
-        Column("layer", pa.int16(), "The layer edited; with `--span`, the last of them."),
+        Column(
+            "layer",
+            pa.int16(),
+            "The layer edited; where an edit is spread over several (`--span`, mend), the last.",
+        ),
         Column("lr", pa.float64(), "The learning rate η; null for the method's own default.", nullable=True),
         Column(
             "at_once", pa.int32(), "How many cases were edited into the model together, this one included."

@@ -100,11 +100,13 @@ def print_sweep(swept: Swept) -> None:
     if swept.before:
         console.print(f"{swept.before:,} shards were done before")
     console.print(f"{swept.cases:,} cases in {swept.shards:,} shards")
+    if swept.deaths:
+        console.print(f"workers that died and were replaced: {swept.deaths}")
     console.print(_trials_table(best_trials(trial_scores(swept.out))))
     console.print("Next:")
     sql = "SELECT method, layer, lr, avg(efficacy) FROM edits GROUP BY ALL ORDER BY ALL"
     console.print(f'  backlens query {swept.out} --sql "{sql}"', soft_wrap=True)
-    console.print(f"  backlens edit plot {swept.out}", soft_wrap=True)
+    console.print(f"  backlens plot edits {swept.out}", soft_wrap=True)
 
 
 def _trials_table(scores: Sequence[TrialScore]) -> Table:

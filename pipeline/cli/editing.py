@@ -2,16 +2,18 @@
 
 import sys
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from pipeline.editing.options import EditOptions, MethodName, parse_method
+from pipeline.config import WHOLE, WHOLE_OR_AUTO
+from pipeline.editing.options import EditOptions, MendOptions, MethodName, parse_method
 from pipeline.errors import BacklensError
 
 app = App(name="edit", help="Change facts in a model's weights, and judge the change.")
 Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
 DEFAULTS = EditOptions()
+MEND_DEFAULTS = MendOptions()
 
 
 @app.default
@@ -36,9 +38,9 @@ def edit(
     Parameters
     ----------
     method
-        forward-shift, gradient-shift, finetune, rome or memit.
+        forward-shift, gradient-shift, finetune, rome, memit or mend.
     layer
-        The layer to edit. Default: at 7/10 of the model's depth.
+        The layer to edit. Default: at 7/10 of the model's depth; of mend the last that its editor changes.
     lr
         The learning rate η; forward-shift and gradient-shift need one (see `backlens edit sweep`).
     prompt
@@ -55,7 +57,7 @@ def edit(
         A folder for the edited model.
     """
     from pipeline.cli.edit_report import print_edit
-    from pipeline.editing.drive import load, load_editable
+    from pipeline.editing.loading import load, load_editable
     from pipeline.editing.tools import make_method, make_tools
 
     name = parse_method(method)
@@ -66,7 +68,10 @@ def edit(
     else:
         loaded, requests = load(options)
     chosen = default_layer(len(loaded.anatomy.blocks)) if layer is None else layer
-    made = make_method(options, make_tools(options, loaded, [name], [chosen]), name, chosen, lr)
+    tools = make_tools(options, loaded, [name], [chosen])
+    if layer is None and tools.editor is not None:
+        chosen = tools.editor.layers[-1]
+    made = make_method(options, tools, name, chosen, lr)
     about = {"method": name, "layer": chosen, "lr": lr, "model": options.model or "demo"}
     print_edit(loaded, requests, made, about, save_delta, save_model)
     return 0
@@ -80,7 +85,7 @@ def apply(delta: str, /, *, save_model: str, options: EditOptions = DEFAULTS, de
     """
     from pipeline.cli.edit_report import save_edited
     from pipeline.editing.delta import load_deltas
-    from pipeline.editing.drive import load_editable
+    from pipeline.editing.loading import load_editable
     from pipeline.editing.weights import edited
 
     deltas, _ = load_deltas(delta)
@@ -102,12 +107,16 @@ def sweep(
     untouched: str | None = None,
     held_out: str | None = None,
     generate: Annotated[bool, Parameter(negative=())] = False,
+    executor: Literal["local", "ray"] = "local",
+    workers: Annotated[int | Literal["auto"], WHOLE_OR_AUTO, Parameter(name=("--workers", "--replicas"))] = 1,
+    gpus_per_replica: Annotated[int | None, WHOLE] = None,
+    address: str | None = None,
     options: EditOptions = DEFAULTS,
     debug: Debug = False,
 ) -> int:
     """Try every method at every layer with every rate on every case; the same command resumes a stopped sweep.
 
-    Results are the table `edits` of the directory OUT (see `backlens query` and `backlens plot --figure edits`).
+    Results are the table `edits` of the directory OUT (see `backlens query` and `backlens plot edits`).
 
     Example: backlens edit sweep ./sweep --layers 3-6 --lr 0.8,1.6,3.2 --limit 100
 
@@ -130,10 +139,21 @@ def sweep(
         A file of texts, one a line: their perplexity with several cases at once.
     generate
         Let the edited model write, for the n-gram entropy and the reference score.
+    executor
+        local: this process. ray: workers on a cluster, which read --model, --text, --statistics and --editor by
+        themselves.
+    workers
+        Copies of the model that work side by side (ray); auto: as many as the cluster holds.
+    gpus_per_replica
+        GPUs that each asks for (ray). Default: 1 if the cluster has any.
+    address
+        A running Ray cluster. Default: $RAY_ADDRESS, else one on this machine for the length of the sweep.
     """
     from pipeline.cli.edit_report import print_sweep
+    from pipeline.editing.drive import Reports, Side
     from pipeline.editing.drive import sweep as run_sweep
-    from pipeline.editing.sweep import Grid, Side
+    from pipeline.editing.grid import Grid
+    from pipeline.engine.executors import RayOptions
     from pipeline.engine.plan import parse_layers
     from pipeline.models.load import ModelSource, load_config
 
@@ -147,16 +167,64 @@ def sweep(
         raise BacklensError(f"--at-once {at_once}: give numbers of 1 or more")
     depth = int(load_config(ModelSource(options.model or _demo(), options.revision)).num_hidden_layers)
     grid = Grid(names, parse_layers(layers, depth), rates, counts)
-    swept = run_sweep(options, grid, Side(untouched, held_out, generate), out, _told)
+    if executor == "local" and (workers != 1 or address is not None):
+        raise BacklensError(
+            "--executor local runs in this process; use --executor ray with --workers or --address"
+        )
+    ray = RayOptions(address, workers, gpus_per_replica) if executor == "ray" else None
+    side = Side(untouched, held_out, generate)
+    swept = run_sweep(options, grid, side, out, Reports(_told, _noted), ray)
     print_sweep(swept)
     return 0
+
+
+@app.command(name="train-mend")
+def train_mend(editor: str, /, *, training: MendOptions = MEND_DEFAULTS, debug: Debug = False) -> int:
+    """Train MEND's editor on a file of edits and save it, for --method mend --editor FILE.
+
+    Keep some edits out of that file to judge it by.
+
+    Example: backlens edit train-mend editor.safetensors --edits train.json --text texts.txt --layers 5-7
+    """
+    from pipeline.editing.covariance import model_digest, read_texts
+    from pipeline.editing.loading import load
+    from pipeline.editing.mend_train import Training, train
+    from pipeline.engine.plan import parse_layers
+
+    loaded, requests = load(training)
+    depth = len(loaded.anatomy.blocks)
+    layers = parse_layers(training.layers or f"{max(0, depth - 3)}-{depth - 1}", depth)
+    plan = Training(layers, training.rank, training.steps, training.batch, training.lr, training.locality)
+    texts = list(read_texts(training.text)) if training.text is not None else []
+    made = train(loaded, requests, texts, plan, _Losses(training.steps))
+    made.save(
+        editor, {"model": model_digest(loaded), "edits": str(len(requests)), "steps": str(training.steps)}
+    )
+    print(editor)
+    return 0
+
+
+class _Losses:
+    """Says how the training goes, ten times."""
+
+    def __init__(self, steps: int) -> None:
+        self._every, self._steps = max(1, steps // 10), steps
+        self._edit = self._locality = 0.0
+
+    def __call__(self, step: int, losses: Any) -> None:
+        self._edit, self._locality = self._edit + losses.edit, self._locality + losses.locality
+        if step % self._every == 0:
+            edit, locality = self._edit / self._every, self._locality / self._every
+            self._edit = self._locality = 0.0
+            text = f"step {step} of {self._steps}: edit {edit:.4f}, unrelated {locality:.5f} (nats)"
+            print(text, file=sys.stderr, flush=True)
 
 
 @app.command
 def plot(out: str, /, *, to: str = "edits.png", debug: Debug = False) -> int:
     """Draw a sweep: S by layer and learning rate, methods with bootstrap intervals, many edits at once.
 
-    Example: backlens edit plot ./sweep --to edits.svg
+    Example: backlens plot edits ./sweep --to edits.svg
 
     Parameters
     ----------
@@ -206,7 +274,7 @@ def explain(
         The case's ordinal in the file of edits, from 0.
     """
     from pipeline.cli.edit_report import print_explanation
-    from pipeline.editing.drive import load
+    from pipeline.editing.loading import load
     from pipeline.editing.tools import make_method, make_tools
 
     names: list[MethodName] = [
@@ -261,3 +329,7 @@ def _demo() -> str:
 
 def _told(done: int, shards: int) -> None:
     print(f"{done} of {shards} shards", file=sys.stderr, flush=True)
+
+
+def _noted(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

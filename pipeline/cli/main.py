@@ -12,6 +12,7 @@ from cyclopts.config import Dict
 
 from pipeline import __version__
 from pipeline.cli.editing import app as edit_app
+from pipeline.cli.editing import plot as plot_edits
 from pipeline.cli.jobs import Address
 from pipeline.cli.jobs import app as jobs_app
 from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error
@@ -256,7 +257,12 @@ app.command(jobs_app)
 app.command(edit_app)
 
 
-@app.command
+plot_app = App(name="plot")
+app.command(plot_app)
+plot_app.command(plot_edits, name="edits")
+
+
+@plot_app.default
 def plot(
     out: str,
     /,
@@ -270,7 +276,7 @@ def plot(
     """Draw the paper's figures (needs the extra: pip install "backlens[plot]").
 
     A heatmap has the top token of each layer and position over the bottom one, its colour is the VJP's norm:
-    imprint with --module mlp.up (x), shift with --module mlp.down (δ).
+    imprint with --module mlp.up (x), shift with --module mlp.down (δ). `backlens plot edits OUT` draws an edit sweep.
 
     Example: backlens plot ./demo-run --prompt 37 --module mlp.down --to heatmap.svg
 

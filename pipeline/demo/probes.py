@@ -1,7 +1,8 @@
 """Texts and facts to judge edits of the demo model by: `python -m pipeline.demo.probes --out FOLDER`.
 
 `text.txt`: sentences of its world, for covariances. `held-out.txt`: others, for perplexity. `untouched.jsonl`: facts
-that no record of `facts.json` is about, in one of their training wordings.
+that no record of `facts.json` is about, in one of their training wordings. `mend-train.json` and `mend-test.json`: the
+records in two parts that share no subject and no neighbourhood prompt, to train an editor on and to judge it by.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.demo import FACTS
 from pipeline.demo.corpus import Fact, World, build_world, filler_sentence
@@ -18,10 +20,12 @@ WORDINGS = 3
 """Of each fact's six, for covariances."""
 UNTOUCHED = 300
 HELD_OUT = 200
+TESTED = 4
+"""An editor is judged by one subject in so many."""
 
 
 def write_probes(out: Path, facts: Path = FACTS, seed: int = 0) -> None:
-    """The three files, from the world of the demo's seed."""
+    """The files, from the world of the demo's seed."""
     rng, world = random.Random(seed + 1), build_world(seed)
     out.mkdir(parents=True, exist_ok=True)
     lines = [
@@ -48,6 +52,23 @@ def write_probes(out: Path, facts: Path = FACTS, seed: int = 0) -> None:
     ]
     held += [filler_sentence(rng) for _ in range(HELD_OUT // 5)]
     (out / "held-out.txt").write_text("\n".join(held) + "\n", encoding="utf-8")
+    train, test = _parted(json.loads(facts.read_text("utf-8")), seed)
+    (out / "mend-train.json").write_text(json.dumps(train), encoding="utf-8")
+    (out / "mend-test.json").write_text(json.dumps(test), encoding="utf-8")
+
+
+def _parted(records: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training and test records: other subjects, and none of the test's neighbourhood prompts in training."""
+    subjects = sorted({each["requested_rewrite"]["subject"] for each in records})
+    tested = set(random.Random(seed).sample(subjects, len(subjects) // TESTED))
+    test = [each for each in records if each["requested_rewrite"]["subject"] in tested]
+    asked = {prompt for each in test for prompt in each["neighborhood_prompts"]}
+    train = [
+        each | {"neighborhood_prompts": [p for p in each["neighborhood_prompts"] if p not in asked]}
+        for each in records
+        if each["requested_rewrite"]["subject"] not in tested
+    ]
+    return train, test
 
 
 def _never_edited(world: World, facts: Path) -> Iterator[Fact]:
@@ -59,7 +80,7 @@ def _never_edited(world: World, facts: Path) -> Iterator[Fact]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and write the files; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.demo.probes", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the folder for the three files")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for the files")
     parser.add_argument("--facts", type=Path, default=FACTS, help="the records that are edited")
     options = parser.parse_args(arguments)
     write_probes(options.out, options.facts)

@@ -13,6 +13,10 @@ What goes beyond the paper:
   that an edit weighs as much as; the naive sum of single shifts lets edits add to each other's outputs.
 * `passes`: the shift of a pass is (1 − p(target)) η E[target], with p as the passes before left it: an edit that is
   there gets no more, one that interference took away gets more.
+* `contrast`: E[target] − Σ p(token) E[token] in the place of E[target]: what the model expects is taken away as the
+  target is added, weighted by how much of it there is. That is −δ of the head's input, so it needs no second factor.
+* `temperature`: p is of logits divided by it. Above 1 an edit is not yet there when its p comes close to 1, so that the
+  target wins by more, and other wordings follow.
 """
 
 from collections.abc import Sequence
@@ -22,11 +26,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.capture import Batch
 from pipeline.editing.covariance import Moments, damped
 from pipeline.editing.delta import Delta, merged
 from pipeline.editing.forward import batches, down_input, logits_of, subject_last, values_at, wordings
-from pipeline.editing.method import target_embeddings
+from pipeline.editing.method import expected_embeddings, target_embeddings
 from pipeline.editing.options import Normalise, Place
 from pipeline.editing.request import Request
 from pipeline.editing.weights import edited, matrix
@@ -53,6 +56,8 @@ class ForwardShift:
     ridge: float | None = None
     """λ: edits are solved for together; None adds them up."""
     passes: int = 1
+    contrast: bool = False
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.normalise == "covariance" or self.ridge is not None) and self.moments is None:
@@ -65,18 +70,16 @@ class ForwardShift:
             for layer in self.layers:
                 matrix(loaded, layer, MODULE)
                 with edited(loaded, deltas):
-                    missing = _missing(loaded, [each[0] for each in examples]) if number else None
-                    x, v = self._wanted(loaded, layer, requests, examples)
+                    x = self._keys(loaded, layer, requests, examples)
+                    v = self._shifts(loaded, [each[0] for each in examples], first=number == 0).to(x.device)
                 v = v * (self.lr / len(self.layers))
-                if missing is not None:
-                    v = v * missing[:, None]
                 deltas.append(Delta(layer, MODULE, *self._solved(layer, x, v)))
         return merged(deltas)
 
-    def _wanted(
+    def _keys(
         self, loaded: LoadedModel, layer: int, requests: Sequence[Request], examples: Sequence[list[Example]]
-    ) -> tuple[Float[Tensor, "edit d_in"], Float[Tensor, "edit d_model"]]:
-        """A row for each target token: the input there, mean over prefixes, and the token's embedding."""
+    ) -> Float[Tensor, "token d_in"]:
+        """A row for each target token: the input there, mean over prefixes."""
         flat = [example for each in examples for example in each]
         places = [
             self._places(example, request)
@@ -85,9 +88,19 @@ class ForwardShift:
         ]
         sequences = [(example.token_ids, example.target_ids) for example in flat]
         inputs = iter(values_at(loaded, sequences, places, down_input(loaded, layer)))
-        rows = [torch.stack([next(inputs) for _ in each]).mean(0) for each in examples]
-        targets = [token for each in examples for token in each[0].target_ids[: len(self._places(each[0]))]]
-        return torch.cat(rows), target_embeddings(loaded, targets).to(rows[0].device)
+        return torch.cat([torch.stack([next(inputs) for _ in each]).mean(0) for each in examples])
+
+    def _shifts(
+        self, loaded: LoadedModel, examples: Sequence[Example], first: bool
+    ) -> Float[Tensor, "token d_model"]:
+        """A row for each target token, before η: what its place should put out more of."""
+        counts = [len(self._places(example)) for example in examples]
+        targets = [token for e, count in zip(examples, counts, strict=True) for token in e.target_ids[:count]]
+        wanted = target_embeddings(loaded, targets)
+        if first and not self.contrast:
+            return wanted
+        said, expected = _said(loaded, examples, counts, self.temperature)
+        return wanted - expected if self.contrast else wanted * (1 - said)[:, None]
 
     def _places(self, example: Example, request: Request | None = None) -> list[int]:
         if self.place == "subject":
@@ -112,15 +125,16 @@ class ForwardShift:
 
 
 @torch.no_grad()
-def _missing(loaded: LoadedModel, examples: Sequence[Example]) -> Float[Tensor, " token"]:
-    """1 − p of every target token, edit after edit."""
-    found: list[Tensor] = [torch.empty(0)] * len(examples)
+def _said(
+    loaded: LoadedModel, examples: Sequence[Example], counts: Sequence[int], temperature: float
+) -> tuple[Float[Tensor, " token"], Float[Tensor, "token d_model"]]:
+    """p of each edit's first target tokens, as many as its count says, and Σ p(token) E[token] there."""
+    said: list[Tensor] = [torch.empty(0)] * len(examples)
+    expected = list(said)
     for indices, batch in batches(loaded, [(e.token_ids, e.target_ids) for e in examples]):
-        missing = 1 - _probabilities(loaded, batch)
+        p = (logits_of(loaded, batch) / temperature).softmax(-1)
+        mean = expected_embeddings(loaded, p)
+        of_target = p.gather(-1, batch.targets[..., None]).squeeze(-1)
         for row, index in enumerate(indices):
-            found[index] = missing[row, batch.target_mask[row]]
-    return torch.cat(found)
-
-
-def _probabilities(loaded: LoadedModel, batch: Batch) -> Float[Tensor, "prompt step"]:
-    return logits_of(loaded, batch).softmax(-1).gather(-1, batch.targets[..., None]).squeeze(-1)
+            said[index], expected[index] = of_target[row, : counts[index]], mean[row, : counts[index]]
+    return torch.cat(said), torch.cat(expected)

@@ -20,10 +20,21 @@ class Method(Protocol):
 
 def target_embeddings(loaded: LoadedModel, token_ids: Sequence[int]) -> Float[Tensor, "token d_model"]:
     """The head's rows of some tokens, in the width of the residual stream."""
-    parts = loaded.anatomy
-    rows = parts.head_weight[torch.as_tensor(token_ids, device=parts.head_weight.device)].float()
-    if parts.project_out is None:
+    weight = loaded.anatomy.head_weight
+    return _in_the_residual_stream(loaded, weight[torch.as_tensor(token_ids, device=weight.device)].float())
+
+
+def expected_embeddings(
+    loaded: LoadedModel, probabilities: Float[Tensor, "*place vocabulary"]
+) -> Float[Tensor, "*place d_model"]:
+    """The mean of the head's rows under some distributions over tokens."""
+    weight = loaded.anatomy.head_weight.float()
+    return _in_the_residual_stream(loaded, probabilities.to(weight.device) @ weight)
+
+
+def _in_the_residual_stream(loaded: LoadedModel, rows: Tensor) -> Tensor:
+    if loaded.anatomy.project_out is None:
         return rows
-    weight = parts.project_out.weight
+    weight = loaded.anatomy.project_out.weight
     assert isinstance(weight, Tensor)
     return rows @ weight.float()

@@ -1,17 +1,14 @@
 """The driver: plans, hands shards to an executor, and closes the run. It holds no weights and no rows."""
 
-import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from pipeline.config import RunConfig
-from pipeline.engine.before_ray import keep_deaths_quiet
 from pipeline.engine.events import emit, emit_shard, stage_seconds
-from pipeline.engine.executors import Executor, LocalExecutor, Standing
+from pipeline.engine.executors import RayOptions, Standing, executing
 from pipeline.engine.plan import RunPlan, fingerprint, make_plan, with_demo_defaults
 from pipeline.engine.versions import package_versions
 from pipeline.engine.worker import FAILED
@@ -173,7 +170,7 @@ def _run_shards(
     assert config.prompts is not None
     records = read_prompts(config.prompts, config.format, config.prompt_fields, config.limit)
     left = (s for s in shards(records, opened.record.plan.shard_prompts) if s.index not in done)
-    with _executor(config, progress) as executor:
+    with executing(_ray_options(config), progress.note) as executor:
         workers = executor.start(plan.job(opened.directory))
         work.seconds_to_start = time.perf_counter() - started
         devices = ", ".join(sorted({worker.device for worker in workers}))
@@ -201,21 +198,8 @@ def _run_shards(
     return work
 
 
-@contextmanager
-def _executor(config: RunConfig, progress: Progress) -> Iterator[Executor]:
+def _ray_options(config: RunConfig) -> RayOptions | None:
+    """None for the local executor."""
     if config.executor == "local":
-        executor: Executor = LocalExecutor()
-    else:
-        keep_deaths_quiet()
-        # The first shard that fails ends the run; Ray would print the traceback of the next one in flight as well.
-        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-        from pipeline.engine.ray_executor import RayExecutor, RayOptions  # Ray takes seconds to import
-
-        options = RayOptions(
-            config.address, config.replicas, config.gpus_per_replica, config.placement_timeout
-        )
-        executor = RayExecutor(options, progress.note)
-    try:
-        yield executor
-    finally:
-        executor.stop()
+        return None
+    return RayOptions(config.address, config.replicas, config.gpus_per_replica, config.placement_timeout)

@@ -28,7 +28,7 @@ from pipeline.engine.events import emit
 from pipeline.engine.placement import capacity, shortage
 from pipeline.engine.replica import Replica, ReplicaKind
 from pipeline.engine.session import ReplicaLost, errors_as_ours, nodes, reason
-from pipeline.engine.worker import Readiness
+from pipeline.engine.work import Readiness
 from pipeline.errors import Interrupted
 
 STARTS = 4

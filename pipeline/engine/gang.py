@@ -33,8 +33,10 @@ from pipeline.engine.memory import release_freed_memory
 from pipeline.engine.notes import note
 from pipeline.engine.packing import Packer
 from pipeline.engine.replica import References
-from pipeline.engine.worker import Attempt, Computed, Job, Worker
+from pipeline.engine.work import Attempt
+from pipeline.engine.worker import Computed, Job, Worker
 from pipeline.models.zero3 import go_to_meeting, join, open_meeting
+from pipeline.prompts.shards import Shard
 from pipeline.prompts.source import one_line
 from pipeline.prompts.tokenize import Example
 
@@ -111,7 +113,7 @@ class Leader(_Member):
         self._together(load, [peer.load.remote(rank, ranks, place) for rank, peer in enumerate(peers, 1)])
         self._readiness = replace(self._readiness, device=f"{ranks} ranks on {self._readiness.device}")
 
-    def _compute(self, examples: Sequence[Example], attempt: Attempt) -> Computed:
+    def _compute(self, examples: Sequence[Example], attempt: Attempt[Shard]) -> Computed:
         # Ranks end when they run out of memory, and nobody can say whether that is what the last gang died of.
         most = most_tokens(self._job.batch_tokens, self._loaded.device.type)
         self._budget = TokenBudget(max(1, most >> (attempt.number - 1)), self._loaded.device)
@@ -218,7 +220,7 @@ class Gang:
     def ready(self) -> References:
         return [self.leader.ready.remote()]
 
-    def run(self, attempt: Attempt) -> References:
+    def run(self, attempt: Attempt[Shard]) -> References:
         return [self.leader.run.remote(attempt)]
 
     def kill(self) -> None:

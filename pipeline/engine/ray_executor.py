@@ -8,12 +8,13 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import ray
 
 from pipeline.engine.events import LOGGER, emit
-from pipeline.engine.executors import AHEAD, Standing
+from pipeline.engine.executors import AHEAD, RayOptions, Standing
 from pipeline.engine.fleet import Fleet, Member
 from pipeline.engine.gang import GangKind
 from pipeline.engine.metrics import RayMetrics
@@ -22,33 +23,20 @@ from pipeline.engine.placement import cpus_per_replica, cpus_to_fill
 from pipeline.engine.replica import ActorKind, ReplicaKind
 from pipeline.engine.retry import ATTEMPTS, next_attempt
 from pipeline.engine.session import ReplicaLost, connect, errors_as_ours, nodes, reason
-from pipeline.engine.worker import Attempt, Job, Readiness
+from pipeline.engine.work import Attempt, Readiness, Task
+from pipeline.engine.worker import Job
 from pipeline.errors import BacklensError, Interrupted
-from pipeline.prompts.shards import Shard
 from pipeline.store.commit import ShardCommit
 
 MOST_CONDEMNED = 8
 """Prompts blamed for deaths with no shard done in between: beyond that it is not the prompts."""
 
 
-@dataclass(frozen=True, slots=True)
-class RayOptions:
-    """What to ask Ray for."""
-
-    address: str | None = None
-    """An existing cluster; None starts one on this machine for the length of the run."""
-    replicas: int | Literal["auto"] = 1
-    gpus_per_replica: int | None = None
-    """None asks for one GPU where the cluster has any, else for none."""
-    placement_timeout: float = 300.0
-    """Seconds to wait for a place on the cluster while no replica has one."""
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class _Given:
     """A shard in flight."""
 
-    attempt: Attempt
+    attempt: Attempt[Any]
     member: Member
     references: tuple[Any, ...]
 
@@ -61,13 +49,13 @@ class RayExecutor:
         self._announce = announce
         self._running: dict[Any, _Given] = {}
         """By each reference that has not resolved."""
-        self._again: deque[Attempt] = deque()
+        self._again: deque[Attempt[Any]] = deque()
         """Shards that were lost with their worker."""
         self._retries = 0
         self._condemned = 0
         self._metrics: logging.Handler = logging.NullHandler()
 
-    def start(self, job: Job) -> list[Readiness]:
+    def start(self, job: Task[Any]) -> list[Readiness]:
         joinable = connect(self._options.address)
         self._metrics = RayMetrics(str(job.directory))
         LOGGER.addHandler(self._metrics)
@@ -77,7 +65,7 @@ class RayExecutor:
         self._fleet = Fleet(kind, self._options.replicas, patience, self._announce)
         return self._fleet.gather()
 
-    def run(self, shards: Iterator[Shard]) -> Iterator[ShardCommit]:
+    def run(self, shards: Iterator[Any]) -> Iterator[ShardCommit]:
         more = True
         while True:
             self._give_again()
@@ -114,7 +102,7 @@ class RayExecutor:
         free = min(load, key=lambda member: load[member], default=None)
         return free if free is not None and load[free] < AHEAD else None
 
-    def _give(self, attempt: Attempt, member: Member) -> None:
+    def _give(self, attempt: Attempt[Any], member: Member) -> None:
         assert member.replica is not None
         given = _Given(attempt, member, tuple(member.replica.run(attempt)))
         self._running.update(dict.fromkeys(given.references, given))
@@ -154,7 +142,7 @@ class RayExecutor:
             emit("retry", level=logging.WARNING, shard=attempt.shard.index, attempt=attempt.number)
             self._again.append(attempt)
 
-    def _next(self, lost: Attempt, error: BaseException) -> Attempt:
+    def _next(self, lost: Attempt[Any], error: BaseException) -> Attempt[Any]:
         shard = lost.shard.index
         attempt = next_attempt(lost, noted(self._directory, shard) if lost.number > 1 else ())
         if attempt is not None:
@@ -168,19 +156,22 @@ class RayExecutor:
         return attempt
 
 
-def _kind(options: RayOptions, job: Job, joinable: bool) -> ReplicaKind:
+def _kind(options: RayOptions, job: Task[Any], joinable: bool) -> ReplicaKind:
     """What replicas are like: by how the model is sharded, and as large as lets all of them fit."""
     there = nodes()
     gpus = options.gpus_per_replica
     if gpus is None:
         gpus = int(any(node.gpus for node in there))
-    kind, processes = (GangKind, job.zero3.ranks) if job.zero3 else (ActorKind, 1)
+    if isinstance(job, Job) and job.zero3:
+        kind, processes = partial(GangKind, job), job.zero3.ranks
+    else:
+        kind, processes = partial(ActorKind, job), 1
     if options.replicas == "auto":
-        return kind(job, cpus_to_fill(there, gpus), gpus)
+        return kind(cpus_to_fill(there, gpus), gpus)
     try:
         cpus = cpus_per_replica(there, options.replicas * processes, gpus)
     except BacklensError:
         if not joinable:
             raise
         cpus = cpus_to_fill(there, gpus)  # nodes may join: the replicas wait for them
-    return kind(job, cpus, gpus)
+    return kind(cpus, gpus)

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.engine.executors import AHEAD
 from pipeline.engine.faults import DeviceLost
-from pipeline.engine.worker import Attempt, Job, Worker
+from pipeline.engine.work import Attempt, Readiness, Task
 from pipeline.store.commit import ShardCommit
 
 References = Sequence[Any]
@@ -32,7 +32,7 @@ class Replica(Protocol):
         """Resolve once the model is loaded; the first one to a `Readiness`."""
         ...
 
-    def run(self, attempt: Attempt) -> References:
+    def run(self, attempt: Attempt[Any]) -> References:
         """Resolve once the attempt's shard is committed; the first one to its `ShardCommit`.
 
         Up to AHEAD attempts are asked for at a time, in one order for all processes.
@@ -61,7 +61,7 @@ class ReplicaKind(Protocol):
 class ActorKind:
     """A copy of the model in one actor, on one device or spread over those that the actor has."""
 
-    job: Job
+    job: Task[Any]
     cpus: float
     gpus: int
 
@@ -80,12 +80,18 @@ class ActorKind:
         return ActorReplica(worker.remote(self.job, max(1, int(self.cpus))))
 
 
-class WorkerProcess(Worker):
+class WorkerProcess:
     """A worker in a process of its own, which ends with its device: what runs there later would fail as well."""
 
-    def run(self, attempt: Attempt) -> ShardCommit:
+    def __init__(self, job: Task[Any], threads: int) -> None:
+        self._worker = job.worker(threads)
+
+    def ready(self) -> Readiness:
+        return self._worker.ready()
+
+    def run(self, attempt: Attempt[Any]) -> ShardCommit:
         try:
-            return super().run(attempt)
+            return self._worker.run(attempt)
         except DeviceLost as error:
             sys.stderr.write(f"backlens: {error}; this worker ends, its shards go to another\n")
             sys.stderr.flush()
@@ -101,7 +107,7 @@ class ActorReplica:
     def ready(self) -> References:
         return [self.actor.ready.remote()]
 
-    def run(self, attempt: Attempt) -> References:
+    def run(self, attempt: Attempt[Any]) -> References:
         return [self.actor.run.remote(attempt)]
 
     def kill(self) -> None:

@@ -8,13 +8,13 @@ flight at the last of ATTEMPTS deaths, and in flight at the one before, is recor
 
 from dataclasses import replace
 
-from pipeline.engine.worker import Attempt
+from pipeline.engine.work import Attempt, S
 
 ATTEMPTS = 4
 """How many deaths a shard is tried through before a prompt is blamed or the run stops."""
 
 
-def next_attempt(lost: Attempt, in_flight: tuple[int, ...]) -> Attempt | None:
+def next_attempt(lost: Attempt[S], in_flight: tuple[int, ...]) -> Attempt[S] | None:
     """The attempt after one that was lost while prompts `in_flight` were computed; None if there should be none."""
     if lost.number < ATTEMPTS:
         return replace(lost, number=lost.number + 1, suspects=in_flight)

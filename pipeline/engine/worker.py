@@ -1,4 +1,4 @@
-"""The one worker class that every executor runs: a copy of the model, and shards in, commits out."""
+"""The worker of a run, whichever executor it is on: a copy of the model, and shards in, commits out."""
 
 import threading
 import time
@@ -21,6 +21,7 @@ from pipeline.engine.memory import MemoryGauge, release_all, release_freed_memor
 from pipeline.engine.notes import note
 from pipeline.engine.packing import Packer
 from pipeline.engine.versions import package_versions
+from pipeline.engine.work import Attempt, Readiness
 from pipeline.errors import BacklensError
 from pipeline.lens import Scaling, make_lens, verify_lens
 from pipeline.models.load import ModelSource, load_model
@@ -65,30 +66,8 @@ class Job:
     on_error: Literal["record", "fail"]
     directory: Directory
 
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """A shard to compute, and what is known from attempts that ended with their worker."""
-
-    shard: Shard
-    number: int = 1
-    """From the second on, the worker has no other shard and notes which prompts are in flight."""
-    suspects: tuple[int, ...] = ()
-    """Prompts to compute first, one at a time."""
-    condemned: frozenset[int] = frozenset()
-    """Prompts to record as failures and leave out."""
-
-    def suspected(self, examples: Sequence[Example]) -> set[int]:
-        """The places of the suspects."""
-        return {place for place, example in enumerate(examples) if example.prompt.prompt_id in self.suspects}
-
-
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    """What a worker says once its model is loaded."""
-
-    device: str
-    load_seconds: float
+    def worker(self, threads: int | None = None) -> "Worker":
+        return Worker(self, threads)
 
 
 class Worker:
@@ -120,7 +99,7 @@ class Worker:
     def ready(self) -> Readiness:
         return self._readiness
 
-    def run(self, attempt: Attempt) -> ShardCommit:
+    def run(self, attempt: Attempt[Shard]) -> ShardCommit:
         """Compute and commit one shard; a shard that is already committed is left as it is."""
         shard = attempt.shard
         done = find_commit(self._job.directory, shard.index)
@@ -155,7 +134,7 @@ class Worker:
         self._refuse(rejected)
         return [result for result in results if isinstance(result, Example)], rejected
 
-    def _compute(self, examples: Sequence[Example], attempt: Attempt) -> "Computed":
+    def _compute(self, examples: Sequence[Example], attempt: Attempt[Shard]) -> "Computed":
         lengths = self._lengths(examples)
         packer = Packer(lengths, attempt.suspected(examples))
         computed = Computed()
@@ -224,7 +203,9 @@ class Worker:
             raise error
         return rejected_prompt(example.prompt, "raised", f"{type(error).__name__}: {error}")
 
-    def _commit(self, attempt: Attempt, computed: "Computed", rejected: Sequence[Rejected]) -> ShardCommit:
+    def _commit(
+        self, attempt: Attempt[Shard], computed: "Computed", rejected: Sequence[Rejected]
+    ) -> ShardCommit:
         started, shard = time.perf_counter(), attempt.shard
         tables = computed.tables(self._job.wanted.save_factors)
         failed = [*rejected, *computed.failed]

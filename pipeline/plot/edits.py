@@ -1,6 +1,7 @@
 """Figures of an edit sweep: S by layer and learning rate, methods side by side, and many edits at once."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,9 +78,8 @@ def _methods(axes: "Axes", best: Sequence[TrialScore]) -> None:
 
 def _curves(axes: "Axes", scores: Sequence[TrialScore], counts: Sequence[int]) -> None:
     best = {(each.method, each.at_once): each for each in best_trials(scores)}
-    for style, method in zip(
-        ("-", "--", ":", "-."), dict.fromkeys(each.method for each in scores), strict=False
-    ):
+    methods = dict.fromkeys(each.method for each in scores)
+    for style, method in zip(cycle(("-", "--", ":", "-.")), methods, strict=False):
         there = [best[method, count] for count in counts if (method, count) in best]
         for figure, colour in COLOURS.items():
             values = [100 * getattr(each, figure).value for each in there]

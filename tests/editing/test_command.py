@@ -77,10 +77,11 @@ def test_a_sweep_resumes_and_its_rows_do_not_depend_on_it(tmp_path, capsys, monk
 
     monkeypatch.setattr("pipeline.cli.editing._told", told)
     assert call(["edit", "sweep", broken, *grid]) == 3
-    assert len(committed(Directory.at(broken))) == 3
+    before = len(committed(Directory.at(broken)))
+    assert 3 <= before < 8  # what is in hand at an interruption is finished
     monkeypatch.undo()
     assert call(["edit", "sweep", broken, *grid]) == 0
-    assert "3 shards were done before" in capsys.readouterr().out
+    assert f"{before} shards were done before" in capsys.readouterr().out
     query = "SELECT * EXCLUDE (seconds_edit, seconds_evaluate) FROM '{}/edits/*.parquet' ORDER BY trial, prompt_id"
     rows = [duckdb.connect().execute(query.format(out)).fetchall() for out in (whole, broken)]
     assert rows[0] == rows[1]
@@ -99,8 +100,10 @@ def test_a_sweep_is_queried_and_drawn(tmp_path, capsys):
     assert [row["layer"] for row in rows] == [4, 5]
     assert rows[1]["e"] >= 0.8
     assert rows[1]["h"] > 1
-    assert call(["edit", "plot", out, "--to", str(figure)]) == 0
-    assert "forward-shift: score S" in figure.read_text("utf-8")
+    for spelling in (["edit", "plot"], ["plot", "edits"]):
+        figure.unlink(missing_ok=True)
+        assert call([*spelling, out, "--to", str(figure)]) == 0
+        assert "forward-shift: score S" in figure.read_text("utf-8")
 
 
 def test_many_edits_are_judged_by_what_they_should_leave_alone(tmp_path, short_text, probes):

@@ -11,9 +11,12 @@ from transformers import Conv1D
 from pipeline.editing.closed_form import Memit, Rome, spread
 from pipeline.editing.covariance import Moments, measure
 from pipeline.editing.delta import Delta, load_deltas, merged, save_deltas
+from pipeline.editing.editor import Editor
 from pipeline.editing.evaluate import ask, exam, summary
 from pipeline.editing.forward_shift import ForwardShift
 from pipeline.editing.gradient import FineTune, GradientShift
+from pipeline.editing.mend import Mend
+from pipeline.editing.mend_train import feed_forward_shapes
 from pipeline.editing.method import Method
 from pipeline.editing.request import Request
 from pipeline.editing.weights import edited, matrix, weights_digest
@@ -139,6 +142,7 @@ def test_every_method_edits_every_dense_family_and_leaves_it_as_it_was(family, t
         FineTune((1,), 0.01, modules=("mlp.up", "mlp.down"), steps=3),
         Rome(0, moments),
         Memit((0,), moments, 1.0),
+        Mend(Editor(feed_forward_shapes(loaded, (0, 1)), rank=4)),
     ]
     digest = weights_digest(loaded)
     for method in methods:
@@ -219,3 +223,20 @@ def test_a_request_without_a_subject_is_refused_by_methods_that_need_one(demo, r
     lost = replace(requests[0], subject=None)
     with pytest.raises(BacklensError, match="subject"):
         Rome(0, moments)(demo, lost)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_contrasting_shift_is_what_descent_would_add_to_the_heads_input(demo, requests, temperature):
+    request = requests[0]
+    (delta,) = ForwardShift((LAYER,), 1.0, contrast=True, temperature=temperature)(demo, request)
+    (token,) = demo.tokenizer.encode(request.target_new)
+    kept: list[torch.Tensor] = []
+    hook = demo.model.lm_head.register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
+    with torch.no_grad():
+        demo.model(torch.tensor([demo.tokenizer.encode(request.prompt)]))
+    hook.remove()
+    hidden = kept[0][0, -1].clone().requires_grad_()
+    (-(demo.model.lm_head(hidden) / temperature).log_softmax(-1)[token]).backward()
+    assert hidden.grad is not None
+    wanted = torch.outer(input_of_down(demo, request.prompt)[-1], -temperature * hidden.grad)
+    torch.testing.assert_close(delta.matrix(), wanted, rtol=1e-3, atol=1e-4)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.engine.retry import ATTEMPTS, next_attempt
-from pipeline.engine.worker import Attempt
+from pipeline.engine.work import Attempt
 from pipeline.prompts.record import Prompt
 from pipeline.prompts.shards import Shard
 
