@@ -13,10 +13,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from pipeline import screening, sieve
 from pipeline.lens import Lens, Norm
 from pipeline.projection import Vectors, project
 
@@ -99,6 +101,16 @@ def one_by_one(lens: Lens, vectors: Vectors, target: int, neurons: int) -> None:
         (scores > scores[target]).sum()
 
 
+def with_pytorch_alone(action: Callable[[], object]) -> Callable[[], object]:
+    """The same without compiled loops."""
+
+    def run() -> None:
+        with mock.patch.object(sieve, "kernels", None), mock.patch.object(screening, "kernels", None):
+            action()
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -116,6 +128,8 @@ def main() -> None:
     actions = products(lens, some) | {
         "project, no neurons": lambda: project(none, lens, targets, K),
         "project, 16 neurons": lambda: project(some, lens, targets, K),
+        "no kernels, no neurons": with_pytorch_alone(lambda: project(none, lens, targets, K)),
+        "no kernels, 16 neurons": with_pytorch_alone(lambda: project(some, lens, targets, K)),
     }
     times = in_turn(actions, options.rounds)
     print(f"{PROMPTS} prompts of {POSITIONS} tokens, {options.threads} threads")

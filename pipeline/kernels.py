@@ -1,7 +1,7 @@
-"""Loops that one read of memory suffices for, compiled for the CPU by numba.
+"""Loops that read memory once, compiled for CPUs by numba.
 
-As PyTorch operations the same work is a dozen passes over the scores (`benchmarks/project.py`). Who has no numba, or
-a GPU, takes those; `sieve.py` and `screening.py` decide.
+As PyTorch operations the same work is a dozen passes over the scores. Who has a GPU, or no numba, takes those:
+`sieve.py` and `screening.py` decide, and `benchmarks/project.py` compares.
 
 Shapes: R rows, V tile, D d_model, P pairs.
 """
@@ -14,7 +14,8 @@ from numba import njit
 
 ONE, ZERO = np.float32(1), np.float32(0)
 
-LANES = 32
+COLUMNS = 32
+"""A row's scores are taken in blocks of so many columns of 64; a column is a group."""
 
 CAPACITY = 2**18
 """Pairs that `sift` can write before it has to hand them over."""
@@ -33,26 +34,26 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 @compiled()
-def _fold(values, lanes, low, high, top, bottom, above, not_below):
-    """Of each group of a block's scores (g, g + lanes, g + 2 lanes …): the largest and smallest, and how many are above
-    `high` and not below `low`. Neighbours are of different groups, so that the inner loops are vector instructions."""
-    for g in range(lanes):
+def _fold(values, columns, low, high, top, bottom, above, not_below):
+    """Of each column of a block's scores (g, g + columns, g + 2 columns …): the largest and smallest, and how many are
+    above `high` and not below `low`. Neighbours are of different columns: the inner loops are vector instructions."""
+    for g in range(columns):
         top[g] = values[g]
         bottom[g] = values[g]
         above[g] = ZERO
         not_below[g] = ZERO
-    each = len(values) // lanes
+    each = len(values) // columns
     for j in range(0, each - 3, 4):
-        a, b = values[j * lanes : (j + 1) * lanes], values[(j + 1) * lanes : (j + 2) * lanes]
-        c, d = values[(j + 2) * lanes : (j + 3) * lanes], values[(j + 3) * lanes : (j + 4) * lanes]
-        for g in range(lanes):
+        a, b = values[j * columns : (j + 1) * columns], values[(j + 1) * columns : (j + 2) * columns]
+        c, d = values[(j + 2) * columns : (j + 3) * columns], values[(j + 3) * columns : (j + 4) * columns]
+        for g in range(columns):
             w, x, y, z = a[g], b[g], c[g], d[g]
             top[g] = _larger(top[g], _larger(_larger(w, x), _larger(y, z)))
             bottom[g] = _smaller(bottom[g], _smaller(_smaller(w, x), _smaller(y, z)))
             above[g] += (_one(w > high) + _one(x > high)) + (_one(y > high) + _one(z > high))
             not_below[g] += (_one(w >= low) + _one(x >= low)) + (_one(y >= low) + _one(z >= low))
-    for i in range(each // 4 * 4 * lanes, each * lanes):
-        g, w = i % lanes, values[i]
+    for i in range(each // 4 * 4 * columns, each * columns):
+        g, w = i % columns, values[i]
         top[g] = _larger(top[g], w)
         bottom[g] = _smaller(bottom[g], w)
         above[g] += _one(w > high)
@@ -62,8 +63,8 @@ def _fold(values, lanes, low, high, top, bottom, above, not_below):
 @compiled()
 def _place(g, groups, each):
     """Where a row has the first of its group g's scores, and how far apart they are."""
-    block = g // LANES * LANES
-    return block * each + g - block, min(LANES, groups - block)
+    block = g // COLUMNS * COLUMNS
+    return block * each + g - block, min(COLUMNS, groups - block)
 
 
 @compiled()
@@ -113,11 +114,11 @@ def sift(
         if not (counting[r] or listing[r] or listing[total + r]):
             continue
         values, lo, hi = scores[r], low[r], high[r]
-        for first_group in range(0, groups, LANES):
-            lanes = min(LANES, groups - first_group)
-            block = values[first_group * each : (first_group + lanes) * each]
-            part = slice(first_group, first_group + lanes)
-            _fold(block, lanes, low[r], high[r], top[part], bottom[part], over[part], not_below[part])
+        for first_group in range(0, groups, COLUMNS):
+            columns = min(COLUMNS, groups - first_group)
+            block = values[first_group * each : (first_group + columns) * each]
+            part = slice(first_group, first_group + columns)
+            _fold(block, columns, low[r], high[r], top[part], bottom[part], over[part], not_below[part])
         if counting[r]:
             for g in range(groups):
                 above[r] += np.int64(over[g])
