@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.shape import make_model, write_prompts
 from pipeline.capture import capture, make_batch
 from pipeline.config import PromptFields
+from pipeline.engine.budget import ON_CPU
 from pipeline.engine.extract import Wanted, extract, sequence
 from pipeline.engine.packing import pack
 from pipeline.lens import make_lens
@@ -31,7 +32,6 @@ from pipeline.prompts.record import Prompt
 from pipeline.prompts.tokenize import Example, tokenize
 
 MODULES = ("mlp.up", "mlp.down")
-BATCH_TOKENS = 512
 WIDTH = 2048
 
 
@@ -148,7 +148,7 @@ def batches(prompts: Path, loaded: LoadedModel) -> list[list[Example]]:
     ]
     found = tokenize(records, loaded.tokenizer, prepend_bos="auto", target_mode="first", context=1024)
     examples = [example for example in found if isinstance(example, Example)]
-    packed = pack([len(example.token_ids) for example in examples], BATCH_TOKENS)
+    packed = pack([len(example.token_ids) for example in examples], ON_CPU)
     return [[examples[index] for index in indices] for indices in packed]
 
 

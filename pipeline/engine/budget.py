@@ -6,8 +6,8 @@ import torch
 
 from pipeline.engine.memory import MemoryGauge
 
-ON_CPU = 512
-"""Tokens that keep a CPU busy and its caches warm; more are no faster."""
+ON_CPU = 256
+"""Tokens that keep a CPU busy; more are no faster, and what a backward pass keeps of each takes memory."""
 ON_GPU = 8192
 SHARE = 0.6
 """Of the memory there is, what a batch is let have: estimates err, and the next shard's rows are there too."""
