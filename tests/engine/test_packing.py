@@ -80,10 +80,10 @@ class _Gauge:
 
 def test_the_budget_is_what_the_first_batch_shows_to_fit() -> None:
     budget = TokenBudget("auto", torch.device("cpu"))
-    assert budget.at(8) == 64, "a probe"
+    assert budget.at(8) == 32, "a probe"
     budget.learn(_Gauge(64_000, 100_000_000), 8, 8)  # pyright: ignore[reportArgumentType]
-    assert budget.at(8) == 512, "what keeps a CPU busy"
+    assert budget.at(8) == 256, "what keeps a CPU busy"
     budget.learn(_Gauge(64_000, 200_000), 8, 8)  # pyright: ignore[reportArgumentType]
-    assert 64 < budget.at(8) <= 200, "a thousand bytes a token"
+    assert 32 < budget.at(8) <= 200, "a thousand bytes a token"
     assert budget.at(16) <= budget.at(8) / 2 + 1, "longer prompts may need more for each token"
-    assert TokenBudget("auto", torch.device("cuda")).at(8) > 64
+    assert TokenBudget("auto", torch.device("cuda")).at(8) > 32
