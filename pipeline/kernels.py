@@ -118,7 +118,7 @@ def sift(
             columns = min(COLUMNS, groups - first_group)
             block = values[first_group * each : (first_group + columns) * each]
             part = slice(first_group, first_group + columns)
-            _fold(block, columns, low[r], high[r], top[part], bottom[part], over[part], not_below[part])
+            _fold(block, columns, lo, hi, top[part], bottom[part], over[part], not_below[part])
         if counting[r]:
             for g in range(groups):
                 above[r] += np.int64(over[g])

@@ -24,7 +24,7 @@ PAIRS = 2**21
 class Pairs:
     """(row, token) pairs collected tile after tile, with a number each; rows that collect too many give up."""
 
-    def __init__(self, rows: int, device: torch.device, room: int = PAIRS) -> None:
+    def __init__(self, rows: int, device: torch.device, room: int) -> None:
         self._room = room
         self.crowded: Bool[Tensor, " row"] = torch.zeros(rows, dtype=torch.bool, device=device)
         """Rows that had more than their share of the room: what is held of them is not complete."""
@@ -76,10 +76,9 @@ class Sieve:
         target_score: Float[Tensor, " row"],
         screened: Bool[Tensor, " row"],
         k: int,
-        room: int | None = None,
+        room: int = PAIRS,
     ) -> None:
-        """`room` is how many pairs to hold at once, PAIRS unless given."""
-        room = room or PAIRS
+        """`room` is how many pairs of each kind to hold at once."""
         rows, device = len(target_score), target_score.device
         self.above: Int[Tensor, " row"] = torch.zeros(rows, dtype=torch.long, device=device)
         """Tokens that are certainly above the target."""

@@ -14,23 +14,16 @@ wait for each other on cores they do not have are many times slower than one.
 
 import argparse
 import json
-import math
 import os
-import random
 import shutil
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     GenerationConfig,
     GPT2Config,
@@ -43,229 +36,16 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.demo import FACTS, MODEL
-from pipeline.demo.corpus import (
-    MOST_PEOPLE,
-    PEOPLE,
-    RELATIONS,
-    Fact,
-    Record,
-    World,
-    build_world,
-    counterfact_records,
-    filler_sentence,
-)
+from pipeline.demo.corpus import RELATIONS, Record, build_world
+from pipeline.demo.curriculum import Curriculum
+from pipeline.demo.recall import Recall, choose_records, measure_recall
+from pipeline.demo.recipe import Architecture, Recipe
+from pipeline.demo.text import CONTEXT, END_OF_TEXT, train_tokenizer
 from pipeline.errors import BacklensError
 
-Architecture = Literal["gpt2", "llama"]
-
-END_OF_TEXT = "<|endoftext|>"
-VOCABULARY = 1150  # at most; the text has merges for about 1,070
-CONTEXT = 512
 WIDTH = 128
 LAYERS = 8
 HEADS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Everything that decides what comes out."""
-
-    architecture: Architecture = "gpt2"
-    seed: int = 0
-    people: int = PEOPLE
-    steps: int = 1600
-    """The cap: if the facts are not known by then, nothing is written."""
-    rows: int = 16
-    row_tokens: int = 64
-    muon_lr: float = 0.03
-    adamw_lr: float = 4e-3
-    warmup_steps: int = 50
-    decay_from: float = 0.6
-    """The share of the steps after which the learning rates fall linearly to zero."""
-    filler_share: float = 0.12
-    first_pool: int = 16
-    """People the text starts with."""
-    pool_doubles_below: float = 1.5
-    """Running loss on objects below which the pool doubles."""
-    records: int = 600
-    """Facts written to facts.json."""
-    train_recall: float = 0.95
-    held_out_recall: float = 0.85
-    """The least that is worth shipping."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.people <= MOST_PEOPLE:
-            raise BacklensError(f"--people {self.people}: there are names for 1 to {MOST_PEOPLE}")
-        if self.steps < 1:
-            raise BacklensError(f"--steps {self.steps}: at least one is needed")
-
-
-@dataclass(frozen=True, slots=True)
-class Cloze:
-    """A prompt and the object that should follow it."""
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sentence:
-    """A tokenized sentence, as it reads at the start of a text and after another sentence."""
-
-    opening_ids: tuple[int, ...]
-    following_ids: tuple[int, ...]
-    """The same with a leading space."""
-    fact: int | None = None
-    """Index into the world's facts; filler states none."""
-    tail: int = 0
-    """How many tokens, the object included, are left where the object starts."""
-
-
-# --- text ---------------------------------------------------------------------------------------------
-
-
-def train_tokenizer(world: World, seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which each object is one token and each name is several.
-
-    Words are repeated and names are not: what occurs fewer than `min_frequency` times is not merged, so
-    syllables become tokens and the names made of them do not.
-    """
-    rng = random.Random(seed)
-    wordings = [template for relation in RELATIONS for template in relation.templates + relation.held_out]
-    objects = [f" {choice}." for relation in RELATIONS for choice in relation.objects]
-    text = [
-        *(f"{name} and {name}." for name in world.people),
-        *(template.format("it") for template in wordings for _ in range(30)),
-        *(choice for choice in objects for _ in range(400)),
-        *(filler_sentence(rng) for _ in range(3000)),
-    ]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        text,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            min_frequency=30,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=[END_OF_TEXT],
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        model_max_length=CONTEXT,
-    )
-    _check_pieces(tokenizer, world)
-    return tokenizer
-
-
-def _check_pieces(tokenizer: PreTrainedTokenizerFast, world: World) -> None:
-    split = [
-        choice
-        for relation in RELATIONS
-        for choice in relation.objects
-        if len(tokenizer.encode(f" {choice}")) != 1
-    ]
-    if split:
-        raise BacklensError(f"tokenizer: {', '.join(split)} became several tokens; raise VOCABULARY")
-    whole = [name for name in world.people if len(tokenizer.encode(name)) < 3]
-    if whole:
-        raise BacklensError(f"tokenizer: {', '.join(whole)} became fewer than 3 tokens; lower VOCABULARY")
-
-
-def tokenize_facts(world: World, tokenizer: PreTrainedTokenizerFast) -> list[list[Sentence]]:
-    """For each fact, its sentence in each training wording."""
-    return [
-        [
-            _sentence(tokenizer, f"{template.format(fact.subject)} {fact.object}.", index, fact)
-            for template in fact.relation.templates
-        ]
-        for index, fact in enumerate(world.facts)
-    ]
-
-
-def _sentence(
-    tokenizer: PreTrainedTokenizerFast, text: str, index: int | None = None, fact: Fact | None = None
-) -> Sentence:
-    tail = len(tokenizer.encode(f" {fact.object}.")) if fact else 0
-    return Sentence(tuple(tokenizer.encode(text)), tuple(tokenizer.encode(f" {text}")), index, tail)
-
-
-# --- what to read next --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Rows of packed text, and which labels are objects."""
-
-    token_ids: Int[Tensor, "row position"]
-    facts: Int[Tensor, "row position"]
-    """At an object's own position the fact it completes, elsewhere −1."""
-
-
-class Curriculum:
-    """Chooses the sentences: people from a pool that grows, and more of what is not known yet."""
-
-    def __init__(self, recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._recipe = recipe
-        self._rng = random.Random(recipe.seed)
-        self._sentences = tokenize_facts(world, tokenizer)
-        self._filler = [_sentence(tokenizer, filler_sentence(self._rng)) for _ in range(2000)]
-        self._end = tokenizer.get_vocab()[END_OF_TEXT]
-        self._people = len(world.people)
-        self._loss = [math.log(len(tokenizer))] * len(world.facts)
-        self._running_loss = math.log(len(tokenizer))
-        self.pool = min(recipe.first_pool, self._people)
-
-    @property
-    def running_loss(self) -> float:
-        """The mean loss on objects over the last steps."""
-        return self._running_loss
-
-    def batch(self) -> Batch:
-        """The next rows of text."""
-        known = self.pool * len(RELATIONS)
-        # The floor keeps what is known in the text, or it would be forgotten.
-        weights = [0.1 + min(loss, 2.0) for loss in self._loss[:known]]
-        drawn = iter(self._rng.choices(range(known), weights, k=self._recipe.rows * self._recipe.row_tokens))
-        rows = [self._row(drawn) for _ in range(self._recipe.rows)]
-        return Batch(torch.tensor([ids for ids, _ in rows]), torch.tensor([facts for _, facts in rows]))
-
-    def _row(self, drawn: Iterator[int]) -> tuple[list[int], list[int]]:
-        """Texts of one or more sentences, end-of-text tokens between them, cut at the row's length."""
-        length = self._recipe.row_tokens + 1  # the last token is only a label
-        ids: list[int] = [self._end] if self._rng.random() < 0.5 else []
-        facts = [-1] * len(ids)
-        opening = True
-        while len(ids) < length:
-            sentence = self._next(drawn)
-            ids += sentence.opening_ids if opening else sentence.following_ids
-            facts += [-1] * (len(ids) - len(facts))
-            if sentence.fact is not None:
-                facts[-sentence.tail] = sentence.fact
-            opening = self._rng.random() < 0.5
-            if opening:
-                ids.append(self._end)
-                facts.append(-1)
-        return ids[:length], facts[:length]
-
-    def _next(self, drawn: Iterator[int]) -> Sentence:
-        if self._rng.random() < self._recipe.filler_share:
-            return self._rng.choice(self._filler)
-        return self._rng.choice(self._sentences[next(drawn)])
-
-    def learn_from(self, facts: Sequence[int], losses: Sequence[float]) -> None:
-        """Take in the losses on the objects of the last batch; grow the pool if they are low."""
-        for fact, loss in zip(facts, losses, strict=True):
-            self._loss[fact] += 0.5 * (loss - self._loss[fact])
-        self._running_loss += 0.1 * (sum(losses) / max(len(losses), 1) - self._running_loss)
-        if self._running_loss < self._recipe.pool_doubles_below and self.pool < self._people:
-            self.pool = min(2 * self.pool, self._people)
-            self._running_loss = math.log(VOCABULARY)  # wait until the newcomers have been read about
 
 
 # --- the model ----------------------------------------------------------------------------------------
@@ -371,81 +151,6 @@ def train(model: PreTrainedModel, curriculum: Curriculum, recipe: Recipe) -> Non
                 flush=True,
             )
     model.eval()
-
-
-# --- what it knows ------------------------------------------------------------------------------------
-
-
-def recalled(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, clozes: Sequence[Cloze]
-) -> list[bool]:
-    """For each cloze, whether the model's likeliest next token is the answer."""
-    by_length: dict[int, list[int]] = defaultdict(list)  # equal lengths need no padding
-    encoded: list[list[int]] = [tokenizer.encode(cloze.prompt) for cloze in clozes]
-    for index, ids in enumerate(encoded):
-        by_length[len(ids)].append(index)
-    answers = [tokenizer.encode(f" {cloze.answer}") for cloze in clozes]
-    hits = [False] * len(clozes)
-    for indices in by_length.values():
-        for start in range(0, len(indices), 256):
-            chunk = indices[start : start + 256]
-            likeliest = next_token_scores(model, torch.tensor([encoded[i] for i in chunk])).argmax(-1)
-            for index, token in zip(chunk, likeliest.tolist(), strict=True):
-                hits[index] = [token] == answers[index]
-    return hits
-
-
-@torch.inference_mode()
-def next_token_scores(
-    model: PreTrainedModel, token_ids: Int[Tensor, "prompt position"]
-) -> Float[Tensor, "prompt vocabulary"]:
-    """The logits after each prompt."""
-    return model(input_ids=token_ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-
-
-def clozes_of(facts: Iterable[Fact], held_out: bool) -> list[Cloze]:
-    """Every fact in every wording: those of the training text, or the held-out ones."""
-    return [
-        Cloze(template.format(fact.subject), fact.object)
-        for fact in facts
-        for template in (fact.relation.held_out if held_out else fact.relation.templates)
-    ]
-
-
-@dataclass(frozen=True, slots=True)
-class Recall:
-    """The shares of all clozes that the model gets right."""
-
-    train: float
-    held_out: float
-
-
-def measure_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> Recall:
-    """Over all people, relations and wordings, in float32."""
-    shares = []
-    for held_out in (False, True):
-        hits = recalled(model, tokenizer, clozes_of(world.facts, held_out))
-        shares.append(sum(hits) / len(hits))
-    return Recall(*shares)
-
-
-def choose_records(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World, recipe: Recipe
-) -> list[Record]:
-    """Records of facts the model recalls when asked as the record asks, as many for each relation."""
-    facts = list(world.facts)
-    random.Random(recipe.seed).shuffle(facts)
-    records = counterfact_records(facts, world, recipe.seed)
-    rewrites = [record["requested_rewrite"] for record in records]
-    clozes = [Cloze(r["prompt"].format(r["subject"]), r["target_true"]["str"]) for r in rewrites]
-    left = dict.fromkeys((relation.id for relation in RELATIONS), recipe.records // len(RELATIONS))
-    chosen: list[Record] = []
-    for record, hit in zip(records, recalled(model, tokenizer, clozes), strict=True):
-        relation_id = record["requested_rewrite"]["relation_id"]
-        if hit and left[relation_id]:
-            left[relation_id] -= 1
-            chosen.append({**record, "case_id": len(chosen)})
-    return chosen
 
 
 # --- files --------------------------------------------------------------------------------------------

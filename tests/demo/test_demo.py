@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.demo import FACTS, MODEL
 from pipeline.demo.corpus import RELATIONS, build_world, counterfact_records
-from pipeline.demo.train import Curriculum, Recipe, main, make, train_tokenizer
+from pipeline.demo.curriculum import Curriculum
+from pipeline.demo.recipe import Recipe
+from pipeline.demo.text import train_tokenizer
+from pipeline.demo.train import main, make
 from pipeline.errors import BacklensError
 
 Record = dict[str, Any]
