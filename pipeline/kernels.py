@@ -17,8 +17,8 @@ ONE, ZERO = np.float32(1), np.float32(0)
 COLUMNS = 32
 """A row's scores are taken in blocks of so many columns of 64; a column is a group."""
 
-CAPACITY = 2**18
-"""Pairs that `sift` can write before it has to hand them over."""
+LEAST_ROOM = 2**14
+"""Pairs that there is room for when `sift` begins."""
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -96,24 +96,26 @@ def _raise(bounds, peaks, error):
 
 @compiled()
 def sift(
-    scores, start, groups, low, high, error, counting, listing, bounds, above, first,
+    scores, first, start, groups, low, high, error, counting, listing, bounds, above, row, found, doubtful,
     places, place_ids, uppers, rows, row_ids,
 ):  # fmt: skip
-    """One tile, from row `first`: see `sieve.Sieve.add`, which this does in one pass.
+    """One tile of some rows, `first` and those behind it: see `sieve.Sieve.add`, which this does in one pass.
 
-    Writes candidates to `places`, `place_ids` and `uppers`, and tokens in doubt to `rows` and `row_ids`. Returns the
-    first row not done because they might not have room for it, and how many of each were written.
+    Writes candidates to `places`, `place_ids` and `uppers` from `found` on, and tokens in doubt to `rows` and `row_ids`
+    from `doubtful` on. Begins with the tile's row `row`; returns the one to go on with, when there may not be room for
+    what it has, and how far the two are written.
     """
-    total, width = scores.shape
+    total, width = len(above), scores.shape[1]
     top, bottom = np.empty(groups, np.float32), np.empty(groups, np.float32)
     over, not_below = np.empty(groups, np.float32), np.empty(groups, np.float32)
-    each, found, doubtful = width // groups, 0, 0
-    for r in range(first, total):
+    each = width // groups
+    for i in range(row, len(scores)):
         if found + 2 * width > len(places) or doubtful + width >= len(rows):
-            return r, found, doubtful
+            return i, found, doubtful
+        r = first + i
         if not (counting[r] or listing[r] or listing[total + r]):
             continue
-        values, lo, hi = scores[r], low[r], high[r]
+        values, lo, hi = scores[i], low[r], high[r]
         for first_group in range(0, groups, COLUMNS):
             columns = min(COLUMNS, groups - first_group)
             block = values[first_group * each : (first_group + columns) * each]
@@ -123,13 +125,13 @@ def sift(
             for g in range(groups):
                 above[r] += np.int64(over[g])
                 if not_below[g] > over[g]:
-                    i, step = _place(g, groups, each)
+                    j, step = _place(g, groups, each)
                     for _ in range(each):
                         # written whether or not it is one: a branch that cannot be foreseen costs more
                         rows[doubtful] = r
-                        row_ids[doubtful] = start + i
-                        doubtful += np.int64((values[i] >= lo) & (values[i] <= hi))
-                        i += step
+                        row_ids[doubtful] = start + j
+                        doubtful += np.int64((values[j] >= lo) & (values[j] <= hi))
+                        j += step
         for side in range(2):
             place = side * total + r
             if not listing[place]:
@@ -141,15 +143,15 @@ def sift(
             least = _raise(bounds[place], top, error[r]) - error[r]
             for g in range(groups):
                 if top[g] >= least:
-                    i, step = _place(g, groups, each)
+                    j, step = _place(g, groups, each)
                     for _ in range(each):
-                        if sign * values[i] >= least:
+                        if sign * values[j] >= least:
                             places[found] = place
-                            place_ids[found] = start + i
-                            uppers[found] = sign * values[i] + error[r]
+                            place_ids[found] = start + j
+                            uppers[found] = sign * values[j] + error[r]
                             found += 1
-                        i += step
-    return total, found, doubtful
+                        j += step
+    return len(scores), found, doubtful
 
 
 @compiled(fastmath={"reassoc", "contract"})

@@ -8,6 +8,7 @@ each operation, take no time from those that work.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
@@ -16,33 +17,44 @@ import torch
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Lanes:
+    """How many pieces run at once, and the threads for all but the first, which the caller runs itself."""
+
+    count: int = 1
+    others: ThreadPoolExecutor | None = None
+
+    def run(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
+        """What the pieces return, in their order."""
+        if self.others is None or len(pieces) == 1:
+            return [piece() for piece in pieces]
+        inference = torch.is_inference_mode_enabled()
+
+        def there(piece: Callable[[], T]) -> T:
+            with torch.inference_mode(inference):
+                return piece()
+
+        first, *rest = pieces
+        waiting = [self.others.submit(there, piece) for piece in rest]
+        return [first(), *(result.result() for result in waiting)]
+
+
 @contextmanager
-def lanes(device: torch.device) -> Iterator[int]:
-    """How many pieces to run at once: as many as PyTorch has threads, which are off meanwhile; one on a GPU."""
+def lanes(device: torch.device) -> Iterator[Lanes]:
+    """As many as PyTorch has threads, which are off meanwhile; one on a GPU.
+
+    Threads are not kept from call to call: in a forked process they would be gone.
+    """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
-        yield 1
+        yield Lanes()
         return
     torch.set_num_threads(1)
     try:
-        yield threads
+        with ThreadPoolExecutor(threads - 1) as others:
+            yield Lanes(threads, others)
     finally:
         torch.set_num_threads(threads)
-
-
-def in_lanes(pieces: Sequence[Callable[[], T]]) -> list[T]:
-    """What the pieces return, in their order; called inside `lanes`."""
-    if len(pieces) == 1:
-        return [pieces[0]()]
-    inference = torch.is_inference_mode_enabled()
-
-    def run(piece: Callable[[], T]) -> T:
-        with torch.inference_mode(inference):
-            return piece()
-
-    # not kept from call to call: a pool's threads are gone in a forked process
-    with ThreadPoolExecutor(len(pieces)) as pool:
-        return list(pool.map(run, pieces))
 
 
 def parts(count: int, pieces: int) -> list[slice]:

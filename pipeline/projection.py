@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.lanes import in_lanes, lanes, parts
+from pipeline.lanes import Lanes, lanes, parts
 from pipeline.lens import Lens
 from pipeline.screening import Exact, Precision, Prepared, Run, Screen, Spread, prepare
 from pipeline.selection import GROUP, Extremes, extremes, first_of_rows
@@ -99,11 +99,11 @@ def project(
     rows = vectors.residual.shape[1] + vectors.mixes.shape[1]
     size = max(1, tile_bytes // (4 * BLOCK * rows))
     found = []
-    with lanes(lens.unembedding.device) as count:
+    with lanes(lens.unembedding.device) as side_by_side:
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             spread = spread_of(vectors[part], lens, targets[part])
-            sweep = _Sweep(spread, lens, k, count)
+            sweep = _Sweep(spread, lens, k, side_by_side)
             if lens.vocabulary > SMALL:
                 sweep.screen(Screen(spread, lens, prepared, precision), tile_bytes)
             own = int(spread.wanted[: len(spread.base)].sum())
@@ -163,33 +163,33 @@ def _runs(mixes_BKT: Tensor, used: Bool[Tensor, "prompt position"]) -> list[Run]
 class _Sweep:
     """One pass over the vocabulary, and what it leaves in doubt settled."""
 
-    def __init__(self, spread: Spread, lens: Lens, k: int, lanes: int) -> None:
+    def __init__(self, spread: Spread, lens: Lens, k: int, lanes: Lanes) -> None:
         self._spread, self._lens, self._k, self._lanes = spread, lens, k, lanes
         self._exact = Exact(spread, lens, lanes)
         every = torch.arange(len(spread.targets), device=spread.targets.device)
         self._target_score = self._exact.of_pairs(every, spread.targets)
         self._screened = torch.zeros_like(spread.wanted)
-        self._sieve = Sieve(self._target_score, self._screened, k)
+        self._sieve = self._sieve_for(torch.zeros_like(self._target_score), PAIRS)
+
+    def _sieve_for(self, error: Float[Tensor, " row"], room: int) -> Sieve:
+        return Sieve(self._target_score, self._screened, error.double(), self._k, room)
 
     def screen(self, screen: Screen, tile_bytes: int) -> None:
         """Score every token approximately: count, and collect what the error leaves in doubt."""
         self._screened = self._spread.wanted & screen.sound()
         if not self._screened.any():
             return
-        rows, device = len(self._screened), self._screened.device
-        shares = _shares(self._lens.vocabulary, self._lanes)
-        widest = max(tile_bytes // (4 * rows) // BLOCK, 1) * BLOCK
+        shares = _shares(self._lens.vocabulary, self._lanes.count)
+        widest = max(tile_bytes // (4 * len(self._screened)) // BLOCK, 1) * BLOCK
 
         def sift(share: tuple[int, int]) -> Sieve:
-            sieve = Sieve(self._target_score, self._screened, self._k, PAIRS // len(shares))
-            out, spare = (torch.empty(rows * widest, device=device) for _ in range(2))
+            sieve = self._sieve_for(screen.error(*share), PAIRS // len(shares))
             for start, stop in _tiles(*share, widest):
-                scores, other = (buffer[: rows * (stop - start)].view(rows, -1) for buffer in (out, spare))
-                screen.scores(start, stop, scores, other)
-                sieve.add(scores, screen.error(start, stop), start, spare=other)
+                for first, scores in screen.scores(start, stop):
+                    sieve.add(scores, first, start)
             return sieve
 
-        self._sieve, *others = in_lanes([partial(sift, share) for share in shares])
+        self._sieve, *others = self._lanes.run([partial(sift, share) for share in shares])
         for other in others:
             self._sieve.join(other)
 

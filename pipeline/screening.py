@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pipeline.lanes import in_lanes, parts
+from pipeline.lanes import Lanes, parts
 from pipeline.lens import Lens
 
 try:
@@ -171,35 +171,29 @@ class Screen:
         constant = self._lens.constant[start:stop].abs().max().double()
         return self._unit * self._lengths * longest + 8.08 * ROUNDING * constant
 
-    def scores(
-        self, start: int, stop: int, out: Float[Tensor, "row tile"], spare: Float[Tensor, "row tile"]
-    ) -> None:
-        base = out[: len(self._base)]
-        self._multiply(self._lens.tile(start, stop), base, spare[: len(self._base)])
-        count = len(base)
-        for run in self._runs:
-            prompts, kept, _ = run.mixes.shape
-            mixed = out[count : count + prompts * kept].view(prompts, kept, -1)
-            torch.bmm(run.mixes, run.terms(base), out=mixed)
-            count += prompts * kept
-        if self._prepared.has_constant:
-            out += self._lens.constant[start:stop]
+    def scores(self, start: int, stop: int) -> Iterator[tuple[int, Float[Tensor, "some tile"]]]:
+        """The tile's scores, base rows and then each run's mixes, with the first row of each part."""
+        base = self._products(self._lens.tile(start, stop))
+        mixed = [torch.bmm(run.mixes, run.terms(base)) for run in self._runs]
+        first = 0
+        for part in (base, *(part.flatten(0, 1) for part in mixed)):
+            if self._prepared.has_constant:
+                part += self._lens.constant[start:stop]
+            yield first, part
+            first += len(part)
 
-    def _multiply(self, tile_VD: Tensor, out: Tensor, spare: Tensor) -> None:
+    def _products(self, tile_VD: Tensor) -> Float[Tensor, "base tile"]:
         """The base rows' products, chunk by chunk."""
         pairs = [(self._base, tile_VD)]
         if self._halved:
             (x1, x2), (y1, y2) = _halves(self._base), _halves(tile_VD)
             pairs = [(x1, y1), (x1, y2), (x2, y1)]
-        into = out
         terms = _terms(tile_VD.shape[1])
-        for first in range(0, tile_VD.shape[1], terms):
-            part = slice(first, first + terms)
-            for x, y in pairs:
-                _product(x[:, part], y[:, part], into)
-                if into is spare:
-                    out += spare
-                into = spare
+        chunks = [slice(first, first + terms) for first in range(0, tile_VD.shape[1], terms)]
+        first, *others = (_product(x[:, part], y[:, part]) for part in chunks for x, y in pairs)
+        for product in others:
+            first += product
+        return first
 
 
 def _terms(d_model: int) -> int:
@@ -224,14 +218,13 @@ def _halves(values: Float[Tensor, "row d_model"]) -> tuple[Tensor, Tensor]:
     return first, (values - first.float()).bfloat16()
 
 
-def _product(x: Float[Tensor, "row term"], y: Float[Tensor, "tile term"], out: Tensor) -> None:
+def _product(x: Float[Tensor, "row term"], y: Float[Tensor, "tile term"]) -> Float[Tensor, "row tile"]:
     """x yᵀ summed in float32; a CPU would round a product of bfloat16 back to it, so there they are widened."""
     if x.is_cuda and x.dtype == torch.bfloat16:
-        out.copy_(torch.mm(x, y.mT, out_dtype=torch.float32))
-    elif x.device.type == "cpu" and _ONEDNN is not None:
-        out.copy_(_ONEDNN(x.float(), y.float(), None, "none", [], ""))
-    else:
-        torch.mm(x.float(), y.float().mT, out=out)
+        return torch.mm(x, y.mT, out_dtype=torch.float32)
+    if x.device.type == "cpu" and _ONEDNN is not None:
+        return _ONEDNN(x.float(), y.float(), None, "none", [], "")
+    return torch.mm(x.float(), y.float().mT)
 
 
 def _onednn_product() -> Callable[..., Tensor] | None:
@@ -248,8 +241,8 @@ _ONEDNN = _onednn_product()
 class Exact:
     """Scores of pairs, as they are defined."""
 
-    def __init__(self, spread: Spread, lens: Lens, lanes: int = 1) -> None:
-        self._spread, self._lens, self._lanes = spread, lens, lanes
+    def __init__(self, spread: Spread, lens: Lens, lanes: Lanes | None = None) -> None:
+        self._spread, self._lens, self._lanes = spread, lens, lanes or Lanes()
 
     def of_pairs(self, rows: Int[Tensor, " pair"], ids: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
         spread = self._spread
@@ -278,8 +271,8 @@ class Exact:
         products = wide.new_empty(len(ids))
         if kernels and wide.device.type == "cpu" and unembedding.dtype == torch.float32:
             arrays = [tensor.numpy() for tensor in (wide, unembedding, rows, ids, products)]
-            some = parts(len(ids), self._lanes)
-            in_lanes([partial(kernels.dots, *arrays, part.start, part.stop) for part in some])
+            some = parts(len(ids), self._lanes.count)
+            self._lanes.run([partial(kernels.dots, *arrays, part.start, part.stop) for part in some])
             return products
         mine = wide.new_empty(min(AT_ONCE, len(ids)), wide.shape[1])
         theirs, raw = torch.empty_like(mine), unembedding.new_empty(mine.shape)

@@ -29,24 +29,37 @@ class Pairs:
         self.crowded: Bool[Tensor, " row"] = torch.zeros(rows, dtype=torch.bool, device=device)
         """Rows that had more than their share of the room: what is held of them is not complete."""
         none = torch.zeros(0, dtype=torch.long, device=device)
-        self._parts = [(none, none, none.float())]
-        self._held = 0
+        self.columns = (none, none, none.float())
+        """Rows, tokens and numbers; of no meaning from `held` on."""
+        self.held = 0
+
+    def reserve(self, more: int) -> None:
+        """Make sure that `more` pairs can be written behind those that are held."""
+        size = len(self.columns[0])
+        if self.held + more > size:
+            larger = [column.new_empty(max(2 * size, self.held + more)) for column in self.columns]
+            for column, old in zip(larger, self.columns, strict=True):
+                column[: self.held] = old[: self.held]
+            rows, ids, values = larger
+            self.columns = rows, ids, values
 
     def add(self, rows: Int[Tensor, " pair"], ids: Int[Tensor, " pair"], values: Tensor) -> None:
-        self._parts.append((rows, ids, values))
-        self._held += len(rows)
+        self.reserve(len(rows))
+        for column, more in zip(self.columns, (rows, ids, values), strict=True):
+            column[self.held : self.held + len(rows)] = more
+        self.held += len(rows)
 
     def join(self, other: "Pairs") -> None:
         self.crowded |= other.crowded
-        self._parts += other._parts
-        self._held += other._held
+        rows, ids, values = (column[: other.held] for column in other.columns)
+        self.add(rows, ids, values)
 
     def full(self) -> bool:
-        return self._held > self._room
+        return self.held > self._room
 
     def take(self, least: Float[Tensor, " row"] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """All pairs of the rows that have not given up, without those whose value is below the row's `least`."""
-        rows, ids, values = (torch.cat(part) for part in zip(*self._parts, strict=True))
+        rows, ids, values = (column[: self.held] for column in self.columns)
         keep = ~self.crowded[rows]
         if least is not None:
             keep &= values >= least[rows]
@@ -54,12 +67,14 @@ class Pairs:
 
     def compact(self, least: Float[Tensor, " row"] | None = None) -> None:
         """Let go of pairs below `least`, then of the rows that still have more than their share."""
-        rows, ids, values = self.take(least)
+        self._keep(self.take(least))
         share = max(self._room // (2 * len(self.crowded)), GROUP)
-        self.crowded |= rows.bincount(minlength=len(self.crowded)) > share
-        self._parts = [(rows, ids, values)]
-        self._parts = [self.take()]
-        self._held = len(self._parts[0][0])
+        self.crowded |= self.columns[0][: self.held].bincount(minlength=len(self.crowded)) > share
+        self._keep(self.take())
+
+    def _keep(self, pairs: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.held = 0
+        self.add(*pairs)
 
 
 class Sieve:
@@ -75,40 +90,31 @@ class Sieve:
         self,
         target_score: Float[Tensor, " row"],
         screened: Bool[Tensor, " row"],
+        error: Float[Tensor, " row"],
         k: int,
         room: int = PAIRS,
     ) -> None:
-        """`room` is how many pairs of each kind to hold at once."""
+        """`error` is how far a score may be off, in float64; `room` is how many pairs of each kind to hold at once."""
         rows, device = len(target_score), target_score.device
         self.above: Int[Tensor, " row"] = torch.zeros(rows, dtype=torch.long, device=device)
         """Tokens that are certainly above the target."""
-        self._target, self._screened = target_score.double(), screened
+        target = target_score.double()
+        self._error, self._low, self._high = _up(error), -_up(error - target), _up(error + target)
         self._doubtful = Pairs(rows, device, room)
         self._candidates = Pairs(2 * rows, device, room)
         self._bounds = torch.full((2 * rows, k), -torch.inf, device=device)
+        self._counting, self._listing = screened.clone(), screened.repeat(2)
+        """Rows to count for and places to list for: not those that have given up."""
 
-    def add(
-        self,
-        scores: Float[Tensor, "row tile"],
-        error: Float[Tensor, " row"],
-        start: int,
-        spare: Float[Tensor, "row tile"],
-    ) -> None:
-        """Take a tile that begins at token `start`; `spare` is written over."""
-        error32 = _up(error)
-        low, high = -_up(error - self._target), _up(error + self._target)
-        counting = self._screened & ~self._doubtful.crowded
-        listing = self._screened.repeat(2) & ~self._candidates.crowded
+    def add(self, scores: Float[Tensor, "some tile"], first: int, start: int) -> None:
+        """Take the scores of some rows, from row `first` on, for a tile that begins at token `start`."""
         if kernels and scores.device.type == "cpu":
-            self._sift(scores, start, low, high, error32, counting, listing)
+            self._sift(scores, first, start)
         else:
-            groups = (len(scores), -1, min(GROUP, scores.shape[1]))
-            self._count(scores.view(groups), spare.view(groups), low, high, counting, start)
-            self._collect(scores.view(groups), error32, listing, start)
-        if self._doubtful.full():
-            self._doubtful.compact()
-        if self._candidates.full():
-            self._candidates.compact(self._bounds.amin(-1))
+            groups = scores.view(len(scores), -1, min(GROUP, scores.shape[1]))
+            self._count(groups, first, start)
+            self._collect(groups, first, start)
+        self._make_room()
 
     def join(self, other: "Sieve") -> None:
         """Take what another sieve for the same rows found in other tiles."""
@@ -132,59 +138,64 @@ class Sieve:
         places, ids, _ = self._candidates.take(self._bounds.amin(-1))
         return places, ids
 
-    def _count(
-        self,
-        groups: Float[Tensor, "row group value"],
-        spare: Float[Tensor, "row group value"],
-        low: Tensor,
-        high: Tensor,
-        counting: Tensor,
-        start: int,
-    ) -> None:
-        _, count, width = groups.shape
-        low, high = (torch.where(counting, bound, torch.nan)[:, None] for bound in (low, high))
+    def _make_room(self) -> None:
+        if self._doubtful.full():
+            self._doubtful.compact()
+            self._counting &= ~self._doubtful.crowded
+        if self._candidates.full():
+            self._candidates.compact(self._bounds.amin(-1))
+            self._listing &= ~self._candidates.crowded
+
+    def _count(self, groups: Float[Tensor, "some group value"], first: int, start: int) -> None:
+        some, count, width = groups.shape
+        part = slice(first, first + some)
+        counting = self._counting[part]
+        low, high = (torch.where(counting, bound[part], torch.nan) for bound in (self._low, self._high))
         # a comparison that answers in float32 is several times as fast as one that answers in booleans
-        above = torch.gt(groups, high[..., None], out=spare).sum(-1)
-        self.above += above.sum(-1).long()
-        not_below = torch.ge(groups, low[..., None], out=spare).sum(-1)
+        spare = torch.empty_like(groups)
+        above = torch.gt(groups, high[:, None, None], out=spare).sum(-1)
+        self.above[part] += above.sum(-1).long()
+        not_below = torch.ge(groups, low[:, None, None], out=spare).sum(-1)
         rows, chosen = (not_below > above).nonzero(as_tuple=True)
         values = groups.view(-1, width).index_select(0, rows * count + chosen)
-        hits, offsets = ((values >= low[rows]) & (values <= high[rows])).nonzero(as_tuple=True)
-        self._doubtful.add(rows[hits], chosen[hits] * width + offsets + start, values[hits, offsets])
+        hits, offsets = ((values >= low[rows, None]) & (values <= high[rows, None])).nonzero(as_tuple=True)
+        ids = chosen[hits] * width + offsets + start
+        self._doubtful.add(rows[hits] + first, ids, values[hits, offsets])
 
-    def _collect(
-        self, groups: Float[Tensor, "row group value"], error: Tensor, listing: Tensor, start: int
-    ) -> None:
-        rows, count, width = groups.shape
+    def _collect(self, groups: Float[Tensor, "some group value"], first: int, start: int) -> None:
+        some, count, width = groups.shape
+        rows = torch.arange(first, first + some, device=groups.device)
+        every = torch.cat([rows, rows + len(self.above)])  # the places of these rows
         peaks = torch.cat([groups.amax(-1), -groups.amin(-1)])
-        error = error.repeat(2)
-        lower = torch.cat([self._bounds, peaks - error[:, None]], dim=-1)
-        self._bounds = lower.topk(self._bounds.shape[1], sorted=False).values
-        least = torch.where(listing, self._bounds.amin(-1) - error, torch.inf)
+        error = self._error[rows].repeat(2)
+        lower = torch.cat([self._bounds[every], peaks - error[:, None]], dim=-1)
+        bounds = lower.topk(self._bounds.shape[1], sorted=False).values
+        self._bounds[every] = bounds
+        least = torch.where(self._listing[every], bounds.amin(-1) - error, torch.inf)
         places, chosen = (peaks >= least[:, None]).nonzero(as_tuple=True)
-        values = groups.view(-1, width).index_select(0, places % rows * count + chosen)
-        values *= torch.where(places < rows, 1.0, -1.0)[:, None]
+        values = groups.view(-1, width).index_select(0, places % some * count + chosen)
+        values *= torch.where(places < some, 1.0, -1.0)[:, None]
         hits, offsets = (values >= least[places][:, None]).nonzero(as_tuple=True)
         places = places[hits]
         ids = chosen[hits] * width + offsets + start
-        self._candidates.add(places, ids, values[hits, offsets] + error[places])
+        self._candidates.add(every[places], ids, values[hits, offsets] + error[places])
 
-    def _sift(self, scores: Float[Tensor, "row tile"], start: int, *state: Tensor) -> None:
-        """`_count` and `_collect` in one pass."""
+    def _sift(self, scores: Float[Tensor, "some tile"], first: int, start: int) -> None:
+        """`_count` and `_collect` in one compiled pass."""
         assert kernels
-        sift, groups = kernels.sift, max(scores.shape[1] // GROUP, 1)
-        room = max(kernels.CAPACITY, 2 * scores.shape[1] + 1)
-        arrays = [tensor.numpy() for tensor in (*state, self._bounds, self.above)]
-        source = scores.numpy()
-
-        places, place_ids, rows, row_ids = torch.empty(4, room, dtype=torch.long)
-        uppers = torch.empty(room)
-        out = [part.numpy() for part in (places, place_ids, uppers, rows, row_ids)]
-        first = 0
-        while first < len(source):
-            first, found, doubtful = sift(source, start, groups, *arrays, first, *out)
-            self._candidates.add(*(part[:found].clone() for part in (places, place_ids, uppers)))
-            self._doubtful.add(rows[:doubtful].clone(), row_ids[:doubtful].clone(), torch.zeros(doubtful))
+        candidates, doubtful = self._candidates, self._doubtful
+        bounds = (self._low, self._high, self._error, self._counting, self._listing, self._bounds, self.above)
+        state = [tensor.numpy() for tensor in bounds]
+        source, width, row = scores.numpy(), scores.shape[1], 0
+        while row < len(source):
+            room = max(kernels.LEAST_ROOM, 2 * width + 1)
+            candidates.reserve(room)
+            doubtful.reserve(room)
+            out = [column.numpy() for column in (*candidates.columns, *doubtful.columns[:2])]
+            row, candidates.held, doubtful.held = kernels.sift(
+                source, first, start, max(width // GROUP, 1), *state, row, candidates.held, doubtful.held, *out
+            )
+            self._make_room()
 
 
 def _up(values: Float[Tensor, " row"]) -> Float[Tensor, " row"]:

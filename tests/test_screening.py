@@ -105,7 +105,7 @@ def running(loops: str) -> Iterator[None]:
             changed.enter_context(mock.patch.object(sieve, "kernels", None))
             changed.enter_context(mock.patch.object(screening, "kernels", None))
         elif loops == "cramped":
-            changed.enter_context(mock.patch.object(kernels, "CAPACITY", 1))
+            changed.enter_context(mock.patch.object(kernels, "LEAST_ROOM", 1))
         try:
             yield
         finally:
@@ -191,8 +191,7 @@ def test_a_screened_score_is_within_the_proven_error(case: Case, precision: Prec
     spread = spread_of(case.vectors(lens), lens, case.targets())
     screen, stop = Screen(spread, lens, prepare(lens), precision), min(case.vocabulary, 640)
     rows = torch.arange(len(spread.targets))
-    out = torch.empty(len(rows), stop)
-    screen.scores(0, stop, out, torch.empty_like(out))
+    out = torch.cat([scores for _, scores in screen.scores(0, stop)])
     distance = (out.double() - Exact(spread, lens).of_tile(rows, 0, stop).double()).abs().amax(-1)
     sound = screen.sound()
     assert (distance <= screen.error(0, stop))[sound].all()
