@@ -17,6 +17,9 @@ ONE, ZERO = np.float32(1), np.float32(0)
 COLUMNS = 32
 """A row's scores are taken in blocks of so many columns of 64; a column is a group."""
 
+STRETCH, TOGETHER = 1024, 32
+"""Scores of a mix that are summed at once, and mixes that are summed before they are sifted."""
+
 LEAST_ROOM = 2**14
 """Pairs that there is room for when `sift` begins."""
 
@@ -95,6 +98,63 @@ def _raise(bounds, peaks, error):
 
 
 @compiled()
+def _sift_row(
+    values, r, start, groups, low, high, error, counting, listing, bounds, above, found, doubtful,
+    places, place_ids, uppers, rows, row_ids, top, bottom, over, not_below,
+):  # fmt: skip
+    """A row's scores for one tile; the last four are to be written over."""
+    total, each = len(above), len(values) // groups
+    lo, hi = low[r], high[r]
+    for first_group in range(0, groups, COLUMNS):
+        columns = min(COLUMNS, groups - first_group)
+        block = values[first_group * each : (first_group + columns) * each]
+        part = slice(first_group, first_group + columns)
+        _fold(block, columns, lo, hi, top[part], bottom[part], over[part], not_below[part])
+    if counting[r]:
+        certain = possible = ZERO
+        for g in range(groups):
+            certain += over[g]
+            possible += not_below[g]
+        above[r] += np.int64(certain)
+        for g in range(groups if possible > certain else 0):
+            if not_below[g] > over[g]:
+                j, step = _place(g, groups, each)
+                for _ in range(each):
+                    # written whether or not it is one: a branch that cannot be foreseen costs more
+                    rows[doubtful] = r
+                    row_ids[doubtful] = start + j
+                    doubtful += np.int64((values[j] >= lo) & (values[j] <= hi))
+                    j += step
+    for side in range(2):
+        place = side * total + r
+        if not listing[place]:
+            continue
+        sign = ONE
+        if side == 1:
+            sign = -ONE
+            for g in range(groups):
+                top[g] = -bottom[g]
+        peak = top[0]
+        for g in range(groups):
+            peak = _larger(peak, top[g])
+        least = np.min(bounds[place])
+        if peak - error[r] > least:
+            least = _raise(bounds[place], top, error[r])
+        least -= error[r]
+        for g in range(groups if peak >= least else 0):
+            if top[g] >= least:
+                j, step = _place(g, groups, each)
+                for _ in range(each):
+                    if sign * values[j] >= least:
+                        places[found] = place
+                        place_ids[found] = start + j
+                        uppers[found] = sign * values[j] + error[r]
+                        found += 1
+                    j += step
+    return found, doubtful
+
+
+@compiled()
 def sift(
     scores, first, start, groups, low, high, error, counting, listing, bounds, above, row, found, doubtful,
     places, place_ids, uppers, rows, row_ids,
@@ -108,50 +168,68 @@ def sift(
     total, width = len(above), scores.shape[1]
     top, bottom = np.empty(groups, np.float32), np.empty(groups, np.float32)
     over, not_below = np.empty(groups, np.float32), np.empty(groups, np.float32)
-    each = width // groups
     for i in range(row, len(scores)):
         if found + 2 * width > len(places) or doubtful + width >= len(rows):
             return i, found, doubtful
         r = first + i
-        if not (counting[r] or listing[r] or listing[total + r]):
-            continue
-        values, lo, hi = scores[i], low[r], high[r]
-        for first_group in range(0, groups, COLUMNS):
-            columns = min(COLUMNS, groups - first_group)
-            block = values[first_group * each : (first_group + columns) * each]
-            part = slice(first_group, first_group + columns)
-            _fold(block, columns, lo, hi, top[part], bottom[part], over[part], not_below[part])
-        if counting[r]:
-            for g in range(groups):
-                above[r] += np.int64(over[g])
-                if not_below[g] > over[g]:
-                    j, step = _place(g, groups, each)
-                    for _ in range(each):
-                        # written whether or not it is one: a branch that cannot be foreseen costs more
-                        rows[doubtful] = r
-                        row_ids[doubtful] = start + j
-                        doubtful += np.int64((values[j] >= lo) & (values[j] <= hi))
-                        j += step
-        for side in range(2):
-            place = side * total + r
-            if not listing[place]:
-                continue
-            sign = ONE if side == 0 else -ONE
-            if side == 1:
-                for g in range(groups):
-                    top[g] = -bottom[g]
-            least = _raise(bounds[place], top, error[r]) - error[r]
-            for g in range(groups):
-                if top[g] >= least:
-                    j, step = _place(g, groups, each)
-                    for _ in range(each):
-                        if sign * values[j] >= least:
-                            places[found] = place
-                            place_ids[found] = start + j
-                            uppers[found] = sign * values[j] + error[r]
-                            found += 1
-                        j += step
+        if counting[r] or listing[r] or listing[total + r]:
+            found, doubtful = _sift_row(
+                scores[i], r, start, groups, low, high, error, counting, listing, bounds, above, found, doubtful,
+                places, place_ids, uppers, rows, row_ids, top, bottom, over, not_below,
+            )  # fmt: skip
     return len(scores), found, doubtful
+
+
+@compiled(fastmath={"contract"})
+def _mix(mixes, base, first, out):
+    """out[k] = Σ mixes[k, t] · base[first + t], four terms at a time, in stretches that stay in a core's cache."""
+    count = mixes.shape[1]
+    for start in range(0, out.shape[1], STRETCH):
+        part = slice(start, min(start + STRETCH, out.shape[1]))
+        for k in range(len(mixes)):
+            mine, sums = mixes[k], out[k][part]
+            for v in range(len(sums)):
+                sums[v] = ZERO
+            for t in range(0, count - 3, 4):
+                a, b, c, d = mine[t], mine[t + 1], mine[t + 2], mine[t + 3]
+                w, x = base[first + t][part], base[first + t + 1][part]
+                y, z = base[first + t + 2][part], base[first + t + 3][part]
+                for v in range(len(sums)):
+                    sums[v] += (a * w[v] + b * x[v]) + (c * y[v] + d * z[v])
+            for t in range(count // 4 * 4, count):
+                a, w = mine[t], base[first + t][part]
+                for v in range(len(sums)):
+                    sums[v] += a * w[v]
+
+
+@compiled()
+def sift_mixes(
+    mixes, base, constant, first, start, groups, low, high, error, counting, listing, bounds, above, row, found,
+    doubtful, places, place_ids, uppers, rows, row_ids,
+):  # fmt: skip
+    """As `sift`, for mixes of a tile's base rows (prompt, mix, term), whose scores are nowhere but in a core's cache.
+
+    `base` has the prompts' terms, one after the other, and no constant; `constant` is empty when there is none.
+    """
+    width = base.shape[1]
+    prompts, kept, count = mixes.shape
+    scores = np.empty((min(kept, TOGETHER), width), np.float32)
+    while row < prompts * kept:
+        prompt, mix = row // kept, row % kept
+        some = min(TOGETHER, kept - mix)
+        _mix(mixes[prompt][mix : mix + some], base, prompt * count, scores)
+        for k in range(some):
+            mine = scores[k]
+            for v in range(len(constant)):
+                mine[v] += constant[v]
+        done, found, doubtful = sift(
+            scores[:some], first + row, start, groups, low, high, error, counting, listing, bounds, above, 0, found,
+            doubtful, places, place_ids, uppers, rows, row_ids,
+        )  # fmt: skip
+        row += done
+        if done < some:
+            break
+    return row, found, doubtful
 
 
 @compiled(fastmath={"reassoc", "contract"})
@@ -166,3 +244,28 @@ def dots(wide, unembedding, rows, ids, products, first, stop):
         for d in range(len(mine)):
             total += mine[d] * np.float64(theirs[d])
         products[p] = total
+
+
+@compiled()
+def keep_first(rows, ids, scores, kept_ids, kept_scores, held):
+    """Put each pair into its row's list of the largest scores, in the total order of `selection.py`.
+
+    `held` says how many of each list are filled.
+    """
+    k = kept_ids.shape[1]
+    for p in range(len(rows)):
+        row, token, score = rows[p], ids[p], scores[p]
+        mine, theirs = kept_scores[row], kept_ids[row]
+        place = held[row]
+        if place == k:
+            place -= 1
+            if not (score > mine[place] or (score == mine[place] and token < theirs[place])):
+                continue
+        else:
+            held[row] += 1
+        while place > 0 and (
+            score > mine[place - 1] or (score == mine[place - 1] and token < theirs[place - 1])
+        ):
+            mine[place], theirs[place] = mine[place - 1], theirs[place - 1]
+            place -= 1
+        mine[place], theirs[place] = score, token

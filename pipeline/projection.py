@@ -23,7 +23,7 @@ from pipeline.lanes import Lanes, lanes, parts
 from pipeline.lens import Lens
 from pipeline.screening import Exact, Precision, Prepared, Run, Screen, Spread, prepare
 from pipeline.selection import GROUP, Extremes, extremes, first_of_rows
-from pipeline.sieve import PAIRS, Sieve
+from pipeline.sieve import PAIRS, Sieve, compiled_for
 
 __all__ = ["GROUP", "Selection", "Vectors", "extremes", "project"]
 
@@ -95,7 +95,7 @@ def project(
     """
     prepared = prepared or prepare(lens)
     if tile_bytes is None:
-        tile_bytes = 2**30 if lens.unembedding.is_cuda else 3 * 2**21
+        tile_bytes = 2**30 if lens.unembedding.is_cuda else int(__import__("os").environ.get("TB", 2**21))
     rows = vectors.residual.shape[1] + vectors.mixes.shape[1]
     size = max(1, tile_bytes // (4 * BLOCK * rows))
     found = []
@@ -180,13 +180,13 @@ class _Sweep:
         if not self._screened.any():
             return
         shares = _shares(self._lens.vocabulary, self._lanes.count)
-        widest = max(tile_bytes // (4 * len(self._screened)) // BLOCK, 1) * BLOCK
+        held = self._spread.base if compiled_for(self._screened.device) else self._screened
+        widest = max(tile_bytes // (4 * len(held)) // BLOCK, 1) * BLOCK
 
         def sift(share: tuple[int, int]) -> Sieve:
             sieve = self._sieve_for(screen.error(*share), PAIRS // len(shares))
             for start, stop in _tiles(*share, widest):
-                for first, scores in screen.scores(start, stop):
-                    sieve.add(scores, first, start)
+                sieve.add(screen.tile(start, stop), start)
             return sieve
 
         self._sieve, *others = self._lanes.run([partial(sift, share) for share in shares])
@@ -204,20 +204,21 @@ class _Sweep:
     def _settled(self) -> tuple[Bool[Tensor, " row"], Selection]:
         """The rows that leave few tokens in doubt, after scoring these tokens as scores are defined."""
         rows = len(self._screened)
-        settled = self._screened & ~self._sieve.given_up()
         doubtful, doubtful_ids = self._sieve.doubtful()
         places, ids = self._sieve.candidates()
+        settled = self._screened & ~self._sieve.given_up()
         settled &= doubtful.bincount(minlength=rows) <= MANY
         settled &= (places.bincount(minlength=2 * rows) <= MANY).view(2, -1).all(0)
+        if not settled.equal(self._screened):
+            keep = settled[doubtful]
+            doubtful, doubtful_ids = doubtful[keep], doubtful_ids[keep]
+            keep = settled[places % rows]
+            places, ids = places[keep], ids[keep]
 
-        keep = settled[doubtful]
-        doubtful, doubtful_ids = doubtful[keep], doubtful_ids[keep]
-        above = self._exact.of_pairs(doubtful, doubtful_ids) > self._target_score[doubtful]
+        scores = self._exact.of_pairs(torch.cat([doubtful, places % rows]), torch.cat([doubtful_ids, ids]))
+        above = scores[: len(doubtful)] > self._target_score[doubtful]
         rank = self._sieve.above + doubtful[above].bincount(minlength=rows)
-
-        keep = settled[places % rows]
-        places, ids = places[keep], ids[keep]
-        signed = self._exact.of_pairs(places % rows, ids) * torch.where(places < rows, 1.0, -1.0)
+        signed = scores[len(doubtful) :] * torch.where(places < rows, 1.0, -1.0)
         ids, signed = first_of_rows(places, ids, signed, self._k)
         top_ids, bottom_ids = ids.int().chunk(2)
         top, bottom = signed.chunk(2)

@@ -115,6 +115,27 @@ class Spread:
         return torch.cat([base, *(part.view(-1, 1) for part in parts)]).squeeze(-1)
 
 
+@dataclass(frozen=True)
+class Tile:
+    """What the scores of all rows over a tile are made of, in float32."""
+
+    base: Float[Tensor, "base tile"]
+    """Products of the base rows."""
+    runs: Sequence[Run]
+    constant: Float[Tensor, " tile"] | None
+    """c, which every score has added; None for zeros."""
+
+    def scores(self) -> Iterator[tuple[int, Float[Tensor, "some tile"]]]:
+        """The scores of base rows, then of each run's mixes, with the first row of each part. Writes over `base`."""
+        mixed = [torch.bmm(run.mixes, run.terms(self.base)).flatten(0, 1) for run in self.runs]
+        first = 0
+        for part in (self.base, *mixed):
+            if self.constant is not None:
+                part += self.constant
+            yield first, part
+            first += len(part)
+
+
 class Screen:
     """Approximate scores of all rows over a tile, and how far they may be from the scores.
 
@@ -171,16 +192,9 @@ class Screen:
         constant = self._lens.constant[start:stop].abs().max().double()
         return self._unit * self._lengths * longest + 8.08 * ROUNDING * constant
 
-    def scores(self, start: int, stop: int) -> Iterator[tuple[int, Float[Tensor, "some tile"]]]:
-        """The tile's scores, base rows and then each run's mixes, with the first row of each part."""
-        base = self._products(self._lens.tile(start, stop))
-        mixed = [torch.bmm(run.mixes, run.terms(base)) for run in self._runs]
-        first = 0
-        for part in (base, *(part.flatten(0, 1) for part in mixed)):
-            if self._prepared.has_constant:
-                part += self._lens.constant[start:stop]
-            yield first, part
-            first += len(part)
+    def tile(self, start: int, stop: int) -> "Tile":
+        constant = self._lens.constant[start:stop] if self._prepared.has_constant else None
+        return Tile(self._products(self._lens.tile(start, stop)), self._runs, constant)
 
     def _products(self, tile_VD: Tensor) -> Float[Tensor, "base tile"]:
         """The base rows' products, chunk by chunk."""
@@ -271,7 +285,7 @@ class Exact:
         products = wide.new_empty(len(ids))
         if kernels and wide.device.type == "cpu" and unembedding.dtype == torch.float32:
             arrays = [tensor.numpy() for tensor in (wide, unembedding, rows, ids, products)]
-            some = parts(len(ids), self._lanes.count)
+            some = parts(len(ids), self._lanes.count if len(ids) > AT_ONCE else 1)
             self._lanes.run([partial(kernels.dots, *arrays, part.start, part.stop) for part in some])
             return products
         mine = wide.new_empty(min(AT_ONCE, len(ids)), wide.shape[1])

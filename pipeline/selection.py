@@ -1,8 +1,5 @@
 """The largest and smallest of many scores, in a total order: by score, then by smaller token id.
 
-`extremes` selects from scores that are held; `Candidates` from scores that pass by a tile at a time and are known
-only to within an error.
-
 Shapes: N rows, V scores of a tile.
 """
 
@@ -11,6 +8,11 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+try:
+    from pipeline import kernels
+except ImportError:  # without numba
+    kernels = None
 
 GROUP = 64
 """Scores whose maximum is taken first: only groups with a large one can hold one of the top k."""
@@ -63,6 +65,12 @@ def first_of_rows(
     rows: Int[Tensor, " pair"], ids: Int[Tensor, " pair"], scores: Float[Tensor, " pair"], k: int
 ) -> tuple[Int[Tensor, "row k"], Float[Tensor, "row k"]]:
     """The k largest scores of every row that occurs, rows ascending; every row occurs at least k times."""
+    if kernels and rows.device.type == "cpu":
+        count = int(rows.max()) + 1 if len(rows) else 0
+        kept_ids, kept_scores = ids.new_empty(count, k), scores.new_empty(count, k)
+        held = rows.new_zeros(count)
+        kernels.keep_first(*(tensor.numpy() for tensor in (rows, ids, scores, kept_ids, kept_scores, held)))
+        return kept_ids[held > 0], kept_scores[held > 0]
     order = ids.argsort()
     order = order[scores[order].argsort(descending=True, stable=True)]
     order = order[rows[order].argsort(stable=True)]

@@ -6,10 +6,15 @@ target, certainly not, or in doubt; and it is certainly outside a row's list of 
 Shapes: R rows, V scores of a tile.
 """
 
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.screening import Tile
 from pipeline.selection import GROUP
 
 try:
@@ -19,6 +24,11 @@ except ImportError:  # without numba
 
 PAIRS = 2**21
 """Pairs held at once, unless said otherwise. Rows with more than their share are given up (`Pairs.crowded`)."""
+
+
+def compiled_for(device: torch.device) -> bool:
+    """Whether scores are sifted in a compiled pass, in which mixes are never stored."""
+    return kernels is not None and device.type == "cpu"
 
 
 class Pairs:
@@ -106,15 +116,16 @@ class Sieve:
         self._counting, self._listing = screened.clone(), screened.repeat(2)
         """Rows to count for and places to list for: not those that have given up."""
 
-    def add(self, scores: Float[Tensor, "some tile"], first: int, start: int) -> None:
-        """Take the scores of some rows, from row `first` on, for a tile that begins at token `start`."""
-        if kernels and scores.device.type == "cpu":
-            self._sift(scores, first, start)
-        else:
+    def add(self, tile: Tile, start: int) -> None:
+        """Take a tile that begins at token `start`; it is written over."""
+        if compiled_for(tile.base.device):
+            self._sift_tile(tile, start)
+            return
+        for first, scores in tile.scores():
             groups = scores.view(len(scores), -1, min(GROUP, scores.shape[1]))
             self._count(groups, first, start)
             self._collect(groups, first, start)
-        self._make_room()
+            self._make_room()
 
     def join(self, other: "Sieve") -> None:
         """Take what another sieve for the same rows found in other tiles."""
@@ -180,20 +191,41 @@ class Sieve:
         ids = chosen[hits] * width + offsets + start
         self._candidates.add(every[places], ids, values[hits, offsets] + error[places])
 
-    def _sift(self, scores: Float[Tensor, "some tile"], first: int, start: int) -> None:
+    def _sift_tile(self, tile: Tile, start: int) -> None:
         """`_count` and `_collect` in one compiled pass."""
         assert kernels
+        base, first = tile.base.numpy(), len(tile.base)
+        constant = np.zeros(0, np.float32) if tile.constant is None else tile.constant.numpy()
+        for run in tile.runs:
+            mixes = run.mixes.numpy()
+            rows = mixes.shape[0] * mixes.shape[1]
+            self._sift(
+                partial(kernels.sift_mixes, mixes, base[run.rows], constant),
+                rows,
+                first,
+                start,
+                base.shape[1],
+            )
+            first += rows
+        if tile.constant is not None:
+            tile.base.add_(tile.constant)
+        self._sift(partial(kernels.sift, base), len(base), 0, start, base.shape[1])
+
+    def _sift(
+        self, sift: Callable[..., tuple[int, int, int]], rows: int, first: int, start: int, width: int
+    ) -> None:
+        assert kernels
         candidates, doubtful = self._candidates, self._doubtful
-        bounds = (self._low, self._high, self._error, self._counting, self._listing, self._bounds, self.above)
-        state = [tensor.numpy() for tensor in bounds]
-        source, width, row = scores.numpy(), scores.shape[1], 0
-        while row < len(source):
+        state = (self._low, self._high, self._error, self._counting, self._listing, self._bounds, self.above)
+        arrays = [tensor.numpy() for tensor in state]
+        groups, row = max(width // GROUP, 1), 0
+        while row < rows:
             room = max(kernels.LEAST_ROOM, 2 * width + 1)
             candidates.reserve(room)
             doubtful.reserve(room)
             out = [column.numpy() for column in (*candidates.columns, *doubtful.columns[:2])]
-            row, candidates.held, doubtful.held = kernels.sift(
-                source, first, start, max(width // GROUP, 1), *state, row, candidates.held, doubtful.held, *out
+            row, candidates.held, doubtful.held = sift(
+                first, start, groups, *arrays, row, candidates.held, doubtful.held, *out
             )
             self._make_room()
 

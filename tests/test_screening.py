@@ -191,7 +191,7 @@ def test_a_screened_score_is_within_the_proven_error(case: Case, precision: Prec
     spread = spread_of(case.vectors(lens), lens, case.targets())
     screen, stop = Screen(spread, lens, prepare(lens), precision), min(case.vocabulary, 640)
     rows = torch.arange(len(spread.targets))
-    out = torch.cat([scores for _, scores in screen.scores(0, stop)])
+    out = torch.cat([scores for _, scores in screen.tile(0, stop).scores()])
     distance = (out.double() - Exact(spread, lens).of_tile(rows, 0, stop).double()).abs().amax(-1)
     sound = screen.sound()
     assert (distance <= screen.error(0, stop))[sound].all()
