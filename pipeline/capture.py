@@ -53,16 +53,18 @@ class Slots:
     """Columns of the batch, ascending; of no meaning where not `mask`."""
     mask: Bool[Tensor, "row slot"]
     """True at real tokens."""
+    full: bool = False
+    """Whether all of them are known to be real, so that nothing has to be masked."""
 
     @classmethod
     def every(cls, batch: Batch) -> "Slots":
         prompts, positions = batch.mask.shape
         device = batch.mask.device
         columns = torch.arange(positions, device=device).expand(prompts, -1)
-        return cls(torch.arange(prompts, device=device), columns, batch.mask)
+        return cls(torch.arange(prompts, device=device), columns, batch.mask, bool(batch.mask.all()))
 
     def to(self, device: torch.device) -> "Slots":
-        return Slots(self.prompts.to(device), self.columns.to(device), self.mask.to(device))
+        return Slots(self.prompts.to(device), self.columns.to(device), self.mask.to(device), self.full)
 
     @classmethod
     def routed(cls, tokens: Int[Tensor, " token"], batch: Batch) -> tuple["Slots", Tensor, Tensor, Tensor]:

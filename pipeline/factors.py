@@ -9,10 +9,11 @@ Shapes: B prompts, T positions, D d_model, M neurons. Padding rows of both sides
 prompts and positions are those of its slots (`capture.Slots`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.capture import Gradient, Slots
@@ -28,6 +29,8 @@ class Factors:
     expert: int | None
     residual: Float[Tensor, "prompt position d_model"]
     other: Float[Tensor, "prompt position neuron"]
+    finite: Bool[Tensor, " prompt"]
+    """Prompts of which every input and VJP is a finite number; the others' are zeros here."""
 
     @property
     def x(self) -> Float[Tensor, "prompt position d_in"]:
@@ -50,26 +53,42 @@ class Spectrum:
     """Coefficients over positions of the leading direction: unit length in d_model, largest entry positive."""
 
 
-def factors_of(gradient: Gradient, x: Float[Tensor, "prompt position d_in"]) -> Factors:
-    """Float32 factors with padding zeroed; `x` is the gradient's input already so treated (`masked`)."""
-    vjp = masked(gradient.vjp, gradient.slots)
-    residual, other = (x, vjp) if gradient.module in READS else (vjp, x)
-    return Factors(gradient.layer, gradient.module, gradient.expert, residual, other)
+def factors_of(gradients: Sequence[Gradient]) -> list[Factors]:
+    """The factors of gradients that share their input, in float32 and with padding zeroed."""
+    x, x_finite = masked(gradients[0].x, gradients[0].slots)
+    found = []
+    for gradient in gradients:
+        vjp, vjp_finite = masked(gradient.vjp, gradient.slots)
+        residual, other = (x, vjp) if gradient.module in READS else (vjp, x)
+        finite = x_finite & vjp_finite
+        found.append(Factors(gradient.layer, gradient.module, gradient.expert, residual, other, finite))
+    return found
 
 
 def masked(
     values: Float[Tensor, "prompt position width"], slots: Slots
-) -> Float[Tensor, "prompt position width"]:
-    """Float32, zero at padding and throughout a prompt that has a non-finite entry at a real position."""
-    values = values.float().masked_fill(~slots.mask[..., None].to(values.device), 0.0)
-    finite = values.isfinite().flatten(1).all(-1)
-    return values.masked_fill(~finite[:, None, None], 0.0)
+) -> tuple[Float[Tensor, "prompt position width"], Bool[Tensor, " prompt"]]:
+    """Float32, zero at padding and throughout a prompt that has a non-finite entry at a real position; and which
+    prompts have none."""
+    values = values.float()
+    if not slots.full:
+        values = values.masked_fill(~slots.mask[..., None].to(values.device), 0.0)
+    # both pass on what is not a number; `isfinite` of every entry takes ten times as long
+    finite = values.flatten(1).amax(-1).isfinite() & values.flatten(1).amin(-1).isfinite()
+    if values.is_cuda or not finite.all():  # to ask a GPU would be to wait for it
+        values = values.masked_fill(~finite[:, None, None], 0.0)
+    return values, finite
 
 
 def gram(vectors: Float[Tensor, "prompt position width"]) -> Float[Tensor, "prompt position position"]:
     """All inner products, in float64."""
     vectors = vectors.double()
     return vectors @ vectors.mT
+
+
+def norms_of(gram: Float[Tensor, "prompt position position"]) -> Float[Tensor, "prompt position"]:
+    """The lengths of the vectors that a Gram matrix is of, in float32."""
+    return gram.diagonal(dim1=-2, dim2=-1).sqrt().float()
 
 
 def spectrum(
@@ -115,10 +134,11 @@ def frobenius(
 
 
 def neuron_norms(
-    factors: Factors, residual_gram: Float[Tensor, "prompt position position"]
+    other: Float[Tensor, "prompt position neuron"],
+    residual_gram: Float[Tensor, "prompt position position"],
 ) -> Float[Tensor, "prompt neuron"]:
     """‖g_j‖ = sqrt(o_jᵀ K_S o_j) for every neuron j, with o_j its coefficients over positions."""
-    other = factors.other.double()
+    other = other.double()
     return (other * (residual_gram @ other)).sum(-2).clamp_min(0).sqrt().float()
 
 

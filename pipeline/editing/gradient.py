@@ -30,8 +30,8 @@ def gradients(
     def consume(group: Sequence[Gradient]) -> None:
         for gradient in group:
             real = gradient.slots.mask
-            x = masked(gradient.x, gradient.slots)[real]
-            found[gradient.layer, gradient.module] = x, masked(gradient.vjp, gradient.slots)[real]
+            x = masked(gradient.x, gradient.slots)[0][real]
+            found[gradient.layer, gradient.module] = x, masked(gradient.vjp, gradient.slots)[0][real]
 
     outcome = capture(loaded, batch, layers, modules, consume)
     return found, outcome.loss

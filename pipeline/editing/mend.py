@@ -53,7 +53,7 @@ def raw_factors(
 
     def consume(group: Sequence[Gradient]) -> None:
         for gradient in group:
-            pair = masked(gradient.x, gradient.slots), masked(gradient.vjp, gradient.slots)
+            pair = masked(gradient.x, gradient.slots)[0], masked(gradient.vjp, gradient.slots)[0]
             found[gradient.layer, gradient.module] = pair
 
     with torch.enable_grad():

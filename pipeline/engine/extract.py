@@ -22,11 +22,12 @@ from pipeline.factors import (
     frobenius,
     gram,
     main_positions,
-    masked,
     neuron_norms,
+    norms_of,
     spectrum,
 )
 from pipeline.lens import Lens
+from pipeline.models.layout import READS
 from pipeline.models.load import LoadedModel
 from pipeline.projection import Selection, Vectors, extremes, project
 from pipeline.prompts.tokenize import Example, TargetMode
@@ -215,12 +216,9 @@ class Extraction:
         return tokens
 
     def _factor(self, gradients: Sequence[Gradient]) -> "_Group":
-        slots = gradients[0].slots
-        for gradient in gradients:
-            finite = _finite(gradient.x, slots) & _finite(gradient.vjp, slots)
-            self.finite[slots.prompts.to(self.finite.device)] &= finite.to(self.finite.device)
-        x = masked(gradients[0].x, slots)
-        parts = [factors_of(gradient, x) for gradient in gradients]
+        slots, parts = gradients[0].slots, factors_of(gradients)
+        for part in parts:
+            self.finite[slots.prompts.to(self.finite.device)] &= part.finite.to(self.finite.device)
         residual = parts[0].residual
         residual_gram = gram(residual)
         norm = self._lens.norm
@@ -259,17 +257,18 @@ class Extraction:
 
     def _emit_tokens(self, module: "_Module", tokens: "_Tokens", projections: Projections) -> None:
         factors, chosen = module.factors, tokens.chosen
-        x, vjp = factors.x[chosen], factors.vjp[chosen]
         columns = {
             "prompt_id": tokens.prompt_ids.repeat_interleave(chosen.sum(-1).cpu()),
             "position": tokens.positions[chosen],
             "token_id": tokens.token_ids[chosen],
         }
-        norms = {"input_norm": x.norm(dim=-1), "vjp_norm": vjp.norm(dim=-1)}
+        reads = factors.module in READS
+        x_norms, vjp_norms = module.position_norms if reads else module.position_norms[::-1]
+        norms = {"input_norm": x_norms[chosen], "vjp_norm": vjp_norms[chosen]}
         self.blocks["tokens"].append(self._block(module, columns | norms, projections))
         if self._wanted.save_factors:
             block = self._block(module, {name: columns[name] for name in ("prompt_id", "position")})
-            block.lists.update(x=_ragged(x), delta=_ragged(vjp))
+            block.lists.update(x=_ragged(factors.x[chosen]), delta=_ragged(factors.vjp[chosen]))
             self.blocks["factors"].append(block)
 
     def _emit_layer(self, module: "_Module", tokens: "_Tokens", projections: Projections) -> None:
@@ -324,6 +323,8 @@ class _Module:
     factors: Factors
     spectrum: Spectrum
     grad_norm: Float[Tensor, " prompt"]
+    position_norms: tuple[Float[Tensor, "prompt position"], Float[Tensor, "prompt position"]]
+    """Lengths of the residual side's vectors, and of the other side's."""
     neurons: Int[Tensor, "prompt neuron"]
     neuron_norms: Float[Tensor, "prompt neuron"]
     mixes: Float[Tensor, "prompt mix position"]
@@ -331,7 +332,8 @@ class _Module:
 
     @classmethod
     def of(cls, factors: Factors, residual_gram: Tensor, kept: int) -> "_Module":
-        other_gram = gram(factors.other)
+        wide = factors.other.double()
+        other_gram = gram(wide)
         found = spectrum(factors, residual_gram, other_gram)
         width = factors.other.shape[-1]
         kept = width if kept < 0 else min(kept, width)
@@ -339,12 +341,13 @@ class _Module:
         norms = neurons.float()
         mixes_BKT = found.leading[:, None]
         if kept:
-            norms, neurons = extremes(neuron_norms(factors, residual_gram), kept, largest=True)
+            norms, neurons = extremes(neuron_norms(wide, residual_gram), kept, largest=True)
             index = neurons[:, None].expand(-1, factors.other.shape[1], -1)
             mixes_BKT = torch.cat([mixes_BKT, factors.other.gather(-1, index).mT], dim=1)
         mix_wanted = torch.cat([(found.values[:, :1] > 0), norms > 0], dim=1)
         grad_norm = frobenius(residual_gram, other_gram)
-        return cls(factors, found, grad_norm, neurons, norms, mixes_BKT, mix_wanted)
+        position_norms = norms_of(residual_gram), norms_of(other_gram)
+        return cls(factors, found, grad_norm, position_norms, neurons, norms, mixes_BKT, mix_wanted)
 
 
 @dataclass(frozen=True)
@@ -353,10 +356,6 @@ class _Group:
     vectors: Vectors
     modules: list[_Module]
     residual_gram: Float[Tensor, "prompt position position"]
-
-
-def _finite(values: Float[Tensor, "row slot width"], slots: Slots) -> Bool[Tensor, " row"]:
-    return values.masked_fill(~slots.mask[..., None], 0).isfinite().flatten(1).all(-1)
 
 
 def _ragged(values: Float[Tensor, "row value"], lengths: np.ndarray | None = None) -> Ragged:
