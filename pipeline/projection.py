@@ -36,6 +36,9 @@ SMALL = 2048
 ROWS, WIDTH = 256, 8192
 """Rows and tokens scored in float64 at once."""
 
+MIXED_ROWS = 2**14
+"""Rows taken at once where mixes are not stored: each needs a share of the room for pairs."""
+
 MANY = 2000
 """Tokens in doubt from which scoring a row's whole vocabulary is the cheaper way."""
 
@@ -89,17 +92,18 @@ def project(
     """Project the wanted residual vectors and mixes; each selection's rows are in (prompt, position | mix) order.
 
     `tile_bytes` bounds the scores that a lane holds at once; the default suits a CPU's cache or a GPU's memory. Prompts
-    are taken a few at a time where a tile of one block for all of them would be larger (every neuron as a mix).
+    are taken a few at a time where they have too many rows for that (every neuron as a mix).
     `prepared` is `prepare(lens)`, looked up when it is not given. `precision` is that of the products which screen:
     the result is the same. bfloat16 is for GPUs, whose tensor cores multiply it many times as fast.
     """
     prepared = prepared or prepare(lens)
+    device = lens.unembedding.device
     if tile_bytes is None:
-        tile_bytes = 2**30 if lens.unembedding.is_cuda else int(__import__("os").environ.get("TB", 2**21))
+        tile_bytes = 2**30 if device.type == "cuda" else 2**21
     rows = vectors.residual.shape[1] + vectors.mixes.shape[1]
-    size = max(1, tile_bytes // (4 * BLOCK * rows))
+    size = max(1, MIXED_ROWS // rows if compiled_for(device) else tile_bytes // (4 * BLOCK * rows))
     found = []
-    with lanes(lens.unembedding.device) as side_by_side:
+    with lanes(device) as side_by_side:
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             spread = spread_of(vectors[part], lens, targets[part])
