@@ -98,86 +98,86 @@ def _raise(bounds, peaks, error):
 
 
 @compiled()
-def _sift_row(
-    values, r, start, groups, low, high, error, counting, listing, bounds, above, found, doubtful,
-    places, place_ids, uppers, rows, row_ids, top, bottom, over, not_below,
-):  # fmt: skip
-    """A row's scores for one tile; the last four are to be written over."""
-    total, each = len(above), len(values) // groups
-    lo, hi = low[r], high[r]
-    for first_group in range(0, groups, COLUMNS):
-        columns = min(COLUMNS, groups - first_group)
-        block = values[first_group * each : (first_group + columns) * each]
-        part = slice(first_group, first_group + columns)
-        _fold(block, columns, lo, hi, top[part], bottom[part], over[part], not_below[part])
-    if counting[r]:
-        certain = possible = ZERO
-        for g in range(groups):
-            certain += over[g]
-            possible += not_below[g]
-        above[r] += np.int64(certain)
-        for g in range(groups if possible > certain else 0):
-            if not_below[g] > over[g]:
-                j, step = _place(g, groups, each)
-                for _ in range(each):
-                    # written whether or not it is one: a branch that cannot be foreseen costs more
-                    rows[doubtful] = r
-                    row_ids[doubtful] = start + j
-                    doubtful += np.int64((values[j] >= lo) & (values[j] <= hi))
-                    j += step
+def _sift_row(values, r, start, limits, watched, bounds, above, held, candidates, uppers, doubts, peaks):
+    """A row's scores for one tile; `peaks` is to be written over."""
+    groups, found = peaks.shape[1], held[0]
+    each = len(values) // groups
+    low, high, error = limits[0, r], limits[1, r], limits[2, r]
+    top, bottom, over, not_below = peaks[0], peaks[1], peaks[2], peaks[3]
+    for first in range(0, groups, COLUMNS):
+        part = slice(first, min(first + COLUMNS, groups))
+        block = values[part.start * each : part.stop * each]
+        _fold(block, part.stop - first, low, high, top[part], bottom[part], over[part], not_below[part])
+    if watched[0, r]:
+        _count(values, r, start, low, high, over, not_below, above, held, doubts)
     for side in range(2):
-        place = side * total + r
-        if not listing[place]:
+        if not watched[1 + side, r]:
             continue
         sign = ONE
         if side == 1:
             sign = -ONE
             for g in range(groups):
                 top[g] = -bottom[g]
-        peak = top[0]
+        highest = top[0]
         for g in range(groups):
-            peak = _larger(peak, top[g])
-        least = np.min(bounds[place])
-        if peak - error[r] > least:
-            least = _raise(bounds[place], top, error[r])
-        least -= error[r]
-        for g in range(groups if peak >= least else 0):
+            highest = _larger(highest, top[g])
+        least = np.min(bounds[side, r])
+        if highest - error > least:
+            least = _raise(bounds[side, r], top, error)
+        least -= error
+        for g in range(groups if highest >= least else 0):
             if top[g] >= least:
-                j, step = _place(g, groups, each)
+                i, step = _place(g, groups, each)
                 for _ in range(each):
-                    if sign * values[j] >= least:
-                        places[found] = place
-                        place_ids[found] = start + j
-                        uppers[found] = sign * values[j] + error[r]
+                    if sign * values[i] >= least:
+                        candidates[0, found] = side * len(above) + r
+                        candidates[1, found] = start + i
+                        uppers[found] = sign * values[i] + error
                         found += 1
-                    j += step
-    return found, doubtful
+                    i += step
+    held[0] = found
 
 
 @compiled()
-def sift(
-    scores, first, start, groups, low, high, error, counting, listing, bounds, above, row, found, doubtful,
-    places, place_ids, uppers, rows, row_ids,
-):  # fmt: skip
+def _count(values, r, start, low, high, over, not_below, above, held, doubts):
+    """Add what is above the target, and write down what is in doubt."""
+    groups, doubtful = len(over), held[1]
+    each = len(values) // groups
+    certain = possible = ZERO
+    for g in range(groups):
+        certain += over[g]
+        possible += not_below[g]
+    above[r] += np.int64(certain)
+    for g in range(groups if possible > certain else 0):
+        if not_below[g] > over[g]:
+            i, step = _place(g, groups, each)
+            for _ in range(each):
+                # written whether or not it is one: a branch that cannot be foreseen costs more
+                doubts[0, doubtful] = r
+                doubts[1, doubtful] = start + i
+                doubtful += np.int64((values[i] >= low) & (values[i] <= high))
+                i += step
+    held[1] = doubtful
+
+
+@compiled()
+def sift(scores, first, row, start, groups, limits, watched, bounds, above, held, candidates, uppers, doubts):
     """One tile of some rows, `first` and those behind it: see `sieve.Sieve.add`, which this does in one pass.
 
-    Writes candidates to `places`, `place_ids` and `uppers` from `found` on, and tokens in doubt to `rows` and `row_ids`
-    from `doubtful` on. Begins with the tile's row `row`; returns the one to go on with, when there may not be room for
-    what it has, and how far the two are written.
+    Begins with the tile's row `row`, and returns the one to go on with when there may not be room for what it has.
+    Writes to `candidates` and `uppers` from held[0] on, and to `doubts` from held[1] on; `held` says how far.
     """
-    total, width = len(above), scores.shape[1]
-    top, bottom = np.empty(groups, np.float32), np.empty(groups, np.float32)
-    over, not_below = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    width = scores.shape[1]
+    peaks = np.empty((4, groups), np.float32)
     for i in range(row, len(scores)):
-        if found + 2 * width > len(places) or doubtful + width >= len(rows):
-            return i, found, doubtful
+        if held[0] + 2 * width > candidates.shape[1] or held[1] + width >= doubts.shape[1]:
+            return i
         r = first + i
-        if counting[r] or listing[r] or listing[total + r]:
-            found, doubtful = _sift_row(
-                scores[i], r, start, groups, low, high, error, counting, listing, bounds, above, found, doubtful,
-                places, place_ids, uppers, rows, row_ids, top, bottom, over, not_below,
-            )  # fmt: skip
-    return len(scores), found, doubtful
+        if watched[0, r] or watched[1, r] or watched[2, r]:
+            _sift_row(
+                scores[i], r, start, limits, watched, bounds, above, held, candidates, uppers, doubts, peaks
+            )
+    return len(scores)
 
 
 @compiled(fastmath={"contract"})
@@ -204,9 +204,22 @@ def _mix(mixes, base, first, out):
 
 @compiled()
 def sift_mixes(
-    mixes, base, constant, first, start, groups, low, high, error, counting, listing, bounds, above, row, found,
-    doubtful, places, place_ids, uppers, rows, row_ids,
-):  # fmt: skip
+    mixes,
+    base,
+    constant,
+    first,
+    row,
+    start,
+    groups,
+    limits,
+    watched,
+    bounds,
+    above,
+    held,
+    candidates,
+    uppers,
+    doubts,
+):
     """As `sift`, for mixes of a tile's base rows (prompt, mix, term), whose scores are nowhere but in a core's cache.
 
     `base` has the prompts' terms, one after the other, and no constant; `constant` is empty when there is none.
@@ -222,14 +235,14 @@ def sift_mixes(
             mine = scores[k]
             for v in range(len(constant)):
                 mine[v] += constant[v]
-        done, found, doubtful = sift(
-            scores[:some], first + row, start, groups, low, high, error, counting, listing, bounds, above, 0, found,
-            doubtful, places, place_ids, uppers, rows, row_ids,
+        done = sift(
+            scores[:some], first + row, 0, start, groups, limits, watched, bounds, above, held, candidates, uppers,
+            doubts,
         )  # fmt: skip
         row += done
         if done < some:
             break
-    return row, found, doubtful
+    return row
 
 
 @compiled(fastmath={"reassoc", "contract"})

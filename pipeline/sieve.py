@@ -38,53 +38,51 @@ class Pairs:
         self._room = room
         self.crowded: Bool[Tensor, " row"] = torch.zeros(rows, dtype=torch.bool, device=device)
         """Rows that had more than their share of the room: what is held of them is not complete."""
-        none = torch.zeros(0, dtype=torch.long, device=device)
-        self.columns = (none, none, none.float())
-        """Rows, tokens and numbers; of no meaning from `held` on."""
+        self.pairs: Int[Tensor, "2 pair"] = torch.zeros(2, 0, dtype=torch.long, device=device)
+        """Rows and tokens; of no meaning from `held` on."""
+        self.values: Float[Tensor, " pair"] = torch.zeros(0, device=device)
         self.held = 0
 
     def reserve(self, more: int) -> None:
         """Make sure that `more` pairs can be written behind those that are held."""
-        size = len(self.columns[0])
+        size = len(self.values)
         if self.held + more > size:
-            larger = [column.new_empty(max(2 * size, self.held + more)) for column in self.columns]
-            for column, old in zip(larger, self.columns, strict=True):
-                column[: self.held] = old[: self.held]
-            rows, ids, values = larger
-            self.columns = rows, ids, values
+            size = max(2 * size, self.held + more)
+            pairs, values = self.pairs.new_empty(2, size), self.values.new_empty(size)
+            pairs[:, : self.held], values[: self.held] = self.pairs[:, : self.held], self.values[: self.held]
+            self.pairs, self.values = pairs, values
 
-    def add(self, rows: Int[Tensor, " pair"], ids: Int[Tensor, " pair"], values: Tensor) -> None:
-        self.reserve(len(rows))
-        for column, more in zip(self.columns, (rows, ids, values), strict=True):
-            column[self.held : self.held + len(rows)] = more
-        self.held += len(rows)
+    def add(self, pairs: Int[Tensor, "2 pair"], values: Float[Tensor, " pair"]) -> None:
+        self.reserve(len(values))
+        part = slice(self.held, self.held + len(values))
+        self.pairs[:, part], self.values[part] = pairs, values
+        self.held = part.stop
 
     def join(self, other: "Pairs") -> None:
         self.crowded |= other.crowded
-        rows, ids, values = (column[: other.held] for column in other.columns)
-        self.add(rows, ids, values)
+        self.add(other.pairs[:, : other.held], other.values[: other.held])
 
     def full(self) -> bool:
         return self.held > self._room
 
-    def take(self, least: Float[Tensor, " row"] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def take(self, least: Float[Tensor, " row"] | None = None) -> tuple[Tensor, Tensor]:
         """All pairs of the rows that have not given up, without those whose value is below the row's `least`."""
-        rows, ids, values = (column[: self.held] for column in self.columns)
-        keep = ~self.crowded[rows]
+        pairs, values = self.pairs[:, : self.held], self.values[: self.held]
+        keep = ~self.crowded[pairs[0]]
         if least is not None:
-            keep &= values >= least[rows]
-        return rows[keep], ids[keep], values[keep]
+            keep &= values >= least[pairs[0]]
+        return pairs[:, keep], values[keep]
 
     def compact(self, least: Float[Tensor, " row"] | None = None) -> None:
         """Let go of pairs below `least`, then of the rows that still have more than their share."""
         self._keep(self.take(least))
         share = max(self._room // (2 * len(self.crowded)), GROUP)
-        self.crowded |= self.columns[0][: self.held].bincount(minlength=len(self.crowded)) > share
+        self.crowded |= self.pairs[0, : self.held].bincount(minlength=len(self.crowded)) > share
         self._keep(self.take())
 
-    def _keep(self, pairs: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _keep(self, found: tuple[Tensor, Tensor]) -> None:
         self.held = 0
-        self.add(*pairs)
+        self.add(*found)
 
 
 class Sieve:
@@ -109,12 +107,13 @@ class Sieve:
         self.above: Int[Tensor, " row"] = torch.zeros(rows, dtype=torch.long, device=device)
         """Tokens that are certainly above the target."""
         target = target_score.double()
-        self._error, self._low, self._high = _up(error), -_up(error - target), _up(error + target)
+        self._limits = torch.stack([-_up(error - target), _up(error + target), _up(error)])
+        """The lowest and the highest score that may be the target's, and the error."""
         self._doubtful = Pairs(rows, device, room)
         self._candidates = Pairs(2 * rows, device, room)
-        self._bounds = torch.full((2 * rows, k), -torch.inf, device=device)
-        self._counting, self._listing = screened.clone(), screened.repeat(2)
-        """Rows to count for and places to list for: not those that have given up."""
+        self._bounds = torch.full((2, rows, k), -torch.inf, device=device)
+        self._watched = screened.repeat(3, 1)
+        """Rows to count for, to list the largest of and the smallest: not those that have given up."""
 
     def add(self, tile: Tile, start: int) -> None:
         """Take a tile that begins at token `start`; it is written over."""
@@ -133,7 +132,7 @@ class Sieve:
         self._doubtful.join(other._doubtful)
         self._candidates.join(other._candidates)
         bounds = torch.cat([self._bounds, other._bounds], dim=-1)
-        self._bounds = bounds.topk(self._bounds.shape[1], sorted=False).values
+        self._bounds = bounds.topk(self._bounds.shape[-1], sorted=False).values
 
     def given_up(self) -> Bool[Tensor, " row"]:
         """Rows of which not every pair was kept."""
@@ -141,27 +140,26 @@ class Sieve:
 
     def doubtful(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
         """Rows and tokens that may be above the target and may not."""
-        rows, ids, _ = self._doubtful.take()
+        (rows, ids), _ = self._doubtful.take()
         return rows, ids
 
     def candidates(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
         """Places and tokens that may be among the k largest."""
-        places, ids, _ = self._candidates.take(self._bounds.amin(-1))
+        (places, ids), _ = self._candidates.take(self._bounds.amin(-1).flatten())
         return places, ids
 
     def _make_room(self) -> None:
         if self._doubtful.full():
             self._doubtful.compact()
-            self._counting &= ~self._doubtful.crowded
+            self._watched[0] &= ~self._doubtful.crowded
         if self._candidates.full():
-            self._candidates.compact(self._bounds.amin(-1))
-            self._listing &= ~self._candidates.crowded
+            self._candidates.compact(self._bounds.amin(-1).flatten())
+            self._watched[1:] &= ~self._candidates.crowded.view(2, -1)
 
     def _count(self, groups: Float[Tensor, "some group value"], first: int, start: int) -> None:
         some, count, width = groups.shape
         part = slice(first, first + some)
-        counting = self._counting[part]
-        low, high = (torch.where(counting, bound[part], torch.nan) for bound in (self._low, self._high))
+        low, high = torch.where(self._watched[0, part], self._limits[:2, part], torch.nan)
         # a comparison that answers in float32 is several times as fast as one that answers in booleans
         spare = torch.empty_like(groups)
         above = torch.gt(groups, high[:, None, None], out=spare).sum(-1)
@@ -171,25 +169,25 @@ class Sieve:
         values = groups.view(-1, width).index_select(0, rows * count + chosen)
         hits, offsets = ((values >= low[rows, None]) & (values <= high[rows, None])).nonzero(as_tuple=True)
         ids = chosen[hits] * width + offsets + start
-        self._doubtful.add(rows[hits] + first, ids, values[hits, offsets])
+        self._doubtful.add(torch.stack([rows[hits] + first, ids]), values[hits, offsets])
 
     def _collect(self, groups: Float[Tensor, "some group value"], first: int, start: int) -> None:
         some, count, width = groups.shape
-        rows = torch.arange(first, first + some, device=groups.device)
-        every = torch.cat([rows, rows + len(self.above)])  # the places of these rows
-        peaks = torch.cat([groups.amax(-1), -groups.amin(-1)])
-        error = self._error[rows].repeat(2)
-        lower = torch.cat([self._bounds[every], peaks - error[:, None]], dim=-1)
-        bounds = lower.topk(self._bounds.shape[1], sorted=False).values
-        self._bounds[every] = bounds
-        least = torch.where(self._listing[every], bounds.amin(-1) - error, torch.inf)
-        places, chosen = (peaks >= least[:, None]).nonzero(as_tuple=True)
-        values = groups.view(-1, width).index_select(0, places % some * count + chosen)
-        values *= torch.where(places < some, 1.0, -1.0)[:, None]
-        hits, offsets = (values >= least[places][:, None]).nonzero(as_tuple=True)
-        places = places[hits]
+        part = slice(first, first + some)
+        peaks = torch.stack([groups.amax(-1), -groups.amin(-1)])
+        error = self._limits[2, part]
+        lower = torch.cat([self._bounds[:, part], peaks - error[:, None]], dim=-1)
+        bounds = lower.topk(self._bounds.shape[-1], sorted=False).values
+        self._bounds[:, part] = bounds
+        least = torch.where(self._watched[1:, part], bounds.amin(-1) - error, torch.inf)
+        sides, rows, chosen = (peaks >= least[..., None]).nonzero(as_tuple=True)
+        values = groups.view(-1, width).index_select(0, rows * count + chosen)
+        values *= torch.where(sides == 0, 1.0, -1.0)[:, None]
+        hits, offsets = (values >= least[sides, rows][:, None]).nonzero(as_tuple=True)
+        rows = rows[hits]
+        places = sides[hits] * len(self.above) + rows + first
         ids = chosen[hits] * width + offsets + start
-        self._candidates.add(every[places], ids, values[hits, offsets] + error[places])
+        self._candidates.add(torch.stack([places, ids]), values[hits, offsets] + error[rows])
 
     def _sift_tile(self, tile: Tile, start: int) -> None:
         """`_count` and `_collect` in one compiled pass."""
@@ -199,34 +197,25 @@ class Sieve:
         for run in tile.runs:
             mixes = run.mixes.numpy()
             rows = mixes.shape[0] * mixes.shape[1]
-            self._sift(
-                partial(kernels.sift_mixes, mixes, base[run.rows], constant),
-                rows,
-                first,
-                start,
-                base.shape[1],
-            )
+            sift = partial(kernels.sift_mixes, mixes, base[run.rows], constant, first)
+            self._sift(sift, rows, start, base.shape[1])
             first += rows
         if tile.constant is not None:
             tile.base.add_(tile.constant)
-        self._sift(partial(kernels.sift, base), len(base), 0, start, base.shape[1])
+        self._sift(partial(kernels.sift, base, 0), len(base), start, base.shape[1])
 
-    def _sift(
-        self, sift: Callable[..., tuple[int, int, int]], rows: int, first: int, start: int, width: int
-    ) -> None:
+    def _sift(self, sift: Callable[..., int], rows: int, start: int, width: int) -> None:
         assert kernels
         candidates, doubtful = self._candidates, self._doubtful
-        state = (self._low, self._high, self._error, self._counting, self._listing, self._bounds, self.above)
-        arrays = [tensor.numpy() for tensor in state]
-        groups, row = max(width // GROUP, 1), 0
+        state = [part.numpy() for part in (self._limits, self._watched, self._bounds, self.above)]
+        row, held = 0, np.empty(2, np.int64)
         while row < rows:
-            room = max(kernels.LEAST_ROOM, 2 * width + 1)
-            candidates.reserve(room)
-            doubtful.reserve(room)
-            out = [column.numpy() for column in (*candidates.columns, *doubtful.columns[:2])]
-            row, candidates.held, doubtful.held = sift(
-                first, start, groups, *arrays, row, candidates.held, doubtful.held, *out
-            )
+            for pairs in (candidates, doubtful):
+                pairs.reserve(max(kernels.LEAST_ROOM, 2 * width + 1))
+            held[:] = candidates.held, doubtful.held
+            out = [part.numpy() for part in (candidates.pairs, candidates.values, doubtful.pairs)]
+            row = sift(row, start, max(width // GROUP, 1), *state, held, *out)
+            candidates.held, doubtful.held = held.tolist()
             self._make_room()
 
 
