@@ -74,9 +74,10 @@ def plan(
     options: RunConfig = DEFAULTS,
     debug: Debug = False,
 ) -> int:
-    """Say what a run would take: rows and bytes, work, memory and devices, time and cost. Loads no weights.
+    """Say what a run would take: rows and bytes, work, memory and devices, time and cost.
 
-    The model's folder needs no more than its config.json if --prompt-count stands in for prompts.
+    The model's folder needs no more than its config.json if --prompt-count stands in for prompts. If a small model's
+    weights are there, some prompts are computed with them, so that the sizes are the model's own.
 
     Example: backlens plan --model gpt2 --prompt-count 100000 --cluster docs/h100.yaml
     """

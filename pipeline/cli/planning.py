@@ -7,6 +7,7 @@ from rich.table import Table
 
 from pipeline.cli.sizes import human_bytes, human_seconds
 from pipeline.planning.outlook import Outlook
+from pipeline.planning.pilot import Pilot
 
 
 def print_outlook(outlook: Outlook) -> None:
@@ -26,7 +27,9 @@ def print_outlook(outlook: Outlook) -> None:
         f"{expected.prompts:,} prompts, about {expected.tokens:,} tokens, in {plan.shards.shards:,} shards "
         f"of {plan.shards.shard_prompts:,}"
     )
-    for table in (_tables(outlook), _work(outlook), _devices(outlook), _times(outlook)):
+    console.print(_tables(outlook))
+    console.print(_measured_on(expected.pilot), soft_wrap=True)
+    for table in (_work(outlook), _devices(outlook), _times(outlook)):
         console.print(table)
     for line in _summary(outlook):
         console.print(line, soft_wrap=True, markup=False)
@@ -39,6 +42,14 @@ def _tables(outlook: Outlook) -> Table:
         ("table", "rows", "size"),
         [*lines, ("all", f"{sum(rows.values()):,}", human_bytes(sum(sizes.values())))],
     )
+
+
+def _measured_on(pilot: Pilot | None) -> str:
+    if pilot is None:
+        return "sizes measured on rows made from random factors"
+    weights = "the model's weights" if pilot.trained else "random weights"
+    prompts = "1 prompt" if pilot.prompts == 1 else f"{pilot.prompts} prompts"
+    return f"sizes measured on rows of {prompts}, computed here with {weights}"
 
 
 def _work(outlook: Outlook) -> Table:

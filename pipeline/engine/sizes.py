@@ -29,6 +29,11 @@ class MatrixSize:
     def neurons(self) -> int:
         return self.high if self.module in READS else self.wide
 
+    @property
+    def leads(self) -> bool:
+        """Gate reads what up reads, k and v what q reads: the vectors are projected once."""
+        return self.module not in ("mlp.gate", "attn.k", "attn.v")
+
     def kept(self, neurons: int) -> int:
         """Neurons kept of a matrix when so many are asked for (−1: all)."""
         return self.neurons if neurons < 0 else min(neurons, self.neurons)

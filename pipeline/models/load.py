@@ -150,7 +150,7 @@ def load_model(
     placement = {"device_map": placed, "offload_folder": folder} if placed else {}
     partitioning = Partitioning(zero3, config, source.dtype) if zero3 is not None else None
     with partitioning.loading() if partitioning is not None else nullcontext():
-        model = _read_weights(source, config, placement)
+        model = read_weights(source, config, placement)
     model.eval().requires_grad_(False)
     _tame_bitsandbytes(model)
     if folder is not None and any(os.scandir(folder)):
@@ -166,9 +166,10 @@ def load_model(
     return LoadedModel(model, tokenizer, parts, source.attention, placed, zero3 is not None)
 
 
-def _read_weights(
+def read_weights(
     source: ModelSource, config: PretrainedConfig, placement: Mapping[str, Any]
 ) -> PreTrainedModel:
+    """The model as transformers reads it: not frozen, and its parts unchecked."""
     try:
         return AutoModelForCausalLM.from_pretrained(
             source.path,

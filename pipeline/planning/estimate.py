@@ -1,7 +1,6 @@
 """What a plan will take: tokens, rows and bytes, counted and measured on a specimen.
 
-Nothing of the model is computed: its sizes come from a copy without weights on the meta device, token counts
-from a sample of the prompts.
+Sizes of the model come from a copy without weights on the meta device, token counts from a sample of the prompts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pipeline.engine.plan import RunPlan
 from pipeline.engine.sizes import MatrixSize, matrices_of
 from pipeline.models.spread import stored_dtype
+from pipeline.planning.pilot import Pilot, pilot
 from pipeline.planning.sample import Sample
 from pipeline.planning.specimen import ShardSpec, shard_bytes
 
@@ -22,6 +22,8 @@ class Estimate:
     tokens: int
     rows: Mapping[str, int]
     bytes: Mapping[str, int]
+    pilot: Pilot | None
+    """What bytes a row were measured on; None for random factors."""
 
 
 def estimate(plan: RunPlan, sample: Sample) -> Estimate:
@@ -30,7 +32,9 @@ def estimate(plan: RunPlan, sample: Sample) -> Estimate:
     matrices = matrices_of(plan.blocks, plan.wanted, plan.model_config)
     rows = _rows(plan, matrices, sample, prompts)
     rows["failures"] = plan.survey.prompts - prompts
-    return Estimate(prompts, round(prompts * sample.mean_length), rows, _bytes(plan, matrices, sample, rows))
+    found = pilot(plan, sample, rows)
+    sizes = _bytes(plan, matrices, sample, rows, found)
+    return Estimate(prompts, round(prompts * sample.mean_length), rows, sizes, found)
 
 
 def _rows(plan: RunPlan, matrices: Sequence[MatrixSize], sample: Sample, prompts: int) -> dict[str, int]:
@@ -45,7 +49,11 @@ def _rows(plan: RunPlan, matrices: Sequence[MatrixSize], sample: Sample, prompts
 
 
 def _bytes(
-    plan: RunPlan, matrices: Sequence[MatrixSize], sample: Sample, rows: Mapping[str, int]
+    plan: RunPlan,
+    matrices: Sequence[MatrixSize],
+    sample: Sample,
+    rows: Mapping[str, int],
+    found: Pilot | None,
 ) -> dict[str, int]:
     layers, shards = plan.wanted.layers, plan.shards.shards
     config = plan.model_config
@@ -61,5 +69,5 @@ def _bytes(
         dtype=stored_dtype(config, plan.config.dtype),
         d_model=int(config.get_text_config().hidden_size),
     )
-    one = shard_bytes(spec, sample, {table: count / shards for table, count in rows.items()})
+    one = shard_bytes(spec, sample, {table: count / shards for table, count in rows.items()}, found)
     return {table: round(size * shards) for table, size in one.items()}

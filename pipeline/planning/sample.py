@@ -5,7 +5,7 @@ import random
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
@@ -111,3 +111,9 @@ def sample_of(examples: Sequence[Example], readable: float, config: RunConfig) -
         )
         positions = float(chosen_positions(examples, batch, config.positions).sum()) / len(examples)
     return Sample(examples, readable, config.target_mode, positions)
+
+
+def numbered(examples: Sequence[Example], count: int) -> list[Example]:
+    """So many examples, the given ones over and over."""
+    found = [examples[number % len(examples)] for number in range(count)] if examples else []
+    return [replace(e, prompt=replace(e.prompt, prompt_id=number)) for number, e in enumerate(found)]

@@ -21,7 +21,8 @@ from pipeline.engine.extract import Block, Extraction, Projections, Ragged, Want
 from pipeline.engine.sizes import MatrixSize
 from pipeline.lens import Lens, Norm, Scaling
 from pipeline.models.layout import READS
-from pipeline.planning.sample import Sample
+from pipeline.planning.pilot import Pilot
+from pipeline.planning.sample import Sample, numbered
 from pipeline.prompts.tokenize import Example
 from pipeline.store.files import Directory
 from pipeline.store.parquet import ROW_GROUP_ROWS, write_table
@@ -62,10 +63,12 @@ class ShardSpec:
     d_model: int
 
 
-def shard_bytes(spec: ShardSpec, sample: Sample, rows: dict[str, float]) -> dict[str, float]:
+def shard_bytes(
+    spec: ShardSpec, sample: Sample, rows: dict[str, float], pilot: Pilot | None
+) -> dict[str, float]:
     """Bytes of one shard's files, by table, for the rows that the shard has of each."""
     generator = torch.Generator().manual_seed(0)
-    made = dict(_tables(spec, sample, generator))
+    made = dict(_tables(spec, sample, generator, pilot))
     found = {}
     with tempfile.TemporaryDirectory() as name:
         directory = Directory.at(name)
@@ -78,22 +81,19 @@ def shard_bytes(spec: ShardSpec, sample: Sample, rows: dict[str, float]) -> dict
     return found
 
 
-def _tables(spec: ShardSpec, sample: Sample, generator: torch.Generator) -> Iterator[tuple[str, pa.Table]]:
-    prompts = _numbered(sample.examples, spec.prompts)
+def _tables(
+    spec: ShardSpec, sample: Sample, generator: torch.Generator, pilot: Pilot | None
+) -> Iterator[tuple[str, pa.Table]]:
+    prompts = numbered(sample.examples, spec.prompts)
     loss = torch.rand(len(prompts), generator=generator) * 10
     ids = torch.randint(spec.vocabulary, (2, len(prompts)), generator=generator)
     yield "prompts", prompt_table(prompts, [Outcome(loss, ids[0], ids[1])] if prompts else [])
     yield "failures", TABLES["failures"].empty()
-    for table, blocks in _blocks(spec, _numbered(prompts, _few(spec, sample)), generator).items():
+    facts = pilot.blocks if pilot else _blocks(spec, numbered(prompts, _few(spec, sample)), generator)
+    for table, blocks in facts.items():
         yield table, fact_table(table, blocks)
-    if spec.wanted.save_factors:
+    if spec.wanted.save_factors and "factors" not in facts:
         yield "factors", _factors(spec, sample, generator)
-
-
-def _numbered(examples: Sequence[Example], count: int) -> list[Example]:
-    """So many examples, the given ones over and over."""
-    found = [examples[number % len(examples)] for number in range(count)] if examples else []
-    return [replace(e, prompt=replace(e.prompt, prompt_id=number)) for number, e in enumerate(found)]
 
 
 def _few(spec: ShardSpec, sample: Sample) -> int:

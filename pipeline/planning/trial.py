@@ -1,14 +1,11 @@
 """How fast this machine is at a plan's own shapes: a few blocks with random weights are run on some of its batches."""
 
-import copy
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pipeline.engine.budget import most_tokens
 from pipeline.engine.extract import extract
@@ -16,9 +13,7 @@ from pipeline.engine.memory import release_freed_memory
 from pipeline.engine.packing import pack
 from pipeline.engine.plan import RunPlan
 from pipeline.lens import make_lens
-from pipeline.models.anatomy import anatomy
-from pipeline.models.load import LoadedModel, exact_attention
-from pipeline.models.spread import stored_dtype
+from pipeline.planning.model import random_model
 from pipeline.planning.sample import Sample
 from pipeline.prompts.tokenize import Example
 
@@ -67,7 +62,7 @@ def _seconds(
     plan: RunPlan, layers: int, batches: Sequence[Sequence[Example]], device: torch.device
 ) -> dict[str, float]:
     """Seconds of all the batches, by stage."""
-    loaded = _random_model(plan, layers, device)
+    loaded = random_model(plan, layers, device)
     lens = make_lens(loaded.anatomy, plan.config.scaling)
     wanted = replace(plan.wanted, layers=tuple(range(layers)))
 
@@ -91,31 +86,3 @@ def _seconds(
             total.update(run(batch))
         passes += 1
     return {stage: seconds / passes for stage, seconds in total.items()}
-
-
-def _random_model(plan: RunPlan, layers: int, device: torch.device) -> LoadedModel:
-    config = _shortened(plan.model_config, layers)
-    source = plan.source
-    attention = {"attn_implementation": exact_attention(config)} if source.attention == "exact" else {}
-    with device:
-        model: Any = AutoModelForCausalLM.from_config(
-            config,
-            trust_remote_code=source.trust_remote_code,
-            dtype=stored_dtype(plan.model_config, source.dtype),
-            **attention,
-        )
-    model.eval().requires_grad_(False)
-    tokenizer: Any = None  # prompts are tokenized already
-    return LoadedModel(model, tokenizer, anatomy(model, source.layout), source.attention)
-
-
-def _shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """The same model with its first blocks only, lists of one entry a block shortened likewise."""
-    config = copy.deepcopy(config)
-    vars(config).pop("quantization_config", None)
-    count = int(config.num_hidden_layers)
-    for name, value in [*vars(config).items()]:
-        if isinstance(value, list) and len(value) == count:
-            setattr(config, name, value[:layers])
-    config.num_hidden_layers = layers
-    return config

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from pipeline.engine.plan import RunPlan
 from pipeline.engine.sizes import MatrixSize, every_matrix, matrices_of
-from pipeline.models.layout import READS
 from pipeline.planning.cluster import Cluster
 from pipeline.planning.estimate import Estimate
 from pipeline.planning.fit import Fit
@@ -62,9 +61,9 @@ def work_of(plan: RunPlan, sample: Sample, expected: Estimate, fit: Fit) -> Work
     matrices = matrices_of(plan.blocks, plan.wanted, config)
     # a prompt's loss is read at one position
     once = 2.0 * per_token * tokens + 2.0 * vocabulary * d_model * prompts
-    vectors = tokens * sum(m.chosen for m in matrices if m.module in LEADING or m.module not in READS)
+    vectors = tokens * sum(m.chosen for m in matrices if m.leads)
     mixes = prompts * sum(m.seen_by(mean) * (1 + m.kept(plan.wanted.neurons)) for m in matrices)
-    groups = sum(m.experts for m in matrices if m.module in LEADING or m.module not in READS)
+    groups = sum(m.experts for m in matrices if m.leads)
     batches = tokens / min(fit.batch_tokens, max(tokens, 1))
     crossings = (len(fit.devices) - 1) * 2 * tokens * d_model * 2 if len(fit.devices) > 1 else 0
     return Work(
@@ -77,10 +76,6 @@ def work_of(plan: RunPlan, sample: Sample, expected: Estimate, fit: Fit) -> Work
         operations=OPERATIONS * groups * batches,
         moved_bytes=float(crossings) + (4.0 * vectors * d_model if len(fit.devices) > 1 else 0.0),
     )
-
-
-LEADING = ("mlp.up", "attn.q")
-"""Gate reads what up reads, k and v what q reads: their vectors are projected once."""
 
 
 def _factors(matrices: Sequence[MatrixSize], prompts: int, mean: float) -> float:
