@@ -160,11 +160,15 @@ def test_an_error_of_the_pass_itself_ends_the_waiting_pieces() -> None:
         begun.append("first")
         assert release.wait(PATIENCE)
 
-    with pytest.raises(ValueError, match="of the pass"), device_threads([CPU]) as hand_over:
-        hand_over(CPU, first)
-        hand_over(CPU, lambda: begun.append("second"))
-        threading.Timer(0.2, release.set).start()
-        raise ValueError("of the pass")
+    def fail_with_pieces_waiting() -> None:
+        with device_threads([CPU]) as hand_over:
+            hand_over(CPU, first)
+            hand_over(CPU, lambda: begun.append("second"))
+            threading.Timer(0.2, release.set).start()
+            raise ValueError("of the pass")
+
+    with pytest.raises(ValueError, match="of the pass"):
+        fail_with_pieces_waiting()
     assert begun == ["first"]
 
 
