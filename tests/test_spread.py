@@ -144,8 +144,19 @@ class EmulatedGpus(TorchFunctionMode):
         self.asked: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.register_hook:
+            args = (args[0], self._within(args[1]))
         here = {name: self._here(value) for name, value in (kwargs or {}).items()}
         return func(*map(self._here, args), **here)
+
+    def _within(self, hook: Any) -> Any:
+        """A backward pass is a function too, and in its hooks the mode would be off."""
+
+        def emulated(gradient: torch.Tensor) -> Any:
+            with self:
+                return hook(gradient)
+
+        return emulated
 
     def _here(self, value: Any) -> Any:
         if isinstance(value, str | torch.device) and str(value).startswith("cuda"):

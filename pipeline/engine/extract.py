@@ -10,7 +10,7 @@ Rows leave as columns of NumPy arrays, one block per table, layer and module; no
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -167,20 +167,24 @@ def extract_batch(
             hand_over(device, partial(extractions[device].add, gradients))
 
         outcome = capture(loaded, batch, wanted.layers, wanted.modules, consume, recompute=recompute)
-    return _together(list(extractions.values()), outcome, time.perf_counter() - started)
-
-
-def _together(extractions: Sequence["Extraction"], outcome: Outcome, seconds: float) -> Extracted:
-    """A batch's rows, in the order of the lenses and of each one's groups, whichever was done first."""
+    # In the order of the lenses and of each one's groups, whichever was done first.
     finite = outcome.loss.isfinite()
     blocks: defaultdict[str, list[Block]] = defaultdict(list)
-    for extraction in extractions:
+    for extraction in extractions.values():
         finite &= extraction.finite.to(finite.device)
         for table, some in extraction.blocks.items():
             blocks[table] += some
-    busiest = max((extraction.seconds for extraction in extractions), key=lambda stages: sum(stages.values()))
-    stages = {**busiest, "model": seconds - sum(busiest.values())}
-    return Extracted(outcome, finite, dict(blocks), stages)
+    seconds = _seconds([each.seconds for each in extractions.values()], threads)
+    seconds["model"] = time.perf_counter() - started - sum(seconds.values())
+    return Extracted(outcome, finite, dict(blocks), seconds)
+
+
+def _seconds(of_each: Sequence[Mapping[str, float]], side_by_side: bool) -> dict[str, float]:
+    """Those of the busiest, or of one after the other."""
+    if side_by_side:
+        return dict(max(of_each, key=lambda seconds: sum(seconds.values())))
+    stages = dict.fromkeys(stage for each in of_each for stage in each)
+    return {stage: sum(each.get(stage, 0.0) for each in of_each) for stage in stages}
 
 
 def chosen_positions(

@@ -4,8 +4,9 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +77,51 @@ def test_rows_and_their_order_are_the_same_in_threads(family: str, tmp_path: Pat
     assert rows(one) == rows(other)
     assert set(one.seconds) == set(other.seconds)
     assert min(other.seconds.values()) >= 0
+
+
+class Elsewhere(Tensor):
+    """In main memory, and said to be on a GPU."""
+
+    there: torch.device
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    @property
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.there
+
+
+@dataclass(frozen=True)
+class Watched(Lens):
+    """A lens that notes when it is used."""
+
+    uses: list[int] = field(default_factory=list)
+
+    @classmethod
+    def on(cls, gpu: int | None, lens: Lens) -> "Watched":
+        unembedding = lens.unembedding
+        if gpu is not None:
+            unembedding = unembedding.as_subclass(Elsewhere)
+            unembedding.there = torch.device("cuda", gpu)
+        parts: dict[str, Any] = vars(lens) | {"unembedding": unembedding}
+        return cls(**parts)
+
+    def linear(self, vectors: Tensor) -> Tensor:
+        self.uses.append(len(vectors))
+        return super().linear(vectors)
+
+
+@pytest.mark.parametrize(("home", "copy"), [(1, None), (None, 0), (1, 0)])
+def test_vectors_are_projected_where_they_arise_or_else_where_the_head_is(
+    home: int | None, copy: int | None, loaded: LoadedModel
+) -> None:
+    """They arise in main memory here."""
+    lens = make_lens(loaded.anatomy, "raw")
+    expected = rows(extract(loaded, lens, EXAMPLES, wanted(loaded)))
+    first, second = Watched.on(home, lens), Watched.on(copy, lens)
+    with EmulatedGpus():
+        found = extract(loaded, first, EXAMPLES, wanted(loaded), copies=[second], threads=False)
+    assert (bool(first.uses), bool(second.uses)) == (copy is not None, copy is None)
+    assert rows(found) == expected
 
 
 def test_every_device_projects_while_the_others_do(loaded: LoadedModel) -> None:

@@ -193,7 +193,8 @@ def test_work_is_that_of_the_formulas(large: Path, cluster: Path) -> None:
     assert tokens == 1_200_000
     assert outlook.work.forward == pytest.approx(2 * blocks * tokens + head * 100_000)
     assert outlook.work.lens == pytest.approx(80 * head * tokens)
-    crossings = 2 * (len(outlook.fit.devices) - 1)  # there and back, in bfloat16; vectors stay where they arise
+    # there and back, in bfloat16; vectors stay where they arise
+    crossings = 2 * (len(outlook.fit.devices) - 1)
     assert outlook.work.moved_bytes == pytest.approx(crossings * tokens * 8192 * 2)
     recomputed = ahead(
         large, cluster, sharding="accelerate", modules="mlp.down", neurons=0, activation_checkpointing=True
