@@ -242,7 +242,7 @@ class _LayerRecorder:
             self._awaited.update((self._layer, module) for module, _ in matrices)
             if not output.requires_grad:
                 return  # to be computed once more, with a graph
-            # Now, for in the backward pass a copy from another GPU would wait for what that one still projects.
+            # Not in the backward pass: there a copy from another GPU would wait for what that one projects.
             slots = self._slots_at(output.device)
             x = self._by_prompt(args[0].detach(), slots)
             group = self._group(matrices[0][0], x)
@@ -295,7 +295,7 @@ def _expert_recording(
         if weight not in by_weight or not output.requires_grad:
             return
         x = x.detach()
-        # Now, for it waits for the device, which in the backward pass projects as well.
+        # Not in the backward pass: this waits for the device, which projects then.
         slots, real, row, slot = Slots.routed(tokens, batch)
         if not len(real):
             return  # only padding came this way

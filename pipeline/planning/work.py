@@ -85,11 +85,9 @@ LEADING = ("mlp.up", "attn.q")
 
 
 def _away(fit: Fit, plan: RunPlan) -> float:
-    """The share of the vectors that go to the lens of another device."""
+    """The share of the vectors that go to the lens of another device. Offloaded blocks come to the lens themselves."""
     wanted = set(plan.wanted.layers)
-    away = [
-        use for use in fit.devices if not use.lens and use.device not in ("cpu", "disk")
-    ]  # those come to it
+    away = [use for use in fit.devices if not use.lens and use.device not in ("cpu", "disk")]
     return sum(len(wanted & set(use.blocks)) for use in away) / len(wanted)
 
 
