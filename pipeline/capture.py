@@ -9,8 +9,8 @@ shares an input has its δ, the group is handed to the consumer and forgotten. E
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,9 @@ class Batch:
     targets: Int[Tensor, "prompt step"]
     target_mask: Bool[Tensor, "prompt step"]
     """True where a prompt has a target token at that step."""
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,11 +175,11 @@ def capture(
         if recompute:
             hooks.enter_context(_recomputed([block.module for block in loaded.anatomy.blocks]))
         hooks.enter_context(only_loss_positions(loaded.anatomy.head, batch.loss_positions))
-        slots = Slots.every(batch)
+        slots_at = cache(Slots.every(batch).to)
         watchers: dict[nn.Module, Watcher] = {}
         for layer in layers:
             block = loaded.anatomy.blocks[layer]
-            recorder = _LayerRecorder(layer, slots, consume, awaited)
+            recorder = _LayerRecorder(layer, slots_at, consume, awaited)
             for path, matrices in _by_submodule(block.matrices, modules):
                 submodule = block.module.get_submodule(path)
                 hooks.enter_context(_hook(submodule, recorder.recording(matrices)))
@@ -220,10 +223,16 @@ def _outcome(
 class _LayerRecorder:
     """Inputs and VJPs of one layer's modules until a group that shares an input is complete."""
 
-    def __init__(self, layer: int, slots: Slots, consume: Consumer, awaited: set[tuple[int, str]]) -> None:
+    def __init__(
+        self,
+        layer: int,
+        slots_at: Callable[[torch.device], Slots],
+        consume: Consumer,
+        awaited: set[tuple[int, str]],
+    ) -> None:
         self._layer = layer
         self._awaited = awaited
-        self._slots = slots
+        self._slots_at = slots_at
         self._consume = consume
         self._waiting: dict[object, dict[str, Tensor]] = {}
         self._expected: dict[object, int] = {}
@@ -235,16 +244,19 @@ class _LayerRecorder:
             self._awaited.update((self._layer, module) for module, _ in matrices)
             if not output.requires_grad:
                 return  # to be computed once more, with a graph
-            x = self._by_prompt(args[0].detach())
+            # Not in the backward pass: there a copy from another GPU would wait for what that one projects.
+            slots = self._slots_at(output.device)
+            x = self._by_prompt(args[0].detach(), slots)
             group = self._group(matrices[0][0], x)
             self._expected[group] = self._expected.get(group, 0) + len(matrices)
-            output.register_hook(lambda vjp: self._receive(group, x, matrices, vjp))
+            output.register_hook(lambda vjp: self._receive(group, slots, x, matrices, vjp))
 
         return on_forward
 
-    def _by_prompt(self, values: Tensor) -> Float[Tensor, "prompt position width"]:
+    @staticmethod
+    def _by_prompt(values: Tensor, slots: Slots) -> Float[Tensor, "prompt position width"]:
         """OPT's feed-forward matrices see their batch flattened; everywhere else this is a view of itself."""
-        return values.view(*self._slots.mask.shape, values.shape[-1])
+        return values.view(*slots.mask.shape, values.shape[-1])
 
     @staticmethod
     def _group(module: str, x: Tensor) -> object:
@@ -252,18 +264,22 @@ class _LayerRecorder:
         return (x.data_ptr(), x.shape) if module in READS else module
 
     def _receive(
-        self, group: object, x: Tensor, matrices: Sequence[tuple[str, Located]], vjp: Tensor | None
+        self,
+        group: object,
+        slots: Slots,
+        x: Tensor,
+        matrices: Sequence[tuple[str, Located]],
+        vjp: Tensor | None,
     ) -> None:
         if vjp is None:
             return  # nothing was passed back to this output; it stays awaited
         received = self._waiting.setdefault(group, {})
         for module, matrix in matrices:
             self._awaited.discard((self._layer, module))
-            received[module] = self._by_prompt(matrix.part_of(vjp.detach()))
+            received[module] = self._by_prompt(matrix.part_of(vjp.detach()), slots)
             self._expected[group] -= 1
         if self._expected[group] == 0:
             del self._waiting[group], self._expected[group]
-            slots = self._slots.to(next(iter(received.values())).device)
             # An input that comes from another device is moved inside the module, which the hook does not see.
             x = x.to(slots.mask.device)
             self._consume(
@@ -278,18 +294,20 @@ def _expert_recording(
     by_weight = dict(_by_submodule(experts.matrices, modules))
 
     def on_expert(expert: int, weight: str, tokens: Tensor, x: Tensor, output: Tensor) -> None:
+        if weight not in by_weight or not output.requires_grad:
+            return
         x = x.detach()
+        # Not in the backward pass: this waits for the device, which projects then.
+        slots, real, row, slot = Slots.routed(tokens, batch)
+        if not len(real):
+            return  # only padding came this way
+
+        def by_prompt(values: Tensor) -> Float[Tensor, "row slot width"]:
+            placed = values.new_zeros(*slots.mask.shape, values.shape[-1])
+            placed[row, slot] = values[real]
+            return placed
 
         def receive(vjp: Tensor) -> None:
-            slots, real, row, slot = Slots.routed(tokens, batch)
-            if not len(real):
-                return  # only padding came this way
-
-            def by_prompt(values: Tensor) -> Float[Tensor, "row slot width"]:
-                placed = values.new_zeros(*slots.mask.shape, values.shape[-1])
-                placed[row, slot] = values[real]
-                return placed
-
             shared = by_prompt(x)
             consume(
                 [
@@ -298,8 +316,7 @@ def _expert_recording(
                 ]
             )
 
-        if weight in by_weight and output.requires_grad:
-            output.register_hook(receive)
+        output.register_hook(receive)
 
     return on_expert
 

@@ -18,7 +18,7 @@ Which norm it is, and its w, b and ε, are read off the module's own outputs: cl
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -67,6 +67,9 @@ class Norm:
             return squared_norm.clamp_min(smallest).rsqrt()
         return (squared_centred / len(self.weight) + self.eps * squared_norm).clamp_min(smallest).rsqrt()
 
+    def to(self, device: torch.device) -> "Norm":
+        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
+
     def centre(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return vectors - vectors.mean(-1, keepdim=True) if self.centred else vectors
 
@@ -96,6 +99,15 @@ class Lens:
     @property
     def d_model(self) -> int:
         return self.unembedding.shape[1]
+
+    def to(self, device: torch.device) -> "Lens":
+        """The same lens, for vectors that are on another device."""
+        return replace(
+            self,
+            norm=self.norm.to(device),
+            unembedding=self.unembedding.to(device),
+            constant=self.constant.to(device),
+        )
 
     def linear(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """w ∘ C v, times the logit scale: what the unembedding multiplies, before s(v)."""

@@ -16,9 +16,9 @@ from pipeline.errors import BacklensError
 from pipeline.lens import make_lens, verify_lens
 from pipeline.models.anatomy import anatomy
 from pipeline.models.load import LoadedModel, ModelSource, empty_model, load_model
-from pipeline.models.spread import Device, Spread, place
+from pipeline.models.spread import Device, Spread, lens_bytes, place
 from tests.families import CONFIGS
-from tests.tiny import LLAMA_SHAPE, save_tiny
+from tests.tiny import LLAMA_SHAPE, random_model, save_tiny
 
 LAYERS = 40
 FEW = {name: config for name, config in CONFIGS.items() if "," not in name}
@@ -37,11 +37,12 @@ MODEL = llama()
 WHOLE = size(MODEL.parameters())
 BLOCK = size(MODEL.model.layers[0].parameters())
 OUTSIDE = WHOLE - LAYERS * BLOCK
+LENS = size(MODEL.lm_head.parameters())
 
 
 def placed(limits: Mapping[Device, int], offload: str | None = None) -> tuple[list[Device], set[Device]]:
     """The blocks' devices in order, and those of everything else."""
-    found = place(MODEL, torch.float32, Spread(limits, offload))
+    found = dict(place(MODEL, torch.float32, Spread(limits, offload)).devices)
     blocks = [found.pop(f"model.layers.{index}") for index in range(LAYERS)]
     assert set(found) == {"model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"}
     return blocks, set(found.values())
@@ -60,6 +61,35 @@ def test_what_is_outside_the_blocks_has_its_room_kept_on_the_last_gpu() -> None:
     blocks, outside = placed(room)
     assert outside == {3}
     assert blocks.count(3) <= 3
+
+
+def test_gpus_with_blocks_keep_room_for_a_lens_of_their_own() -> None:
+    limits: dict[Device, int] = {0: WHOLE, 1: LENS + 6 * BLOCK, 2: WHOLE, 3: WHOLE}
+    found = place(MODEL, torch.float32, Spread(limits))
+    blocks = [found.devices[f"model.layers.{index}"] for index in range(LAYERS)]
+    assert found.lens_copies == (2, 1, 0)
+    assert 1 <= blocks.count(1) <= 6
+    assert sorted(set(blocks), key=str) == [0, 1, 2, 3]
+
+
+def test_a_lens_that_would_push_out_blocks_is_left_where_the_head_is() -> None:
+    tight: dict[Device, int] = {0: 20 * BLOCK, 1: OUTSIDE + 22 * BLOCK}
+    found = place(MODEL, torch.float32, Spread(tight))
+    assert found.lens_copies == ()
+    assert {found.devices[f"model.layers.{index}"] for index in range(LAYERS)} == {0, 1}
+    assert place(MODEL, torch.float32, Spread(tight | {0: 24 * BLOCK + LENS})).lens_copies == (0,)
+
+
+def test_a_gpu_without_blocks_has_no_lens() -> None:
+    limits: dict[Device, int] = {0: LENS, 1: WHOLE, 2: WHOLE}
+    assert place(MODEL, torch.float32, Spread(limits)).lens_copies == (1,)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt, as 350m"])
+def test_the_room_of_a_lens_is_what_its_unembedding_takes(family: str) -> None:
+    model = random_model(CONFIGS[family]).bfloat16()
+    lens = make_lens(anatomy(model), "raw")
+    assert lens_bytes(model, torch.bfloat16) == lens.unembedding.nbytes
 
 
 def test_blocks_that_fit_on_no_gpu_go_to_main_memory_and_then_to_disk() -> None:
@@ -88,12 +118,12 @@ def test_a_head_that_is_tied_to_the_embeddings_is_counted_once() -> None:
     model = llama(tied=True)
     table = 3000 * 32 * 4
     limits: dict[Device, int] = {0: WHOLE, 1: OUTSIDE - table + BLOCK}
-    assert place(model, torch.float32, Spread(limits))["lm_head"] == 1
+    assert place(model, torch.float32, Spread(limits)).devices["lm_head"] == 1
 
 
 def test_half_precision_takes_half_the_room() -> None:
     limits: dict[Device, int] = {0: WHOLE // 2 + 2 * BLOCK}
-    assert set(place(MODEL, torch.bfloat16, Spread(limits)).values()) == {0}
+    assert set(place(MODEL, torch.bfloat16, Spread(limits)).devices.values()) == {0}
     with pytest.raises(BacklensError, match="fit on no device"):
         place(MODEL, torch.float32, Spread(limits))
 
@@ -101,7 +131,7 @@ def test_half_precision_takes_half_the_room() -> None:
 @pytest.mark.parametrize("family", FEW)
 def test_every_weight_of_every_family_has_one_place(family: str) -> None:
     model = empty_model(ModelSource(""), FEW[family])
-    found = place(model, torch.float32, Spread({0: 10**9, 1: 10**9}))
+    found = place(model, torch.float32, Spread({0: 10**9, 1: 10**9})).devices
     for name, _ in model.named_parameters():
         assert sum(name == path or name.startswith(f"{path}.") for path in found) == 1, name
 
@@ -114,8 +144,19 @@ class EmulatedGpus(TorchFunctionMode):
         self.asked: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.register_hook:
+            args = (args[0], self._within(args[1]))
         here = {name: self._here(value) for name, value in (kwargs or {}).items()}
         return func(*map(self._here, args), **here)
+
+    def _within(self, hook: Any) -> Any:
+        """A backward pass is a function too, and in its hooks the mode would be off."""
+
+        def emulated(gradient: torch.Tensor) -> Any:
+            with self:
+                return hook(gradient)
+
+        return emulated
 
     def _here(self, value: Any) -> Any:
         if isinstance(value, str | torch.device) and str(value).startswith("cuda"):
@@ -132,7 +173,7 @@ def test_a_model_dispatched_to_emulated_gpus_gives_the_factors_of_the_whole_one(
     whole = load_model(source, torch.device("cpu"))
     expected = _gradients(whole)
     limits: dict[Device, int] = dict.fromkeys(range(3), 10**6)
-    places = place(whole.model, torch.float32, Spread(limits))
+    places = place(whole.model, torch.float32, Spread(limits)).devices
     with EmulatedGpus() as emulated:
         dispatched: Any = {path: f"cuda:{device}" for path, device in places.items()}
         dispatch_model(whole.model, dispatched, main_device=torch.device("cuda:2"), force_hooks=True)

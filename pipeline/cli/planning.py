@@ -65,7 +65,7 @@ def _devices(outlook: Outlook) -> Table:
             (
                 str(use.device),
                 _ranges(use.blocks),
-                *map(human_bytes, (use.weights, use.activations, use.tiles, use.total)),
+                *map(human_bytes, (use.weights, use.activations, use.lens, use.total)),
             )
             for use in outlook.fit.devices
         ],
@@ -80,7 +80,8 @@ def _times(outlook: Outlook) -> Table:
 def _summary(outlook: Outlook) -> Iterable[str]:
     cluster, times = outlook.cluster, outlook.times
     count = len(outlook.fit.devices)
-    devices = "1 device" if count == 1 else f"{count} devices, one at work at a time"
+    together = "projecting at once" if outlook.fit.busiest < 1 else "one at work at a time"
+    devices = "1 device" if count == 1 else f"{count} devices, {together}"
     copies = "1 copy" if times.replicas == 1 else f"{times.replicas:,} copies"
     yield f"{copies} of the model on {cluster.name}, each on {devices}"
     if count > 1 and outlook.plan.config.sharding == "none":

@@ -1,12 +1,19 @@
 """From one batch to rows: capture, factors, lens and projection, group by group as the backward pass arrives.
 
+On GPUs that is done in a thread for each lens, beside the model's own: the pass goes on to the previous GPU's blocks
+while this GPU projects. What waits to be projected takes the place of what the pass has freed by then: a Llama's
+factors are two thirds of what autograd kept of its blocks. Where blocks are recomputed it keeps next to nothing, so
+there each group is done where it arrives, and one GPU works at a time.
+
 Rows leave as columns of NumPy arrays, one block per table, layer and module; nothing here knows Arrow or files.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -15,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.capture import Batch, Gradient, Outcome, Slots, capture, make_batch
+from pipeline.engine.device_threads import at_once, device_threads
 from pipeline.factors import (
     Factors,
     Spectrum,
@@ -91,6 +99,7 @@ class Extracted:
     finite: Bool[Tensor, " prompt"]
     blocks: dict[str, list[Block]]
     seconds: dict[str, float]
+    """By stage; together the time that the batch took. With several threads, those of the busiest."""
 
 
 def extract(
@@ -99,12 +108,28 @@ def extract(
     examples: Sequence[Example],
     wanted: Wanted,
     *,
+    copies: Sequence[Lens] = (),
     screening: Precision = "float32",
     recompute: bool = False,
+    threads: bool | None = None,
 ) -> Extracted:
-    """Compute every row of a batch of prompts; `screening` as in `project`, `recompute` as in `capture`."""
+    """Compute every row of a batch of prompts; `screening` as in `project`, `recompute` as in `capture`.
+
+    `copies` are of the lens, on other devices, for what arises there; everything else is brought to `lens`. `threads`
+    says whether to project beside the model's thread: by default on GPUs, unless blocks are recomputed.
+    """
     batch = make_batch([sequence(example, wanted.target_mode) for example in examples], loaded.device)
-    return extract_batch(loaded, lens, examples, batch, wanted, screening=screening, recompute=recompute)
+    return extract_batch(
+        loaded,
+        lens,
+        examples,
+        batch,
+        wanted,
+        copies=copies,
+        screening=screening,
+        recompute=recompute,
+        threads=threads,
+    )
 
 
 def sequence(example: Example, target_mode: TargetMode) -> tuple[Sequence[int], Sequence[int]]:
@@ -120,19 +145,47 @@ def extract_batch(
     batch: Batch,
     wanted: Wanted,
     *,
+    copies: Sequence[Lens] = (),
     screening: Precision = "float32",
     recompute: bool = False,
+    threads: bool | None = None,
 ) -> Extracted:
     """As `extract`, for a batch padded by the caller (either side)."""
     started = time.perf_counter()
-    extraction = Extraction(
-        lens, batch, wanted, chosen_positions(examples, batch, wanted.positions), examples, screening
-    )
-    outcome = capture(loaded, batch, wanted.layers, wanted.modules, extraction.add, recompute=recompute)
-    seconds = extraction.seconds
+    chosen = chosen_positions(examples, batch, wanted.positions)
+    home = lens.unembedding.device
+    extractions = {
+        device: Extraction(each, batch.to(device), wanted, chosen.to(device), examples, screening)
+        for device, each in ((each.unembedding.device, each) for each in (lens, *copies))
+    }
+    if threads is None:
+        threads = home.type != "cpu" and not recompute
+    with device_threads(extractions) if threads else nullcontext(at_once) as hand_over:
+
+        def consume(gradients: Sequence[Gradient]) -> None:
+            arisen = gradients[0].vjp.device
+            device = arisen if arisen in extractions else home
+            hand_over(device, partial(extractions[device].add, gradients))
+
+        outcome = capture(loaded, batch, wanted.layers, wanted.modules, consume, recompute=recompute)
+    # In the order of the lenses and of each one's groups, whichever was done first.
+    finite = outcome.loss.isfinite()
+    blocks: defaultdict[str, list[Block]] = defaultdict(list)
+    for extraction in extractions.values():
+        finite &= extraction.finite.to(finite.device)
+        for table, some in extraction.blocks.items():
+            blocks[table] += some
+    seconds = _seconds([each.seconds for each in extractions.values()], threads)
     seconds["model"] = time.perf_counter() - started - sum(seconds.values())
-    finite = extraction.finite & outcome.loss.isfinite()
-    return Extracted(outcome, finite, dict(extraction.blocks), dict(seconds))
+    return Extracted(outcome, finite, dict(blocks), seconds)
+
+
+def _seconds(of_each: Sequence[Mapping[str, float]], side_by_side: bool) -> dict[str, float]:
+    """Those of the busiest, or of one after the other."""
+    if side_by_side:
+        return dict(max(of_each, key=lambda seconds: sum(seconds.values())))
+    stages = dict.fromkeys(stage for each in of_each for stage in each)
+    return {stage: sum(each.get(stage, 0.0) for each in of_each) for stage in stages}
 
 
 def chosen_positions(
@@ -154,7 +207,7 @@ def chosen_positions(
 
 
 class Extraction:
-    """Collects a batch's rows as groups of gradients arrive."""
+    """Collects a batch's rows as groups of gradients arrive that one lens projects; in one thread at a time."""
 
     def __init__(
         self,

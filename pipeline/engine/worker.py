@@ -86,6 +86,7 @@ class Worker:
         parts = self._loaded.anatomy
         self._lens = make_lens(whole_for_the_lens(parts) if job.zero3 else parts, job.scaling)
         verify_lens(self._loaded.model, self._loaded.anatomy, self._lens)
+        self._lens_copies = [self._lens.to(device) for device in self._loaded.lens_copies]
         self._context = context_length(self._loaded.model.config)
         self._budget = TokenBudget(job.batch_tokens, self._loaded.device)
         self._any_computed = False
@@ -182,6 +183,7 @@ class Worker:
                 self._lens,
                 batch,
                 self._job.wanted,
+                copies=self._lens_copies,
                 screening=self._job.screening,
                 recompute=recompute,
             )

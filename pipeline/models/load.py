@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import BacklensError
 from pipeline.models.anatomy import Anatomy, anatomy
 from pipeline.models.layout import Layout
-from pipeline.models.spread import Device, Spread, place, refuse_missing, stored_dtype
+from pipeline.models.spread import Device, Placement, Spread, place, refuse_missing, stored_dtype
 from pipeline.models.structure import input_device, verify_backward
 from pipeline.models.zero3 import Partitioning, Zero3
 
@@ -73,6 +73,8 @@ class LoadedModel:
     """Where its parts are, by path, if it is spread over several devices."""
     partitioned: bool = False
     """Whether each of several processes has a part of every weight (`zero3`)."""
+    lens_copies: tuple[torch.device, ...] = ()
+    """Devices with blocks, beside its own, that have room for a lens."""
 
     @property
     def device(self) -> torch.device:
@@ -141,16 +143,17 @@ def load_model(
     tokenizer, config = load_tokenizer(source), load_config(source)
     # Else transformers has a service of the hub open a pull request with safetensors, in a thread of this process.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
-    placed: dict[str, Device] = {}
+    placement = Placement({})
     folder: str | None = None
     if spread is not None:
         refuse_missing(spread)
-        placed = place(empty_model(source, config), stored_dtype(config, source.dtype), spread)
-        folder = _offload_folder(spread) if "disk" in placed.values() else None
-    placement = {"device_map": placed, "offload_folder": folder} if placed else {}
+        placement = place(empty_model(source, config), stored_dtype(config, source.dtype), spread)
+        folder = _offload_folder(spread) if "disk" in placement.devices.values() else None
+    placed = dict(placement.devices)
+    mapped = {"device_map": placed, "offload_folder": folder} if placed else {}
     partitioning = Partitioning(zero3, config, source.dtype) if zero3 is not None else None
     with partitioning.loading() if partitioning is not None else nullcontext():
-        model = read_weights(source, config, placement)
+        model = read_weights(source, config, mapped)
     model.eval().requires_grad_(False)
     _tame_bitsandbytes(model)
     if folder is not None and any(os.scandir(folder)):
@@ -163,12 +166,11 @@ def load_model(
         nn.Module.to(model, device)
     parts = anatomy(model, source.layout)
     verify_backward(model, [block.module for block in parts.blocks])
-    return LoadedModel(model, tokenizer, parts, source.attention, placed, zero3 is not None)
+    copies = tuple(torch.device("cuda", gpu) for gpu in placement.lens_copies)
+    return LoadedModel(model, tokenizer, parts, source.attention, placed, zero3 is not None, copies)
 
 
-def read_weights(
-    source: ModelSource, config: PretrainedConfig, placement: Mapping[str, Any]
-) -> PreTrainedModel:
+def read_weights(source: ModelSource, config: PretrainedConfig, mapped: Mapping[str, Any]) -> PreTrainedModel:
     """The model as transformers reads it: not frozen, and its parts unchecked."""
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -179,7 +181,7 @@ def read_weights(
             # None takes pickles only where there are no safetensors; torch unpickles tensors and nothing else.
             use_safetensors=None if source.allow_pickle else True,
             **({"attn_implementation": exact_attention(config)} if source.attention == "exact" else {}),
-            **placement,
+            **mapped,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unreadable(source, error) from error

@@ -2,10 +2,14 @@
 
 Blocks are spread, in their order and never split: their output is d_model wide, so what crosses from one device to
 the next is little. Everything outside the blocks (embeddings, norm, head) lies together on the last GPU, and
-stays there: the lens reads it outside the forward pass, where weights that are offloaded cannot be read. Vectors go
-to the lens and not the lens to the vectors, by arithmetic. Projecting a vector takes 2 V d operations, and moving it
-4 d bytes: with V = 128,000, on a GPU of 60 TFLOP/s behind a link of 25 GB/s, the move takes a 27th of
-the projection's time, while a second unembedding would take V d weights of another device's memory.
+stays there: the lens reads it outside the forward pass, where weights that are offloaded cannot be read.
+
+The lens goes to the vectors and not the vectors to the lens, by arithmetic. Moving N vectors costs 4 d N bytes in
+float32; a copy of the unembedding in half precision costs 2 V d once, which is less from N = V / 2 on. Of Llama-3-70B
+(V = 128,256) on three GPUs, a token has a vector for each of two matrices in 27 blocks of a GPU, so 1,190 tokens make
+up for the copy: a hundred prompts of 12 tokens. What weighs more is that a GPU with a lens of its own projects while
+the others do, and projecting, with 2 V d operations a vector, is most of a run. So each GPU with blocks keeps room
+for the 2 V d bytes (2.1 GB there). Where that would push a block off the GPUs, the lens stays alone on the last one.
 
 A block that fits on no device is offloaded: kept in main memory, or in the safetensors file, and brought to a device
 for as long as it computes. Autograd would hold on to every weight so brought until the backward pass, all of them at
@@ -40,8 +44,18 @@ class Spread:
     """A folder for blocks that are read from disk; None allows none."""
 
 
-def place(model: PreTrainedModel, dtype: torch.dtype, spread: Spread) -> dict[str, Device]:
-    """The device of every block and of every module outside them, by path, for a model without weights.
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a copy of a model lies."""
+
+    devices: Mapping[str, Device]
+    """Of every block and of every module outside them, by path."""
+    lens_copies: tuple[int, ...] = ()
+    """GPUs that have room for a lens of their own, beside the one with the head; as the backward pass comes by."""
+
+
+def place(model: PreTrainedModel, dtype: torch.dtype, spread: Spread) -> Placement:
+    """Place a model without weights.
 
     Raises BacklensError when the model does not fit.
     """
@@ -56,7 +70,13 @@ def place(model: PreTrainedModel, dtype: torch.dtype, spread: Spread) -> dict[st
             f"max-memory: embeddings, norm and head take {_gib(limits[home] - room)} and lie on one device, but "
             f"{_name(home)} has {_gib(limits[home])}; give it more"
         )
-    found = _spread_blocks(blocks, dtype, {"cpu": 0, **limits, home: room})
+    limits = {"cpu": 0, **limits, home: room}
+    others = [device for device in gpus if device != home]
+    lens = lens_bytes(model, dtype)
+    found = _spread_blocks(blocks, dtype, limits | {gpu: max(0, limits[gpu] - lens) for gpu in others})
+    copies = tuple(gpu for gpu in reversed(others) if isinstance(gpu, int) and gpu in found)
+    if {"cpu", "disk"} & set(found) and home != "cpu":
+        found, copies = _spread_blocks(blocks, dtype, limits), ()
     on_disk = sum(device == "disk" for device in found)
     if on_disk and spread.offload is None:
         raise BacklensError(
@@ -64,7 +84,7 @@ def place(model: PreTrainedModel, dtype: torch.dtype, spread: Spread) -> dict[st
             "folder to --offload them to"
         )
     placed: dict[str, Device] = dict.fromkeys(outside, home)
-    return placed | {f"{path}.{index}": device for index, device in enumerate(found)}
+    return Placement(placed | {f"{path}.{index}": device for index, device in enumerate(found)}, copies)
 
 
 def refuse_missing(spread: Spread) -> None:
@@ -130,6 +150,19 @@ def _bytes_outside(model: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype) 
     within = {id(weight) for weight in blocks.parameters()}
     # `parameters` counts a head that is tied to the embeddings once
     return sum(weight.numel() * dtype.itemsize for weight in model.parameters() if id(weight) not in within)
+
+
+def lens_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Of an unembedding; what else a lens has is nothing beside it."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return 0  # `anatomy` refuses such a model
+    weight = head.weight
+    assert isinstance(weight, torch.Tensor)
+    vocabulary, width = weight.shape
+    d_model = int(model.config.get_text_config().hidden_size)
+    # a linear map before the head is folded into it, in float32
+    return vocabulary * d_model * (dtype.itemsize if width == d_model else torch.float32.itemsize)
 
 
 def _name(device: Device) -> str:

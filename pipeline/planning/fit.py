@@ -11,7 +11,7 @@ from pipeline.engine.plan import RunPlan, spread_of
 from pipeline.engine.sizes import MatrixSize, every_matrix
 from pipeline.errors import BacklensError
 from pipeline.models.load import empty_model
-from pipeline.models.spread import FREE_SHARE, Device, Spread, place, stored_dtype
+from pipeline.models.spread import FREE_SHARE, Device, Spread, lens_bytes, place, stored_dtype
 from pipeline.models.structure import find_block_list
 from pipeline.planning.cluster import Cluster
 
@@ -20,7 +20,8 @@ GPU_TILE, CPU_TILE = 2**30, 3 * 2**22
 TILES = 3
 """Tiles held at a time: two of scores, and what is gathered from them."""
 SAVED = 2
-"""What autograd keeps, over the inputs of the blocks' matrices: activations, norms and attention are as much again."""
+"""What autograd keeps, over the inputs of the blocks' matrices: activations, norms and attention are as much again.
+Factors that wait to be projected come in its place as it is freed, and are less (`extract`)."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,12 @@ class DeviceUse:
     blocks: Sequence[int]
     weights: int
     activations: int
-    tiles: int
+    lens: int
+    """Its tiles, and the unembedding where that is a copy; nothing on a device whose vectors go to another one."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.tiles
+        return self.weights + self.activations + self.lens
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Fit:
     devices: Sequence[DeviceUse]
     replicas: int
     batch_tokens: int
+    busiest: float = 1.0
+    """The share of a copy's vectors that its busiest device projects while the others project theirs; all of them
+    where one device works at a time."""
 
 
 def fit(plan: RunPlan, cluster: Cluster) -> Fit:
@@ -67,12 +72,19 @@ def fit(plan: RunPlan, cluster: Cluster) -> Fit:
             uses = [replace(use, activations=use.activations * tokens) for use in of_one]
             crowded = [use for use in uses if use.total > cluster.memory]
             if not crowded:
-                return Fit(uses, _replicas(plan, cluster, count), tokens)
+                return Fit(uses, _replicas(plan, cluster, count), tokens, _busiest(plan, uses))
             problem = f"device {crowded[0].device} would hold {crowded[0].total / 1e9:.1f} GB"
     raise BacklensError(
         f"cluster: a copy does not fit on {counts[-1]} devices of {cluster.memory / 1e9:.0f} GB ({problem}); smaller "
         "--batch-tokens, --activation-checkpointing and --dtype bfloat16 take less"
     )
+
+
+def _busiest(plan: RunPlan, uses: Sequence[DeviceUse]) -> float:
+    if plan.config.activation_checkpointing or any(use.blocks and not use.lens for use in uses):
+        return 1.0
+    wanted = set(plan.wanted.layers)
+    return max(len(wanted & set(use.blocks)) for use in uses) / len(wanted)
 
 
 def _replicas(plan: RunPlan, cluster: Cluster, count: int) -> int:
@@ -99,7 +111,8 @@ def _uses(plan: RunPlan, cluster: Cluster, count: int) -> list[DeviceUse]:
     limits = _limits(plan, cluster, count)
     # Accelerate warns of every device that this machine does not have
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    placed = place(model, dtype, Spread(limits))
+    placement = place(model, dtype, Spread(limits))
+    placed = placement.devices
     path, _ = find_block_list(model)
     kept = _activations(plan, every_matrix(plan.blocks, plan.model_config), dtype)
     home = [device for device in limits if device != "cpu"][-1]
@@ -109,8 +122,12 @@ def _uses(plan: RunPlan, cluster: Cluster, count: int) -> list[DeviceUse]:
         weights = _weights(model, placed, device) * dtype.itemsize
         saved = [kept[block] for block in blocks]
         held = max(saved, default=0) if plan.config.activation_checkpointing else sum(saved)
-        tiles = TILES * (GPU_TILE if cluster.gpus else CPU_TILE) if device == home else 0
-        uses.append(DeviceUse(device, blocks, weights, held, tiles))
+        lens = TILES * (GPU_TILE if cluster.gpus else CPU_TILE)
+        if device in placement.lens_copies:
+            lens += lens_bytes(model, dtype)
+        elif device != home:
+            lens = 0
+        uses.append(DeviceUse(device, blocks, weights, held, lens))
     return uses
 
 

@@ -1,6 +1,7 @@
 """What a run has to compute and to move, and how long that takes on devices of stated speeds.
 
-Times are of one device at work for a copy: with a copy spread over several, a batch is on one after the other.
+With a copy spread over several devices, the model is on one after the other, and each projects what arises on it while
+the others do: the busiest decides (`Fit.busiest`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,8 +75,15 @@ def work_of(plan: RunPlan, sample: Sample, expected: Estimate, fit: Fit) -> Work
         factors=_factors(matrices, prompts, mean),
         score_bytes=4.0 * PASSES * (vectors + mixes) * vocabulary,
         operations=OPERATIONS * groups * batches,
-        moved_bytes=float(crossings) + (4.0 * vectors * d_model if len(fit.devices) > 1 else 0.0),
+        moved_bytes=float(crossings) + 4.0 * vectors * d_model * _away(fit, plan),
     )
+
+
+def _away(fit: Fit, plan: RunPlan) -> float:
+    """The share of the vectors that go to the lens of another device. Offloaded blocks come to the lens themselves."""
+    wanted = set(plan.wanted.layers)
+    away = [use for use in fit.devices if not use.lens and use.device not in ("cpu", "disk")]
+    return sum(len(wanted & set(use.blocks)) for use in away) / len(wanted)
 
 
 def _factors(matrices: Sequence[MatrixSize], prompts: int, mean: float) -> float:
@@ -125,9 +133,12 @@ def times_of(work: Work, cluster: Cluster, fit: Fit, written: int) -> Times:
         loading=weights * a_node / (1e9 * cluster.storage_gbps),
         stages={
             "model": (work.forward + work.backward) / (1e12 * cluster.tflops * reached),
-            "lens": (work.lens + work.neurons) / (1e12 * cluster.float32_tflops * reached)
-            + work.score_bytes / (1e9 * cluster.memory_gbps * reached),
-            "factors": work.factors / (1e12 * cluster.float64_tflops * reached),
+            "lens": fit.busiest
+            * (
+                (work.lens + work.neurons) / (1e12 * cluster.float32_tflops * reached)
+                + work.score_bytes / (1e9 * cluster.memory_gbps * reached)
+            ),
+            "factors": fit.busiest * work.factors / (1e12 * cluster.float64_tflops * reached),
             "small operations": work.operations * cluster.operation_us * 1e-6,
             "network": work.moved_bytes / (1e9 * cluster.link_gbps * reached),
         },

@@ -12,11 +12,14 @@ from transformers import GPT2Config, LlamaConfig
 
 from pipeline.config import RunConfig
 from pipeline.demo import FACTS, MODEL
+from pipeline.engine.plan import make_plan
 from pipeline.errors import BacklensError
 from pipeline.planning.cluster import read_cluster
 from pipeline.planning.estimate import Estimate
+from pipeline.planning.fit import Fit, fit
 from pipeline.planning.options import PlanOptions
 from pipeline.planning.outlook import Outlook, look_ahead
+from pipeline.planning.sample import Assumed
 from tests.engine.command import called, error_line, write_jsonl
 from tests.engine.conftest import some_prompts
 from tests.tiny import byte_tokenizer, random_model
@@ -28,7 +31,7 @@ nodes: 2
 gpus: 4
 memory: 80GB
 tflops: 1000
-float32-tflops: 60
+float32-tflops: 30
 float64-tflops: 30
 memory-gbps: 3000
 link-gbps: 100
@@ -207,10 +210,42 @@ def test_a_configuration_is_enough_to_place_a_model(large: Path, cluster: Path) 
     )  # 141 GB in four fifths of 80 GB each; 4 GPUs a node
 
 
+def fitted(model: Path, cluster: Path, **options: object) -> Fit:
+    config = RunConfig(model=str(model), out="./run", sharding="accelerate", **options)  # pyright: ignore
+    return fit(make_plan(config, Assumed.parse(100_000, "12").survey()), read_cluster(str(cluster)))
+
+
+def test_each_device_has_a_lens_and_the_busiest_one_decides(large: Path, cluster: Path) -> None:
+    three = fitted(large, cluster)
+    *others, last = three.devices
+    assert [use.lens - last.lens for use in others] == [2 * 128256 * 8192] * 2
+    assert three.busiest == max(len(use.blocks) for use in three.devices) / 80
+    assert fitted(large, cluster, layers="0-7").busiest == 1  # all on the first device
+
+
+def test_devices_project_one_after_the_other_without_room_or_with_recomputed_blocks(
+    large: Path, cluster: Path
+) -> None:
+    recomputed = fitted(large, cluster, activation_checkpointing=True)
+    assert all(use.lens for use in recomputed.devices)
+    assert recomputed.busiest == 1
+    cluster.write_text(CLUSTER.replace("80GB", "90GB"))
+    crowded = fitted(large, cluster, max_memory="0:72GB,1:72GB", batch_tokens=512)
+    assert [bool(use.lens) for use in crowded.devices] == [False, True]
+    assert crowded.busiest == 1
+    roomy = fitted(large, cluster, max_memory="0:76GB,1:72GB", batch_tokens=512)
+    assert all(use.lens for use in roomy.devices)
+    assert 0.5 <= roomy.busiest < 0.6
+
+
 def test_time_and_cost_are_those_of_the_machines(large: Path, cluster: Path) -> None:
     one = ahead(large, cluster, sharding="accelerate")
     assert one.dollars == pytest.approx(2 * 10 * one.times.seconds / 3600)
     assert one.times.bottleneck == "lens"
+    products, passes = one.work.lens + one.work.neurons, one.work.score_bytes
+    assert one.times.stages["lens"] == pytest.approx(
+        one.fit.busiest * (products / (30e12 * 0.5) + passes / (3e12 * 0.5))
+    )
     cluster.write_text(CLUSTER.replace("nodes: 2", "nodes: 4"))
     four = ahead(large, cluster, sharding="accelerate")
     assert four.fit.replicas == 4
@@ -227,6 +262,9 @@ def test_work_is_that_of_the_formulas(large: Path, cluster: Path) -> None:
     assert tokens == 1_200_000
     assert outlook.work.forward == pytest.approx(2 * blocks * tokens + head * 100_000)
     assert outlook.work.lens == pytest.approx(80 * head * tokens)
+    # there and back, in bfloat16; vectors stay where they arise
+    crossings = 2 * (len(outlook.fit.devices) - 1)
+    assert outlook.work.moved_bytes == pytest.approx(crossings * tokens * 8192 * 2)
     recomputed = ahead(
         large, cluster, sharding="accelerate", modules="mlp.down", neurons=0, activation_checkpointing=True
     )
