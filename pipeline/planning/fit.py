@@ -15,7 +15,7 @@ from pipeline.models.spread import FREE_SHARE, Device, Spread, lens_bytes, place
 from pipeline.models.structure import find_block_list
 from pipeline.planning.cluster import Cluster
 
-GPU_TILE, CPU_TILE = 2**30, 3 * 2**22
+GPU_TILE, CPU_TILE = 2**30, 2**22
 """Bytes of a tile of scores (`projection.project`)."""
 TILES = 3
 """Tiles held at a time: two of scores, and what is gathered from them."""
