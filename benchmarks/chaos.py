@@ -1,6 +1,6 @@
 """Kills at random over one job: workers, ranks of gangs, whole nodes, and drivers.
 
-    python -m benchmarks.chaos [--kills 30] [--prompts 1000] [--seed 0]
+    python -m benchmarks.chaos [--kills 30] [--prompts 480] [--seed 0]
 
 A Ray cluster of a head and two nodes on this machine runs a tiny model that naps over each prompt and writes down every
 prompt it computes. Of six kills, in any order, four hit a process, one a node that is not the head, which is replaced,
@@ -35,7 +35,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--prompts", type=int, default=480)
     parser.add_argument("--naps", type=float, default=0.4, help="seconds a prompt takes")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
