@@ -1,28 +1,33 @@
-"""Kills at random over one job: workers, a whole node, and the driver.
+"""Kills at random over one job: workers, ranks of gangs, whole nodes, and drivers.
 
-    python -m benchmarks.chaos [--kills 30] [--prompts 600] [--seed 0] [--ranks 2]
+    python -m benchmarks.chaos [--kills 30] [--prompts 480] [--seed 0]
 
 A Ray cluster of a head and two nodes on this machine runs a tiny model that naps over each prompt and writes down every
-prompt it computes. Most kills hit a worker; one in ten the driver, which is started again, and one in ten a whole node
-but the head, which is replaced. With ranks a replica is a gang of so many processes (`--sharding zero3`), and a kill
-hits one of them. Prints what was killed, whether the tables equal those of an undisturbed run, and how many prompts
-were computed more than once.
+prompt it computes. Of six kills, in any order, four hit a process, one a node that is not the head, which is replaced,
+and one the driver. Whoever starts that again changes the sharding: workers with a whole copy each, as many as there are
+nodes, and a gang of two ranks take turns over the same run directory. Prints whether the tables equal those of an
+undisturbed run, and how many prompts were computed again for which kills.
 """
 
 import argparse
 import random
 import tempfile
 import time
-from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from tests.engine.chaos import SHARD, What, computed_again, disturb, numbered_prompts
+from tests.engine.chaos import SHARD, Kill, What, costs, disturb, numbered_prompts
 from tests.engine.cluster import several_nodes
 from tests.engine.command import assert_complete, assert_same_run, backlens
 from tests.engine.misbehaving import command, save_misbehaving
 
 NODES = 3
+KINDS: tuple[What, ...] = ("process", "process", "process", "process", "node", "driver")
+WORKERS = ("--replicas", "auto")
+GANG = ("--sharding", "zero3", "--ranks", 2, "--gpus-per-replica", 0)
+BATCH = ("--batch-tokens", 64)
+"""Two prompts or three: what is in flight at a kill counts as computed."""
 
 
 def main() -> None:
@@ -30,10 +35,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=600)
+    parser.add_argument("--prompts", type=int, default=480)
     parser.add_argument("--naps", type=float, default=0.4, help="seconds a prompt takes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=1, help="processes of a replica")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         report(options, Path(name))
@@ -42,38 +46,45 @@ def main() -> None:
 def report(options: argparse.Namespace, folder: Path) -> None:
     prompts, log = numbered_prompts(options.prompts), folder / "log"
     clean, out = folder / "clean", folder / "out"
-    shards = ("--shard-prompts", SHARD)
+    plan = ("--shard-prompts", SHARD, *BATCH)
     done = backlens(
-        *command(save_misbehaving(folder / "quick"), prompts, clean), *shards, "--executor", "local"
+        *command(save_misbehaving(folder / "quick"), prompts, clean), *plan, "--executor", "local"
     )
     if done.status:
         raise SystemExit(done.stderr)
     model = save_misbehaving(folder / "model", log=log, naps=options.naps)
-    kills: list[What] = [kind(number) for number in range(options.kills)]
+    draw = random.Random(options.seed)
+    kinds: list[What] = [
+        kind for _ in range(0, options.kills, len(KINDS)) for kind in draw.sample(KINDS, len(KINDS))
+    ]
     began = time.monotonic()
     with several_nodes(NODES) as nodes:
-        engine = ("--executor", "ray", "--address", nodes.address, *replicas(options.ranks))
-        arguments = (*command(model, prompts, out), *engine, *shards)
-        done = disturb(arguments, nodes, out, kills, random.Random(options.seed), partial(print, flush=True))
+        common = (*command(model, prompts, out), *plan, "--executor", "ray", "--address", nodes.address)
+        commands = [(*common, *WORKERS), (*common, *GANG)]
+        done, kills = disturb(commands, nodes, out, kinds[: options.kills], draw, partial(print, flush=True))
     if done.status:
         raise SystemExit(done.stderr)
     assert_complete(out, options.prompts)
     assert_same_run(clean, out)
     print(f"{time.monotonic() - began:.0f} s; the tables equal those of an undisturbed run")
-    again = computed_again(log)
-    print(f"killed: {', '.join(f'{count} {what}s' for what, count in Counter(kills).items())}")
-    print(f"computed again: {again.total()} prompts, {again.total() / SHARD / len(kills):.2f} shards a kill")
-    print(f"of one process: at most {max(again.values(), default=0) / SHARD:.2f} shards")
+    tell(kills, costs(log, kills))
 
 
-def kind(number: int) -> What:
-    return "node" if number % 10 == 4 else "driver" if number % 10 == 9 else "worker"
+def tell(kills: Sequence[Kill], lost: Sequence[Sequence[int]]) -> None:
+    """What each kind of kill cost, in shards of prompts that were computed again."""
+    print("killed       computed again   shards a kill   of one replica, at most")
+    for what in ("worker", "rank", "node", "driver"):
+        line(f"{what}s", [cost for each, cost in zip(kills, lost, strict=True) if each.what == what])
+    line("in all", lost)
 
 
-def replicas(ranks: int) -> tuple[object, ...]:
-    if ranks == 1:
-        return ("--replicas", "auto")
-    return ("--sharding", "zero3", "--ranks", ranks, "--gpus-per-replica", 0)
+def line(name: str, lost: Sequence[Sequence[int]]) -> None:
+    prompts = sum(map(sum, lost))
+    a_kill, most = (
+        prompts / SHARD / max(len(lost), 1),
+        max((max(each, default=0) for each in lost), default=0),
+    )
+    print(f"{len(lost):2} {name:8} {prompts:8} prompts   {a_kill:13.2f}   {most / SHARD:23.2f}")
 
 
 if __name__ == "__main__":

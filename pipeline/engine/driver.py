@@ -9,6 +9,7 @@ from typing import Protocol
 from pipeline.config import RunConfig
 from pipeline.engine.events import emit, emit_shard, stage_seconds
 from pipeline.engine.executors import RayOptions, Standing, executing
+from pipeline.engine.notes import forget_all
 from pipeline.engine.plan import RunPlan, fingerprint, make_plan, with_demo_defaults
 from pipeline.engine.versions import package_versions
 from pipeline.engine.worker import FAILED
@@ -103,6 +104,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
         )
         work = _run_shards(plan, opened, set(done), lock, progress, started)
         directory.remove_leftovers()  # of workers that died and were replaced
+        forget_all(directory)  # of drivers that were killed
         finished = finish(opened) if opened.record.status != "done" else opened
         commits = list(committed(finished.directory).values())
         report = Report(

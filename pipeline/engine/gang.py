@@ -5,8 +5,8 @@ between it deals the batches out, one to each rank, itself among them, and takes
 gathers weights from all ranks, so a rank for which no batch is left makes its pass with a token of no account.
 
 A gang lives and dies as a whole: a rank that ends leaves the others in a pass that nobody completes. The leader,
-which waits beside its own pass and not in it, is told of that by Ray, and ends too. To the executor that is the
-death of the replica: it kills what is left and starts another.
+which waits beside its own pass and not in it, is told of that by Ray, and hands the error on. To the executor that is
+the death of the replica: it kills what is left and starts another.
 """
 
 import os
@@ -110,7 +110,12 @@ class Leader(_Member):
             join(0, ranks, meeting, host)
             Worker.__init__(self, job, threads)
 
-        self._together(load, [peer.load.remote(rank, ranks, place) for rank, peer in enumerate(peers, 1)])
+        try:
+            self._together(load, [peer.load.remote(rank, ranks, place) for rank, peer in enumerate(peers, 1)])
+        except RayTaskError:
+            raise
+        except RayError:
+            os._exit(1)  # a rank is gone; raised from here, that would be an actor that refuses to start
         self._readiness = replace(self._readiness, device=f"{ranks} ranks on {self._readiness.device}")
 
     def _compute(self, examples: Sequence[Example], attempt: Attempt[Shard]) -> Computed:
@@ -143,20 +148,14 @@ class Leader(_Member):
         return batches
 
     def _together(self, own: Callable[[], Any], theirs: Sequence[Any]) -> list[Any]:
-        """What all ranks return. The first error ends the wait: the others may be in a pass, for ever.
-
-        Where a rank's process is gone (Ray's error, not its own), so is this one: its own pass cannot be stopped in
-        another way.
-        """
+        """What all ranks return. The first error ends the wait: the others may be in a pass, for ever."""
         waiting = [
             self._passing.submit(_late_to_complain()(own)),
             *(reference.future() for reference in theirs),
         ]
         done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
-        for error in filter(None, (each.exception() for each in done)):
-            if isinstance(error, RayError) and not isinstance(error, RayTaskError):
-                os._exit(1)
-            raise error
+        for each in done:
+            each.result()
         return [each.result() for each in waiting]
 
 

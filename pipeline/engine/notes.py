@@ -1,6 +1,7 @@
 """What a worker writes down before it computes what may have killed another: the prompts that are in flight.
 
-One small file beside the shard's record, on the storage that outlives worker and node; gone when the shard is done.
+One small file beside the shard's record, on the storage that outlives worker and node; gone when the shard is done,
+or when the run is, if the driver was killed in between.
 """
 
 import json
@@ -8,6 +9,8 @@ from collections.abc import Sequence
 
 from pipeline.store.commit import COMMITS
 from pipeline.store.files import Directory
+
+SUFFIX = ".attempt"
 
 
 def note(directory: Directory, shard: int, prompt_ids: Sequence[int]) -> None:
@@ -27,5 +30,11 @@ def forget(directory: Directory, shard: int) -> None:
     directory.remove(_name(shard))
 
 
+def forget_all(directory: Directory) -> None:
+    for name in directory.names(COMMITS):
+        if name.endswith(SUFFIX):
+            directory.remove(f"{COMMITS}/{name}")
+
+
 def _name(shard: int) -> str:
-    return f"{COMMITS}/{shard:06d}.attempt"
+    return f"{COMMITS}/{shard:06d}{SUFFIX}"

@@ -21,8 +21,8 @@ from pipeline.engine.metrics import RayMetrics
 from pipeline.engine.notes import forget, noted
 from pipeline.engine.placement import cpus_per_replica, cpus_to_fill
 from pipeline.engine.replica import ActorKind, ReplicaKind
-from pipeline.engine.retry import ATTEMPTS, next_attempt
-from pipeline.engine.session import ReplicaLost, connect, errors_as_ours, nodes, reason
+from pipeline.engine.retry import next_attempt
+from pipeline.engine.session import ReplicaLost, connect, errors_as_ours, node_lost, nodes, reason
 from pipeline.engine.work import Attempt, Readiness, Task
 from pipeline.engine.worker import Job
 from pipeline.errors import BacklensError, Interrupted
@@ -144,13 +144,14 @@ class RayExecutor:
 
     def _next(self, lost: Attempt[Any], error: BaseException) -> Attempt[Any]:
         shard = lost.shard.index
-        attempt = next_attempt(lost, noted(self._directory, shard) if lost.number > 1 else ())
+        in_flight = noted(self._directory, shard) if lost.number > 1 else ()
+        attempt = next_attempt(lost, in_flight, node_lost(error))
         if attempt is not None:
             self._condemned += len(attempt.condemned) - len(lost.condemned)
             forget(self._directory, shard)
         if attempt is None or self._condemned > MOST_CONDEMNED:
             raise Interrupted(
-                f"shard {shard} was lost with its worker {ATTEMPTS} times "
+                f"shard {shard} was lost with its worker {lost.number + lost.nodes} times "
                 f"({reason(error)}); what is committed stays, the same command goes on from there"
             )
         return attempt

@@ -4,6 +4,10 @@ Once in a while a worker dies for reasons of its own, so a shard is first just g
 has no other: from then on it is known whose fault a death is. Such a worker notes which prompts it is about to
 compute (`notes.py`). Those in flight at a death are computed one at a time in the next attempt; one that was alone in
 flight at the last of ATTEMPTS deaths, and in flight at the one before, is recorded as a failure and left out.
+
+A worker that went with its node says nothing about prompts: that attempt is made again as it was. A worker killed by
+somebody, alone, looks like one that a prompt killed; it takes four such kills at one shard, the last two in the same
+prompt, to blame an innocent one.
 """
 
 from dataclasses import replace
@@ -12,10 +16,14 @@ from pipeline.engine.work import Attempt, S
 
 ATTEMPTS = 4
 """How many deaths a shard is tried through before a prompt is blamed or the run stops."""
+NODES = 8
+"""How many nodes may be lost under a shard before the run stops: a prompt might take down whole machines."""
 
 
-def next_attempt(lost: Attempt[S], in_flight: tuple[int, ...]) -> Attempt[S] | None:
+def next_attempt(lost: Attempt[S], in_flight: tuple[int, ...], node_lost: bool) -> Attempt[S] | None:
     """The attempt after one that was lost while prompts `in_flight` were computed; None if there should be none."""
+    if node_lost:
+        return replace(lost, nodes=lost.nodes + 1) if lost.nodes < NODES else None
     if lost.number < ATTEMPTS:
         return replace(lost, number=lost.number + 1, suspects=in_flight)
     if len(in_flight) == 1 and in_flight[0] in lost.suspects:

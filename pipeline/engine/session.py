@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import (
     ActorDiedError,
+    ActorUnavailableError,
     ActorUnschedulableError,
     NodeDiedError,
     OutOfMemoryError,
@@ -61,6 +62,17 @@ def errors_as_ours() -> Iterator[None]:
     except RayTaskError as error:
         _raise_ours(error)
         raise
+
+
+def node_lost(error: BaseException) -> bool:
+    """Whether a lost replica went with its node, or was cut off with it, and not by what it computed.
+
+    How a process ended is told by Ray's daemon on the same node. Where that is silent an actor is out of reach, and
+    after some failed health checks the node is said to have died.
+    """
+    if isinstance(error, (ActorUnavailableError, NodeDiedError)):
+        return True
+    return isinstance(error, RayActorError) and "its node has died" in error.error_msg
 
 
 def reason(error: BaseException) -> str:

@@ -35,6 +35,8 @@ class Attempt(Generic[S]):
     """Prompts to compute first, one at a time."""
     condemned: frozenset[int] = frozenset()
     """Prompts to record as failures and leave out."""
+    nodes: int = 0
+    """How many nodes were lost under it."""
 
     def suspected(self, examples: Sequence[Example]) -> set[int]:
         """The places of the suspects."""

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from pipeline.engine.notes import note
+from pipeline.store.files import Directory
 from tests.engine.cluster import alive, descendants, is_agent, kill, workers
 from tests.engine.command import (
     assert_complete,
@@ -105,6 +107,7 @@ def test_a_run_that_was_killed_goes_on_from_what_is_committed(
     assert process.exitcode == -signal.SIGKILL
     before = _records(out)
     assert 3 <= len(before) < PROMPTS
+    note(Directory.at(out), 20, [20])  # of an attempt that went with the driver
 
     done = called(*job, "--out", out, "--executor", "local")
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import ActorUnavailableError, NodeDiedError, RayActorError, RayError, RayTaskError
 
-from pipeline.engine.retry import ATTEMPTS, next_attempt
+from pipeline.engine.retry import ATTEMPTS, NODES, next_attempt
+from pipeline.engine.session import ReplicaLost, node_lost
 from pipeline.engine.work import Attempt
 from pipeline.prompts.record import Prompt
 from pipeline.prompts.shards import Shard
@@ -35,7 +38,7 @@ def test_exactly_the_prompts_that_kill_are_condemned(poison: set[int]) -> None:
         if in_flight is None:
             assert attempt.condemned == poison
             return
-        attempt = next_attempt(attempt, in_flight if attempt.number > 1 else ())
+        attempt = next_attempt(attempt, in_flight if attempt.number > 1 else (), node_lost=False)
     raise AssertionError("no end")
 
 
@@ -47,9 +50,44 @@ def test_deaths_that_come_at_random_condemn_nobody_unless_one_was_alone_twice(ba
         assert attempt is not None
         in_flight = simulated(attempt, _at(batch_number)) or ()
         seen.append(in_flight)
-        attempt = next_attempt(attempt, in_flight if attempt.number > 1 else ())
+        attempt = next_attempt(attempt, in_flight if attempt.number > 1 else (), node_lost=False)
     blamed = set(seen[-1]) & set(seen[-2]) if len(seen[-1]) == 1 else set()
     assert attempt is None if not blamed else attempt is not None and attempt.condemned == blamed
+
+
+@given(st.integers(1, NODES), st.integers(1, ATTEMPTS))
+def test_nodes_that_are_lost_condemn_nobody_and_leave_a_shard_its_attempts(nodes: int, number: int) -> None:
+    attempt: Attempt | None = Attempt(SHARD, number, suspects=(5,))
+    for _ in range(nodes):
+        attempt = next_attempt(attempt, (5,), node_lost=True)
+        assert attempt is not None
+    assert (attempt.number, attempt.suspects, attempt.condemned) == (number, (5,), frozenset())
+
+
+def test_a_shard_that_takes_node_after_node_with_it_stops_the_run() -> None:
+    assert next_attempt(Attempt(SHARD, nodes=NODES), (), node_lost=True) is None
+
+
+ACTOR = "34cd"
+CRASHED = "Worker unexpectedly exits with a connection error code 2. End of file."
+WITH_ITS_NODE = "The actor died because its node has died. Node Id: 12ab"
+
+
+@pytest.mark.parametrize(
+    ("error", "with_node"),
+    [
+        (RayActorError(ACTOR, CRASHED), False),
+        (RayActorError(ACTOR, WITH_ITS_NODE), True),
+        (ActorUnavailableError("Socket closed", None), True),
+        (NodeDiedError("gone"), True),
+    ],
+)
+def test_a_death_that_nobody_on_the_node_tells_of_is_the_node_s(error: RayError, with_node: bool) -> None:
+    """Of a worker or of a gang's leader; and of another rank, which the leader hands on."""
+    handed_on = RayTaskError("run", "Traceback", error).as_instanceof_cause()
+    for each in (error, handed_on):
+        assert isinstance(each, ReplicaLost)
+        assert node_lost(each) == with_node
 
 
 def _at(batch_number: int) -> Callable[[list[int]], bool]:
