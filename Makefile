@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
 
+# Two files at a time: most tests wait for processes that work on one thread.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 .PHONY: demo test quick lint format types docs docs-check check clean browser
 
 demo: $(VENV)/.package  ## run the bundled demo into ./demo-run
@@ -14,10 +17,10 @@ demo: $(VENV)/.package  ## run the bundled demo into ./demo-run
 	@echo "backlens is in $(VENV): source $(BIN)/activate"
 
 test: $(VENV)/.dev browser  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 quick: $(VENV)/.dev  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
