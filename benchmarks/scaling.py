@@ -3,8 +3,9 @@
     python -m benchmarks.scaling [--only prompts positions k neurons workers] [--threads 2]
 
 GPT-2's 124M-parameter shape with random weights, `backlens run` in a process of its own. A run's own report of its
-stages is what is counted, so that start-up and loading are not; workers are Ray actors of one thread each, timed by
-the run's wall time from the first to the last commit. Prompts are counted on two layers, to fit the time.
+stages is what is counted, so that start-up and loading are not; workers are Ray actors of one thread each, on a node of
+as many CPUs, timed by the run's wall time from the first to the last commit. Prompts are counted on two layers, to fit
+the time.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import time
 from pathlib import Path
 
 from benchmarks.shape import make_model, write_prompts
+from tests.engine.cluster import one_node_cluster
 
+SHARD = 32
 AXES = ("prompts", "positions", "k", "neurons", "workers")
 
 
@@ -44,8 +47,9 @@ def points(axis: str, threads: int) -> list[tuple[str, int, list[str], int]]:
         two_layers = [*local, "--layers", "10-11"]
         return [(str(count), count, two_layers, threads) for count in (256, 1024, 4096)]
     if axis == "workers":
-        ray = ["--executor", "ray", "--shard-prompts", "16", "--replicas"]
-        return [(count, 128, [*ray, count], 1) for count in ("1", "2")]
+        # so many shards that it does not matter much who has the last one
+        ray = ["--executor", "ray", "--shard-prompts", str(SHARD), "--replicas"]
+        return [(count, 14 * SHARD, [*ray, count], 1) for count in ("1", "2")]
     values = {"positions": ("last", "all"), "k": ("1", "10", "100"), "neurons": ("0", "16", "256", "-1")}[
         axis
     ]
@@ -58,13 +62,16 @@ def seconds_a_prompt(folder: Path, count: int, arguments: list[str], threads: in
     write_prompts(prompts, count)
     entry = [sys.executable, "-c", "from pipeline.cli.main import main; main()", "run"]
     files = ["--model", str(folder / "model"), "--prompts", str(prompts), "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    subprocess.run([*entry, *files, *arguments], env=environment, check=True, capture_output=True)
-    commits = [json.loads(file.read_text()) for file in (out / "_commits").glob("*.json")]
+    command, environment = [*entry, *files, *arguments], os.environ | {"OMP_NUM_THREADS": str(threads)}
     if "ray" in arguments:
+        replicas = int(arguments[-1])
+        with one_node_cluster(cpus=replicas) as (address, _):
+            subprocess.run([*command, "--address", address], env=environment, check=True, capture_output=True)
         times = sorted(file.stat().st_mtime for file in (out / "_commits").glob("*.json"))
-        replicas = int(arguments[-1])  # each has its first shard done at the first commit, or about then
-        return (times[-1] - times[replicas - 1]) / (count - replicas * 16)
+        # each has its first shard done at the first commit, or about then
+        return (times[-1] - times[replicas - 1]) / (count - replicas * SHARD)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    commits = [json.loads(file.read_text()) for file in (out / "_commits").glob("*.json")]
     stages = ("seconds_tokenize", "seconds_model", "seconds_factors", "seconds_lens", "seconds_rows")
     return sum(commit["stats"][stage] for commit in commits for stage in stages) / count
 
