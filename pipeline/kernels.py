@@ -7,6 +7,7 @@ Shapes: R rows, V tile, D d_model, P pairs.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,17 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            return njit(nogil=True, cache=True, **options)(function)
+            found: Any = njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # numba found no folder for its cache
             return njit(nogil=True, **options)(function)
+        keep = found._cache.save_overload
+
+        def keep_if_there_is_room(*compilation: Any) -> None:
+            with suppress(OSError):  # numba would let a full disk end the computation
+                keep(*compilation)
+
+        found._cache.save_overload = keep_if_there_is_room
+        return found
 
     return decorate
 

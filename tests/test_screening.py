@@ -1,8 +1,12 @@
 """Lists and ranks are those of a full sort of the scores' definition, bit for bit, whatever the screening saw."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -225,3 +229,20 @@ def test_few_tokens_are_left_in_doubt() -> None:
         project(vectors, lens, targets, 10)
     rows = int(vectors.wanted.sum() + vectors.mix_wanted.sum())
     assert sum(scored) < 60 * rows
+
+
+def test_loops_run_where_their_compilation_cannot_be_kept(tmp_path: Path) -> None:
+    lines = (
+        "import resource, numpy as np",
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))",  # as on a full disk
+        "from pipeline import kernels",
+        "held = np.zeros(1, np.int64)",
+        "ids, scores = np.zeros((1, 2), np.int64), np.zeros((1, 2), np.float32)",
+        "pairs = np.zeros(3, np.int64), np.arange(3), np.float32([1, 3, 2])",
+        "kernels.keep_first(*pairs, ids, scores, held)",
+        "print(ids.tolist())",
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == "[[1, 2]]\n", done.stderr
