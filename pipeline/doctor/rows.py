@@ -7,7 +7,8 @@ import numpy as np
 
 from pipeline.capture import Side, make_batch
 from pipeline.doctor.trial import FLOOR, Trial
-from pipeline.engine.extract import Block, Wanted, extract_batch, sequence
+from pipeline.engine.blocks import Block
+from pipeline.engine.extract import Wanted, extract_batch, sequence
 from pipeline.models.layout import WRITES
 from pipeline.prompts.tokenize import Example
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.capture import Outcome
-from pipeline.engine.extract import Block, Projections, Ragged
+from pipeline.engine.blocks import Block, Projections, Ragged
 from pipeline.prompts.record import Rejected
 from pipeline.prompts.tokenize import Example
 from schemas.tables import FAILURES, MODULE, PROMPTS, TABLES, Table

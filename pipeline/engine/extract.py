@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.capture import Batch, Gradient, Outcome, Slots, capture, make_batch
+from pipeline.engine.blocks import Block, Projections, Ragged
 from pipeline.engine.device_threads import at_once, device_threads
 from pipeline.factors import (
     Factors,
@@ -56,39 +57,6 @@ class Wanted:
     neurons: int = 16
     """Neurons kept per prompt, layer and module, by gradient norm; −1 keeps all."""
     save_factors: bool = False
-
-
-@dataclass(frozen=True)
-class Projections:
-    """Projection columns of a block's rows: a selection for the valid rows, nulls for the others."""
-
-    valid: np.ndarray
-    top_ids: np.ndarray
-    top_scores: np.ndarray
-    bottom_ids: np.ndarray
-    bottom_scores: np.ndarray
-    target_score: np.ndarray
-    target_rank: np.ndarray
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """A list per row: every row's values end to end, and how many each row has."""
-
-    values: np.ndarray
-    lengths: np.ndarray
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows of one table for one weight matrix: plain columns, then lists, then projection columns."""
-
-    layer: int
-    module: str
-    expert: int | None
-    columns: dict[str, np.ndarray]
-    lists: dict[str, Ragged] = field(default_factory=dict)
-    projections: Projections | None = None
 
 
 @dataclass(frozen=True)
@@ -295,16 +263,16 @@ class Extraction:
         return _Group(tokens, vectors, modules, residual_gram)
 
     def _emit(self, group: "_Group", own: Selection, mixed: Selection) -> None:
-        token_projections = _projections(own, group.vectors.wanted[group.tokens.chosen])
-        per_mix = _projections(mixed, group.vectors.mix_wanted.flatten())
+        token_projections = Projections.of(own, group.vectors.wanted[group.tokens.chosen])
+        per_mix = Projections.of(mixed, group.vectors.mix_wanted.flatten())
         shape = group.vectors.mix_wanted.shape
         first = 0
         for module in group.modules:
             self._emit_tokens(module, group.tokens, token_projections)
-            self._emit_layer(module, group.tokens, _rows_of(per_mix, shape, slice(first, first + 1)))
+            self._emit_layer(module, group.tokens, per_mix.of_mixes(shape, slice(first, first + 1)))
             neurons = module.neurons.shape[1]
             if neurons:
-                projections = _rows_of(per_mix, shape, slice(first + 1, first + 1 + neurons))
+                projections = per_mix.of_mixes(shape, slice(first + 1, first + 1 + neurons))
                 self._emit_neurons(module, group, projections)
             first += 1 + neurons
 
@@ -321,7 +289,7 @@ class Extraction:
         self.blocks["tokens"].append(self._block(module, columns | norms, projections))
         if self._wanted.save_factors:
             block = self._block(module, {name: columns[name] for name in ("prompt_id", "position")})
-            block.lists.update(x=_ragged(factors.x[chosen]), delta=_ragged(factors.vjp[chosen]))
+            block.lists.update(x=Ragged.of(factors.x[chosen]), delta=Ragged.of(factors.vjp[chosen]))
             self.blocks["factors"].append(block)
 
     def _emit_layer(self, module: "_Module", tokens: "_Tokens", projections: Projections) -> None:
@@ -329,7 +297,7 @@ class Extraction:
         columns = {"prompt_id": tokens.prompt_ids, "rank": spectrum.rank, "grad_norm": module.grad_norm}
         block = self._block(module, columns, projections)
         narrowest = min(module.factors.residual.shape[-1], module.factors.other.shape[-1])
-        block.lists["singular_values"] = _ragged(spectrum.values, np.minimum(tokens.counts, narrowest))
+        block.lists["singular_values"] = Ragged.of(spectrum.values, np.minimum(tokens.counts, narrowest))
         self.blocks["layers"].append(block)
 
     def _emit_neurons(self, module: "_Module", group: "_Group", projections: Projections) -> None:
@@ -411,31 +379,6 @@ class _Group:
     residual_gram: Float[Tensor, "prompt position position"]
 
 
-def _ragged(values: Float[Tensor, "row value"], lengths: np.ndarray | None = None) -> Ragged:
-    """The first `lengths[i]` values of row i; the whole rows when no lengths are given."""
-    array = values.cpu().numpy()
-    if lengths is None:
-        lengths = np.full(len(array), array.shape[1])
-    return Ragged(array[np.arange(array.shape[1]) < lengths[:, None]], lengths)
-
-
 def _quadratic(mixes_BKT: Tensor, gram_BTT: Tensor) -> Float[Tensor, "prompt mix"]:
     """a K aᵀ of every mix: the squared length of the mixed vector."""
     return ((mixes_BKT @ gram_BTT) * mixes_BKT).sum(-1).clamp_min(0)
-
-
-def _projections(selection: Selection, valid: Bool[Tensor, " row"]) -> Projections:
-    columns = {name: getattr(selection, name).cpu().numpy() for name in Selection.__dataclass_fields__}
-    return Projections(valid=valid.cpu().numpy(), **columns)
-
-
-def _rows_of(projections: Projections, shape: torch.Size, mixes: slice) -> Projections:
-    """The rows of some of every prompt's mixes, out of rows laid out (prompt, mix)."""
-    keep = np.zeros(shape, dtype=bool)
-    keep[:, mixes] = True
-    flat = keep.ravel()
-    kept = flat[projections.valid]
-    columns = {
-        name: getattr(projections, name)[kept] for name in Projections.__dataclass_fields__ if name != "valid"
-    }
-    return Projections(valid=projections.valid[flat], **columns)

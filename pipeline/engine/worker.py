@@ -12,10 +12,11 @@ import pyarrow as pa
 import torch
 
 from pipeline.capture import Outcome
+from pipeline.engine.blocks import Block
 from pipeline.engine.budget import TokenBudget
 from pipeline.engine.columns import fact_table, failure_table, prompt_table, without_prompts
 from pipeline.engine.events import SECONDS
-from pipeline.engine.extract import Block, Extracted, Wanted, extract, sequence
+from pipeline.engine.extract import Extracted, Wanted, extract, sequence
 from pipeline.engine.faults import PROMPT_ERRORS, DeviceLost, is_device_lost, is_out_of_memory
 from pipeline.engine.memory import MemoryGauge, release_all, release_freed_memory
 from pipeline.engine.notes import note

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from pipeline.engine.blocks import Block, Projections, Ragged
 from pipeline.engine.budget import ON_CPU
-from pipeline.engine.extract import Block, Projections, Ragged, extract
+from pipeline.engine.extract import extract
 from pipeline.engine.packing import pack
 from pipeline.engine.plan import RunPlan
 from pipeline.engine.sizes import every_matrix, matrices_of

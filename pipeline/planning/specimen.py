@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.capture import Batch, Gradient, Outcome, Slots, make_batch
+from pipeline.engine.blocks import Block, Projections, Ragged
 from pipeline.engine.columns import fact_table, prompt_table
-from pipeline.engine.extract import Block, Extraction, Projections, Ragged, Wanted, chosen_positions, sequence
+from pipeline.engine.extract import Extraction, Wanted, chosen_positions, sequence
 from pipeline.engine.sizes import MatrixSize
 from pipeline.lens import Lens, Norm, Scaling
 from pipeline.models.layout import READS
