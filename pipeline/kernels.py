@@ -16,7 +16,7 @@ from numba import njit
 ONE, ZERO = np.float32(1), np.float32(0)
 
 COLUMNS = 32
-"""A row's scores are taken in blocks of so many columns of 64; a column is a group."""
+"""A row's scores are taken in blocks of so many columns; a column is a group."""
 
 STRETCH, TOGETHER = 1024, 32
 """Scores of a mix that are summed at once, and mixes that are summed before they are sifted."""

@@ -22,6 +22,7 @@ try:
 except ImportError:  # without numba
     kernels = None
 
+SMALLEST_GROUP = 4
 PAIRS = 2**21
 """Pairs held at once, unless said otherwise. Rows with more than their share are given up (`Pairs.crowded`)."""
 
@@ -29,6 +30,16 @@ PAIRS = 2**21
 def compiled_for(device: torch.device) -> bool:
     """Whether scores are sifted in a compiled pass, in which mixes are never stored."""
     return kernels is not None and device.type == "cpu"
+
+
+def groups_of(width: int, k: int) -> int:
+    """How many groups a tile's scores are taken in: more than k, so that the first tile's already bound the lists."""
+    if width % GROUP:
+        return 1  # the vocabulary's rest
+    size = GROUP
+    while size > SMALLEST_GROUP and width // size < 2 * k:
+        size //= 2
+    return width // size
 
 
 class Pairs:
@@ -106,7 +117,7 @@ class Sieve:
         rows, device = len(target_score), target_score.device
         self.above: Int[Tensor, " row"] = torch.zeros(rows, dtype=torch.long, device=device)
         """Tokens that are certainly above the target."""
-        target = target_score.double()
+        self._k, target = k, target_score.double()
         self._limits = torch.stack([-_up(error - target), _up(error + target), _up(error)])
         """The lowest and the highest score that may be the target's, and the error."""
         self._doubtful = Pairs(rows, device, room)
@@ -121,7 +132,7 @@ class Sieve:
             self._sift_tile(tile, start)
             return
         for first, scores in tile.scores():
-            groups = scores.view(len(scores), -1, min(GROUP, scores.shape[1]))
+            groups = scores.view(len(scores), groups_of(scores.shape[1], self._k), -1)
             self._count(groups, first, start)
             self._collect(groups, first, start)
             self._make_room()
@@ -214,7 +225,7 @@ class Sieve:
                 pairs.reserve(max(kernels.LEAST_ROOM, 2 * width + 1))
             held[:] = candidates.held, doubtful.held
             out = [part.numpy() for part in (candidates.pairs, candidates.values, doubtful.pairs)]
-            row = sift(row, start, max(width // GROUP, 1), *state, held, *out)
+            row = sift(row, start, groups_of(width, self._k), *state, held, *out)
             candidates.held, doubtful.held = held.tolist()
             self._make_room()
 

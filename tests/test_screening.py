@@ -157,7 +157,7 @@ def assert_same(found: Selection, expected: Selection | None) -> None:
 
 @given(
     case=CASES,
-    k=st.integers(1, 12),
+    k=st.one_of(st.integers(1, 12), st.sampled_from([100, 700])),
     tile_bytes=st.sampled_from([None, 1]),
     precision=st.sampled_from(["float32", "bfloat16"]),
     loops=LOOPS,
