@@ -187,7 +187,7 @@ def _prompt(values: Mapping[str, Any]) -> tuple[str, str | None, SubjectPlace | 
     if subject is not None and slot is None and find_subject(prompt, subject) is None:
         raise UnfitError(
             "no-subject",
-            f"the prompt does not name its subject {subject!r} in whole words; write {SLOT} there",
+            f"the prompt does not hold its subject {subject!r} in whole words; write {SLOT} there",
         )
     return prompt, subject, slot
 

@@ -201,6 +201,14 @@ def name_it(name: str, role: Role, values: Mapping[str, Any]) -> str:
     return f"; name it with --{role}-field {'FIELD' if candidate is None else shlex.quote(candidate)}"
 
 
+def without_option(record: Rejected) -> str:
+    """The message for a command that has no options to name columns with."""
+    if record.absent is None:
+        return record.message
+    problem, _, _ = record.message.partition("; name it with --")
+    return f"{problem}; rename the one that holds the {record.absent!r}"
+
+
 def _likely_name(name: str, role: Role, found: list[str]) -> str | None:
     other_roles = {other for other in _OTHER_NAMES if other != role}
     free = {key.lower(): key for key in found if key not in other_roles}

@@ -10,6 +10,7 @@ import pytest
 from pipeline.cli.main import call
 from pipeline.editing.forward import subject_last, wordings
 from pipeline.editing.request import read_requests
+from pipeline.editing.untouched import Bystanders
 from pipeline.errors import BacklensError
 from pipeline.models.load import LoadedModel
 
@@ -70,7 +71,7 @@ def test_a_subject_of_other_normal_form_is_found(tmp_path: Path):
         ),
         (
             {"prompt": "Dana is", "subject": "Dan", "target_new": "b"},
-            "the prompt does not name its subject 'Dan' in whole words; write {} there",
+            "the prompt does not hold its subject 'Dan' in whole words; write {} there",
         ),
     ],
 )
@@ -101,3 +102,12 @@ def test_that_a_subject_is_named_twice_is_said(capsys: Any):
     typed = ["--prompt", "Dan met Dan in", "--subject", "Dan", "--target-new", "Lima"]
     assert call(["edit", *typed, "--lr", "8", "--normalise", "length"]) == 0
     assert "prompts that name their subject several times: 1" in capsys.readouterr().err
+
+
+def test_a_file_of_bystanders_without_prompts_is_refused_in_words_of_its_own(tmp_path: Path):
+    (tmp_path / "f.jsonl").write_text('{"text": "a", "target": "b"}')
+    with pytest.raises(BacklensError) as caught:
+        Bystanders.read(str(tmp_path / "f.jsonl"), None)
+    assert str(caught.value) == (
+        "f.jsonl:1: no field 'prompt' (found: text, target); rename the one that holds the 'prompt'"
+    )
