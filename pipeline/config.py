@@ -12,7 +12,7 @@ from cyclopts import Group, Parameter, Token
 from pipeline.errors import BacklensError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-PromptFormat = Literal["auto", "jsonl", "csv", "parquet", "counterfact", "zsre", "dataset"]
+PromptFormat = Literal["auto", "jsonl", "json", "csv", "parquet", "counterfact", "zsre", "dataset"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ def edit(
         options = replace(options, model=options.model or _demo())
         loaded, requests = load_editable(options), [request]
     else:
-        loaded, requests = load(options)
+        loaded, requests = load(options, _noted)
     chosen = default_layer(len(loaded.anatomy.blocks)) if layer is None else layer
     tools = make_tools(options, loaded, [name], [chosen])
     if layer is None and tools.editor is not None:
@@ -191,7 +191,7 @@ def train_mend(editor: str, /, *, training: MendOptions = MEND_DEFAULTS, debug: 
     from pipeline.editing.mend_train import Training, train
     from pipeline.engine.plan import parse_layers
 
-    loaded, requests = load(training)
+    loaded, requests = load(training, _noted)
     depth = len(loaded.anatomy.blocks)
     layers = parse_layers(training.layers or f"{max(0, depth - 3)}-{depth - 1}", depth)
     plan = Training(layers, training.rank, training.steps, training.batch, training.lr, training.locality)
@@ -281,7 +281,7 @@ def explain(
         parse_method(method),
         *(parse_method(each) for each in against.split(",") if each),
     ]
-    loaded, requests = load(options)
+    loaded, requests = load(options, _noted)
     if not 0 <= case < len(requests):
         raise BacklensError(f"--case {case}: there are cases 0 to {len(requests) - 1}")
     chosen = default_layer(len(loaded.anatomy.blocks)) if layer is None else layer
@@ -300,18 +300,26 @@ def default_layer(depth: int) -> int:
 
 
 def _typed(prompt: str | None, subject: str | None, new: str | None, true: str | None) -> Any:
-    from pipeline.editing.request import Request
+    from pipeline.editing.request import Request, subject_notes
     from pipeline.prompts.facts import with_space
+    from pipeline.prompts.subject import SLOT, filled
 
-    if prompt is None or new is None:
+    if not prompt or new is None:
         raise BacklensError("edit: --prompt and --target-new go together")
-    if "{}" in prompt and subject is None:
-        raise BacklensError("edit: --prompt has a place for the subject; give --subject")
-    whole = prompt.replace("{}", subject or "", 1)
-    if not whole or (subject and subject not in whole):
-        raise BacklensError("edit: --prompt should hold its --subject")
-    old = None if true is None else with_space(whole, true)
-    return Request(0, "--prompt", whole, with_space(whole, new), subject, old)
+    slot = None
+    if SLOT in prompt:
+        if subject is None:
+            raise BacklensError("edit: --prompt has a place for the subject; give --subject")
+        prompt, slot = filled(prompt, subject)
+    if not prompt.strip():
+        raise BacklensError("edit: --prompt is empty; give it a text")
+    old = None if true is None else with_space(prompt, true)
+    request = Request(0, "--prompt", prompt, with_space(prompt, new), subject, old, slot=slot)
+    if subject is not None and request.subject_place() is None:
+        raise BacklensError("edit: --prompt should hold its --subject, in whole words")
+    for line in subject_notes([request]):
+        _noted(line)
+    return request
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from rich.table import Table
 from pipeline.cli.sizes import human_bytes, human_seconds
 from pipeline.planning.outlook import Outlook
 from pipeline.planning.pilot import Pilot
+from pipeline.prompts.subject import subject_lines
 
 
 def print_outlook(outlook: Outlook) -> None:
@@ -23,6 +24,9 @@ def print_outlook(outlook: Outlook) -> None:
     )
     if plan.survey.rejected:
         console.print(f"{plan.survey.rejected:,} of {plan.survey.prompts:,} prompts cannot be read")
+    survey = plan.survey
+    for line in subject_lines(survey.subjects_absent, survey.subjects_repeated, plan.config.positions):
+        console.print(line, soft_wrap=True)
     console.print(
         f"{expected.prompts:,} prompts, about {expected.tokens:,} tokens, in {plan.shards.shards:,} shards "
         f"of {plan.shards.shard_prompts:,}"

@@ -11,7 +11,7 @@ import yaml
 from pipeline.editing.grid import Grid
 from pipeline.editing.loading import model_source
 from pipeline.editing.options import EditOptions
-from pipeline.editing.request import Request, read_requests
+from pipeline.editing.request import Request, read_requests, subject_notes
 from pipeline.editing.sweep import SweepJob
 from pipeline.editing.tools import refuse_missing
 from pipeline.editing.untouched import Bystanders
@@ -73,6 +73,8 @@ def sweep(
         options = options.with_demo_defaults()
         assert options.edits is not None
         requests = read_requests(options.edits, options.format, options.limit)
+        for line in subject_notes(requests):
+            reports.note(line)
         bystanders = Bystanders.read(side.untouched, side.held_out)
         work = grid.shards(requests)
         config = {**asdict(options), **asdict(grid), **asdict(side)}

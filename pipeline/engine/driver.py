@@ -12,12 +12,13 @@ from pipeline.engine.executors import RayOptions, Standing, executing
 from pipeline.engine.notes import forget_all
 from pipeline.engine.plan import RunPlan, fingerprint, make_plan, with_demo_defaults
 from pipeline.engine.versions import package_versions
-from pipeline.engine.worker import FAILED
+from pipeline.engine.worker import FAILED, FIRST_DONE, SUBJECTS_ABSENT, SUBJECTS_REPEATED
 from pipeline.errors import Interrupted
 from pipeline.models.load import load_tokenizer, model_files, weight_hash
 from pipeline.models.vocabulary import vocabulary
 from pipeline.prompts.read import read_prompts
 from pipeline.prompts.shards import shards
+from pipeline.prompts.subject import subject_lines
 from pipeline.store.card import count_rows
 from pipeline.store.commit import ShardCommit, committed
 from pipeline.store.files import Directory
@@ -60,6 +61,14 @@ class Report:
     """Batches that did not fit and were computed in smaller ones."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """Prompts in `failures` by kind, earlier commands' included."""
+    first_done: int = 0
+    """The lowest prompt_id that has rows, if any has."""
+    subjects_absent: int = 0
+    """Prompts that do not name their subject; earlier commands' included, as in the next."""
+    subjects_repeated: int = 0
+    """Prompts that name their subject several times."""
+    positions: str = "all"
+    """Which positions have rows in `tokens`."""
     standing: Standing = field(default_factory=Standing)
     """Replicas at the end, and what became of others."""
 
@@ -95,6 +104,9 @@ def run(config: RunConfig, progress: Progress) -> Report:
         done = committed(directory)
         resumed = sum(commit.prompts for commit in done.values())
         progress.planned(plan, resumed)
+        if config.positions == "subject+last":
+            for line in subject_lines(plan.survey.subjects_absent, 0, config.positions):
+                progress.note(line)
         emit(
             "planned",
             prompts=plan.shards.prompts,
@@ -118,6 +130,10 @@ def run(config: RunConfig, progress: Progress) -> Report:
             shards=work.shards,
             out_of_memory=work.out_of_memory,
             failures=_failures(commits),
+            first_done=int(min((c.stats[FIRST_DONE] for c in commits if FIRST_DONE in c.stats), default=0)),
+            subjects_absent=_counted(commits, SUBJECTS_ABSENT),
+            subjects_repeated=_counted(commits, SUBJECTS_REPEATED),
+            positions=config.positions,
             standing=work.standing,
         )
         emit(
@@ -131,6 +147,10 @@ def run(config: RunConfig, progress: Progress) -> Report:
             deaths=report.standing.deaths,
         )
         return report
+
+
+def _counted(commits: Sequence[ShardCommit], name: str) -> int:
+    return sum(int(commit.stats.get(name, 0)) for commit in commits)
 
 
 def _failures(commits: Sequence[ShardCommit]) -> dict[str, int]:
