@@ -1,5 +1,6 @@
 """What a command prints when it is done."""
 
+import shlex
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -27,7 +28,7 @@ def print_report(report: Report) -> None:
             f"({report.seconds_to_start:.1f} s to plan and load): {report.prompts_per_second:,.1f} prompts/s"
         )
     else:
-        console.print(f"nothing to do: {report.out} is complete")
+        console.print(f"nothing to do: {report.out} is complete", markup=False)
     if report.prompts and report.resumed_prompts:
         console.print(f"{report.resumed_prompts:,} more were done before")
     for line in _troubles(report):
@@ -40,7 +41,8 @@ def print_report(report: Report) -> None:
         console.print(
             f"{failures:,} prompts could not be processed ({kinds}); the reasons are in the table `failures`:"
         )
-        console.print(f'  backlens query {report.out} --sql "SELECT * FROM failures"', soft_wrap=True)
+        command = f'backlens query {shlex.quote(report.out)} --sql "SELECT * FROM failures"'
+        console.print(f"  {command}", soft_wrap=True, markup=False)
     console.print("Next:")
     for command in next_commands(report.out):
         console.print(f"  {command}", soft_wrap=True, markup=False)
@@ -61,6 +63,7 @@ def _troubles(report: Report) -> Iterator[str]:
 
 def next_commands(out: str) -> tuple[str, str, str]:
     """Three questions worth asking of any run."""
+    out = shlex.quote(out)
     return (
         f"backlens query {out} --prompt 0",
         f'backlens query {out} --sql "SELECT layer, module, avg(target_rank) AS target_rank FROM layers '
