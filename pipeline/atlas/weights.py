@@ -16,12 +16,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Float
 from torch import Tensor
 
+from pipeline import demo
 from pipeline.errors import BacklensError
 from pipeline.lens import Lens, Scaling, make_lens
 from pipeline.models.layout_file import read_layout
 from pipeline.models.load import ModelSource, load_model, model_files, weight_hash
 from pipeline.models.weights import neuron_weights
 from pipeline.projection import Selection, Vectors, project
+from pipeline.store.files import Directory
+from pipeline.store.places import located
 from pipeline.store.rundir import RunRecord
 from schemas.atlas import NEURON_WEIGHTS
 
@@ -49,7 +52,7 @@ class NoWeights:
     reason: str
 
 
-def find_weights(record: RunRecord, given: str | None) -> WeightSource | NoWeights:
+def find_weights(directory: Directory, record: RunRecord, given: str | None) -> WeightSource | NoWeights:
     """The run's model where the run found it, or at `given`; a hub id is not downloaded unless it is given.
 
     Raises BacklensError if `given` cannot be read or is another model. Code that a model brings is not run: what asks
@@ -57,13 +60,14 @@ def find_weights(record: RunRecord, given: str | None) -> WeightSource | NoWeigh
     """
     if given == NONE:
         return NoWeights("left out (--weights none)")
-    name, digest = given or record.config.get("model"), record.model.get("weight_hash")
-    if name is None or digest is None:
+    config, digest = located(record.config, directory, record), record.model.get("weight_hash")
+    if digest is None or (given is None and "model" not in config):
         return NoWeights("run.json does not say of which model the run is")
-    if record.config.get("trust_remote_code"):
+    name = given or config["model"] or str(demo.MODEL)
+    if config.get("trust_remote_code"):
         return NoWeights(f"{name} brings code of its own, which is not run here")
     try:
-        source = _source(record.config, str(name), is_given=given is not None)
+        source = _source(config, str(name), is_given=given is not None)
         found = weight_hash(_files(source, is_given=given is not None), source)
         if found != digest:
             raise BacklensError(
@@ -73,9 +77,7 @@ def find_weights(record: RunRecord, given: str | None) -> WeightSource | NoWeigh
         if given is not None:
             raise BacklensError(f"--weights {given}: {str(error).removeprefix('model: ')}") from error
         return NoWeights(f"{str(error).removeprefix('model: ')}; name its place with --weights")
-    return WeightSource(
-        source, record.config.get("scaling", "raw"), int(record.config.get("top_k", 10)), str(digest)
-    )
+    return WeightSource(source, config.get("scaling", "raw"), int(config.get("top_k", 10)), str(digest))
 
 
 def _source(config: Any, name: str, is_given: bool) -> ModelSource:

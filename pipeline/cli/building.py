@@ -1,5 +1,6 @@
 """`backlens atlas`: progress on standard error, and what was built."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,5 +76,6 @@ def _print(directory: Directory, manifest: Manifest) -> None:
     console.print(str(manifest.cut_off))
     console.print(str(manifest.weights), soft_wrap=True)
     console.print("Next:")
-    console.print(f"  backlens query {directory} --show specific", soft_wrap=True)
-    console.print(f"  backlens query {directory} --show curves --module mlp.down", soft_wrap=True)
+    out = shlex.quote(str(directory))
+    console.print(f"  backlens query {out} --show specific", soft_wrap=True)
+    console.print(f"  backlens query {out} --show curves --module mlp.down", soft_wrap=True)

@@ -34,10 +34,10 @@ def draw(out: str, figure: str | None, prompt: int | None, module: str | None, t
     if prompt is None:
         drawn = draw_curves(atlas, _modules(atlas, module))
     elif kind == "ranks":
-        drawn = draw_ranks(atlas, prompt, _modules(atlas, module), is_vector)
+        drawn = draw_ranks(atlas, prompt, _modules(atlas, module, prompt), is_vector)
         note = missing_letters(atlas.prompt(prompt)["prompt"].to_pylist(), is_vector)
     else:
-        heatmap = read_heatmap(atlas, prompt, module or _default_module(atlas))
+        heatmap = read_heatmap(atlas, prompt, module or _default_module(atlas, prompt))
         drawn = draw_heatmap(heatmap, is_vector, "norms" if kind == "norms" else "tokens")
         note = missing_letters(heatmap.texts, is_vector)
     if note is not None:
@@ -47,17 +47,16 @@ def draw(out: str, figure: str | None, prompt: int | None, module: str | None, t
     return 0
 
 
-def _modules(atlas: Atlas, module: str | None) -> list[str]:
-    rows = atlas.coverage(module=module).to_pylist()
-    found = list(dict.fromkeys(row["module"] for row in rows if row["positions"]))
+def _modules(atlas: Atlas, module: str | None, prompt: int | None = None) -> list[str]:
+    found = atlas.modules(module, prompt)
     if not found:
         raise BacklensError(f"plot: {atlas.snapshot.directory} has no rows to draw")
     return found
 
 
-def _default_module(atlas: Atlas) -> str:
+def _default_module(atlas: Atlas, prompt: int) -> str:
     """What an update writes, if it is there."""
-    modules = _modules(atlas, None)
+    modules = _modules(atlas, None, prompt)
     return "mlp.down" if "mlp.down" in modules else modules[0]
 
 

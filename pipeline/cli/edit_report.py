@@ -1,5 +1,6 @@
 """What `backlens edit` prints and saves."""
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,8 +106,9 @@ def print_sweep(swept: Swept) -> None:
     console.print(_trials_table(best_trials(trial_scores(swept.out))))
     console.print("Next:")
     sql = "SELECT method, layer, lr, avg(efficacy) FROM edits GROUP BY ALL ORDER BY ALL"
-    console.print(f'  backlens query {swept.out} --sql "{sql}"', soft_wrap=True)
-    console.print(f"  backlens plot edits {swept.out}", soft_wrap=True)
+    out = shlex.quote(swept.out)
+    console.print(f'  backlens query {out} --sql "{sql}"', soft_wrap=True)
+    console.print(f"  backlens plot edits {out}", soft_wrap=True)
 
 
 def _trials_table(scores: Sequence[TrialScore]) -> Table:

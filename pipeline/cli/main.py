@@ -5,7 +5,7 @@ Everything heavy is imported inside the commands, so that `backlens --help` answ
 
 import signal
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
@@ -242,6 +242,28 @@ def status(
 
 
 @app.command
+def verify(
+    out: str,
+    /,
+    *,
+    every: Annotated[
+        bool, Parameter(negative=(), help="Go on after the first loss and list them all.")
+    ] = False,
+    json: Annotated[bool, Parameter(negative=(), help="One JSON object instead of lines.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Compare every committed file of a run with what was written: sizes, checksums, rows.
+
+    The exit status is 1 if a file is missing or has changed.
+
+    Example: backlens verify ./run
+    """
+    from pipeline.cli.status import print_verified
+
+    return print_verified(out, every, json)
+
+
+@app.command
 def submit(job_file: str, /, *, address: Address = None, debug: Debug = False) -> int:
     """Run a command on a Ray cluster: a YAML file of `jobs/`. Submitted again, a stopped run goes on.
 
@@ -341,5 +363,17 @@ def _use_config_file(tokens: list[str]) -> None:
     _, bound, *_ = app.parse_args(tokens)
     path = bound.arguments.get("config_file")
     if path is not None:
-        options = {flag(name): value for name, value in read_yaml(path).items()}
+        options = {flag(name): value for name, value in _replayed(path).items()}
         app.config = (Dict(options, use_commands_as_keys=False, source=path),)
+
+
+def _replayed(path: str) -> dict[str, Any]:
+    """The options of a YAML file; of a run directory's own file, those of that run in that directory."""
+    from pipeline.store.places import located, replayed_run
+
+    replayed = replayed_run(path)
+    options = read_yaml(path)
+    if replayed is None:
+        return options
+    directory, record = replayed
+    return located(options, directory, record) | {"out": directory.given}

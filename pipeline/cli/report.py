@@ -1,5 +1,6 @@
 """What a command prints when it is done."""
 
+import shlex
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -31,7 +32,7 @@ def print_report(report: Report) -> None:
             f"({report.seconds_to_start:.1f} s to plan and load): {report.prompts_per_second:,.1f} prompts/s"
         )
     else:
-        console.print(f"nothing to do: {report.out} is complete")
+        console.print(f"nothing to do: {report.out} is complete", markup=False)
     if report.prompts and report.resumed_prompts:
         console.print(f"{report.resumed_prompts:,} more were done before")
     for line in _troubles(report):
@@ -61,7 +62,8 @@ def _print_failures(console: Console, report: Report) -> None:
         "the reasons are in the table `failures`:",
         soft_wrap=True,
     )
-    console.print(f'  backlens query {report.out} --sql "SELECT * FROM failures"', soft_wrap=True)
+    command = f'backlens query {shlex.quote(report.out)} --sql "SELECT * FROM failures"'
+    console.print(f"  {command}", soft_wrap=True, markup=False)
 
 
 def _troubles(report: Report) -> Iterator[str]:
@@ -80,6 +82,7 @@ def _troubles(report: Report) -> Iterator[str]:
 
 def next_commands(out: str, prompt: int) -> tuple[str, str, str]:
     """Three questions worth asking of any run; `prompt` is one that it holds."""
+    out = shlex.quote(out)
     return (
         f"backlens query {out} --prompt {prompt}",
         f'backlens query {out} --sql "SELECT layer, module, avg(target_rank) AS target_rank FROM layers '

@@ -1,4 +1,4 @@
-"""`backlens status`: how far a run is, as a table or one JSON object."""
+"""`backlens status` and `verify`: how far a run is, and whether its files are whole."""
 
 import json
 from collections.abc import Iterator
@@ -6,9 +6,11 @@ from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.cli.durations import duration
 from pipeline.store.status import RunStatus, run_status
+from pipeline.store.verify import verify
 
 
 def print_status(out: str, as_json: bool) -> int:
@@ -19,17 +21,39 @@ def print_status(out: str, as_json: bool) -> int:
         return 0
     table = Table(show_header=False)
     for name, value in _lines(status):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # not markup: names may hold brackets
     Console(highlight=False, soft_wrap=True).print(table)
+    if status.missing:
+        more = f" (and {len(status.missing) - 1:,} more files, see --json)" if len(status.missing) > 1 else ""
+        print(f"{status.missing[0]}{more}")
     return 0
 
 
+def print_verified(out: str, every: bool, as_json: bool) -> int:
+    """Compare the files at `out` with their records; the exit status is 1 if one differs."""
+    found = verify(out, stop_at_first=not every)
+    if as_json:
+        print(json.dumps(asdict(found), ensure_ascii=False))
+        return 1 if found.losses else 0
+    for line in found.losses:
+        print(line)
+    if not found.losses:
+        rows = ", ".join(f"{table} {count:,}" for table, count in found.rows.items()) or "no rows yet"
+        print(
+            f"{found.out}: {found.files:,} files of {found.shards:,} shards are as they were written ({rows})"
+        )
+    return 1 if found.losses else 0
+
+
 def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
-    yield "run", status.out
+    yield "sweep" if status.kind == "sweep" else "run", status.out
     yield "state", _state(status)
     yield "shards", f"{status.shards_committed:,} of {status.shards:,}"
     failed = f", {status.prompts_failed:,} failed" if status.prompts_failed else ""
-    yield "prompts", f"{status.prompts_done:,} of {status.prompts:,} done{failed}"
+    yield (
+        "edits" if status.kind == "sweep" else "prompts",
+        f"{status.prompts_done:,} of {status.prompts:,} done{failed}",
+    )
     yield "rows", ", ".join(f"{table} {rows:,}" for table, rows in status.rows.items()) or "none yet"
     yield "size", f"{status.bytes / 1e6:,.1f} MB"
     if status.last_commit_at is not None:

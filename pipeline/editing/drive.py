@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from pipeline import demo
 from pipeline.editing.grid import Grid
 from pipeline.editing.loading import model_source
 from pipeline.editing.options import EditOptions
@@ -23,6 +24,7 @@ from pipeline.prompts.source import Source
 from pipeline.store.commit import committed
 from pipeline.store.files import Directory
 from pipeline.store.lock import DriverLock
+from pipeline.store.places import published_name, recorded, remember
 from pipeline.store.rundir import FingerprintValue, Plan, finish, open_run
 
 
@@ -70,6 +72,7 @@ def sweep(
     refuse_missing(options, grid.methods)
     directory = Directory.at(out)
     with DriverLock(directory) as lock:
+        given = {**asdict(options), **asdict(grid), **asdict(side)}
         options = options.with_demo_defaults()
         assert options.edits is not None
         requests = read_requests(options.edits, options.format, options.limit)
@@ -77,19 +80,20 @@ def sweep(
             reports.note(line)
         bystanders = Bystanders.read(side.untouched, side.held_out)
         work = grid.shards(requests)
-        config = {**asdict(options), **asdict(grid), **asdict(side)}
+        kept = recorded(given, directory)
         opened = open_run(
             directory,
             _fingerprint(options, grid, side, requests, bystanders),
-            config=config,
-            config_yaml=yaml.safe_dump(_plain(config), sort_keys=False),
+            config=kept,
+            config_yaml=yaml.safe_dump(_plain(kept), sort_keys=False),
             plan=Plan(sum(len(group) for each in work for group in each.groups), len(work), 0),
             model={
-                "name": options.model,
+                "name": demo.NAME if given["model"] is None else published_name(given["model"]),
                 "layers": int(load_config(model_source(options)).num_hidden_layers),
             },
             versions=package_versions(),
         )
+        remember(opened.record, given)
         directory.remove_leftovers()
         done = set(committed(directory))
         left = [each for each in work if each.index not in done]

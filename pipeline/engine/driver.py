@@ -3,9 +3,10 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
+from pipeline import demo
 from pipeline.config import RunConfig
 from pipeline.engine.events import emit, emit_shard, stage_seconds
 from pipeline.engine.executors import RayOptions, Standing, executing
@@ -23,7 +24,9 @@ from pipeline.store.card import count_rows
 from pipeline.store.commit import ShardCommit, committed
 from pipeline.store.files import Directory
 from pipeline.store.lock import DriverLock
+from pipeline.store.places import published_name, recorded, remember
 from pipeline.store.rundir import RunDirectory, finish, open_run
+from pipeline.store.verify import losses
 from pipeline.store.vocab import write_vocab
 
 
@@ -84,24 +87,30 @@ def run(config: RunConfig, progress: Progress) -> Report:
     halfway; the same call then goes on.
     """
     started = time.perf_counter()
-    config = with_demo_defaults(config)
+    given, config = config, with_demo_defaults(config)
     assert config.out is not None
     directory = Directory.at(config.out)
+    # As given: a default is found again wherever the package is, its path is this machine's.
+    kept = replace(given, **recorded(asdict(given) | {"out": "."}, directory))
     with DriverLock(directory) as lock:
         plan = make_plan(config)
         weights = weight_hash(model_files(plan.source), plan.source)
         opened = open_run(
             directory,
             fingerprint(plan, weights),
-            config=asdict(config),
-            config_yaml=config.to_yaml(),
+            config=asdict(kept),
+            config_yaml=kept.to_yaml(),
             plan=plan.shards,
-            model=plan.model_facts | {"weight_hash": weights},
+            model=plan.model_facts | {"name": model_name(given), "weight_hash": weights},
             versions=package_versions(),
         )
+        remember(opened.record, asdict(given))
         directory.remove_leftovers()
         write_vocab(directory, *vocabulary(load_tokenizer(plan.source), plan.model_facts["vocabulary"]))
         done = committed(directory)
+        for loss in losses(directory, done.values()):
+            progress.note(str(loss))
+            break
         resumed = sum(commit.prompts for commit in done.values())
         progress.planned(plan, resumed)
         if config.positions == "subject+last":
@@ -151,6 +160,11 @@ def run(config: RunConfig, progress: Progress) -> Report:
 
 def _counted(commits: Sequence[ShardCommit], name: str) -> int:
     return sum(int(commit.stats.get(name, 0)) for commit in commits)
+
+
+def model_name(given: RunConfig) -> str:
+    """The model as the run's card and pages call it."""
+    return demo.NAME if given.model is None else published_name(given.model)
 
 
 def _failures(commits: Sequence[ShardCommit]) -> dict[str, int]:
