@@ -16,6 +16,7 @@ from pipeline.cli.editing import plot as plot_edits
 from pipeline.cli.jobs import Address
 from pipeline.cli.jobs import app as jobs_app
 from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error
+from pipeline.cli.mistakes import explained
 from pipeline.cli.serving import export_html, serve
 from pipeline.config import RunConfig, flag, read_yaml
 from pipeline.doctor.options import DoctorOptions
@@ -55,6 +56,7 @@ def run(
 
     Example: backlens run --model gpt2 --prompts facts.jsonl --out ./run --modules all
     """
+    options = options.with_demo_defaults()
     from pipeline.cli.progress import shown_progress
     from pipeline.cli.report import print_report
     from pipeline.engine.driver import run as run_pipeline
@@ -325,7 +327,7 @@ def call(tokens: list[str]) -> int:
             say_error(str(error), format)
             return error.status
         except CycloptsError as error:
-            say_error(f"{' '.join(str(error).split())} See `backlens --help`.", format)
+            say_error(explained(error), format)
             return BacklensError.status
         except KeyboardInterrupt:
             say_error("interrupted; the same command goes on from what is committed", format)

@@ -10,7 +10,7 @@ from pipeline.config import RunConfig
 from pipeline.engine.events import emit, emit_shard, stage_seconds
 from pipeline.engine.executors import RayOptions, Standing, executing
 from pipeline.engine.notes import forget_all
-from pipeline.engine.plan import RunPlan, fingerprint, make_plan, with_demo_defaults
+from pipeline.engine.plan import RunPlan, fingerprint, make_plan
 from pipeline.engine.versions import package_versions
 from pipeline.engine.worker import FAILED
 from pipeline.errors import Interrupted
@@ -75,7 +75,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
     halfway; the same call then goes on.
     """
     started = time.perf_counter()
-    config = with_demo_defaults(config)
+    config = config.with_demo_defaults()
     assert config.out is not None
     directory = Directory.at(config.out)
     with DriverLock(directory) as lock:

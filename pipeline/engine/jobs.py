@@ -21,8 +21,8 @@ import yaml
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from pipeline.config import flag, nearest
-from pipeline.errors import BacklensError
+from pipeline.config import flag
+from pipeline.errors import BacklensError, nearest
 
 ENTRY = Path("jobs", "entry.py")
 """What a job runs in a working directory that brings the code with it."""

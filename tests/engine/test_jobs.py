@@ -77,7 +77,7 @@ def test_a_folder_of_ones_own_runs_the_installed_command(tmp_path: Path) -> None
     ("content", "expected"),
     [
         ({"options": {}}, "name the command"),
-        ({"command": "run", "option": {}}, "unknown key 'option'; did you mean 'options'?"),
+        ({"command": "run", "option": {}}, "unknown key 'option'; did you mean options?"),
         ({"command": "run", "options": {"out": "runs/a"}}, "would be in the job's own folder"),
         ({"command": "atlas runs/a"}, "would be in the job's own folder"),
         ({"command": "run", "options": ["out"]}, "'options' is a mapping"),
