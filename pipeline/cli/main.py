@@ -3,8 +3,6 @@
 Everything heavy is imported inside the commands, so that `backlens --help` answers at once.
 """
 
-import signal
-import sys
 from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
@@ -13,9 +11,11 @@ from cyclopts.config import Dict
 from pipeline import __version__
 from pipeline.cli.editing import app as edit_app
 from pipeline.cli.editing import plot as plot_edits
+from pipeline.cli.entry import INTERRUPTED
+from pipeline.cli.entry import main as main  # where installed scripts looked for it
 from pipeline.cli.jobs import Address
 from pipeline.cli.jobs import app as jobs_app
-from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error
+from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error, say_interrupted
 from pipeline.cli.mistakes import explained
 from pipeline.cli.serving import export_html, serve
 from pipeline.config import RunConfig, flag, read_yaml
@@ -306,13 +306,6 @@ app.command(serve)
 app.command(export_html)
 
 
-def main() -> None:
-    """The console script."""
-    # A scheduler's SIGTERM ends a run as Ctrl-C does: resumable, and with Ray's processes stopped.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(call(sys.argv[1:]))
-
-
 def call(tokens: list[str]) -> int:
     """Run one command line and return its exit status."""
     format = log_format(tokens)
@@ -330,8 +323,8 @@ def call(tokens: list[str]) -> int:
             say_error(explained(error), format)
             return BacklensError.status
         except KeyboardInterrupt:
-            say_error("interrupted; the same command goes on from what is committed", format)
-            return 3
+            say_interrupted(format)
+            return INTERRUPTED
         except BrokenPipeError:
             return 0
         finally:
