@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from pipeline.config import flag
+from pipeline.engine.ray_address import job_server
 from pipeline.errors import BacklensError, nearest
 
 ENTRY = Path("jobs", "entry.py")
@@ -159,15 +160,14 @@ def stop_job(identity: str, address: str | None) -> JobDetails:
 
 @contextmanager
 def _server(address: str | None) -> Iterator[JobSubmissionClient]:
-    if address is not None:
-        # Ray prefers either of its variables to an address that it is given.
-        os.environ["RAY_API_SERVER_ADDRESS"] = address
+    url = job_server(address)
+    # Ray prefers either of its variables to an address that it is given.
+    os.environ["RAY_API_SERVER_ADDRESS"] = url
     logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every file that it does not upload
     try:
-        yield JobSubmissionClient(address)
+        yield JobSubmissionClient(url)
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-        raise BacklensError(f"address: {where or 'this machine'}: {_first_line(error)}") from error
+        raise BacklensError(f"address: {url}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
