@@ -21,6 +21,7 @@ TOKEN = (
     "have the cluster's token in that file or in RAY_AUTH_TOKEN"
 )
 NOBODY = "no Ray cluster answers there"
+REFUSED = "connection refused"
 HOST_AND_PORT = re.compile(r"(\[[^\]]+\]|[^:/\[\]]+):\d+")
 RAY_CLIENT = "ray://"
 
@@ -56,18 +57,16 @@ def _check_cluster(address: str) -> None:
             "the server with `backlens submit`"
         )
     if address.startswith(RAY_CLIENT):
-        _grpc_answer(
-            address.removeprefix(RAY_CLIENT), lambda channel: channel.unary_unary("/")(b"", timeout=SECONDS)
-        )
+        server = address.removeprefix(RAY_CLIENT)
+        _grpc_answer(server, lambda channel: channel.unary_unary("/")(b"", timeout=SECONDS))
         return
     found = _canonical(address)
     try:
         _check_node_here(found)
-    except NoAnswer:
-        if address not in ("auto", found):
-            nodes_at(
-                address
-            )  # Ray means this machine's own address by 127.0.0.1; what answers at that says more
+    except NoAnswer as error:
+        if REFUSED in str(error) and address not in ("auto", found):
+            # Ray takes 127.0.0.1 for this machine's address in its network; what answers at the former says more
+            nodes_at(address)
         raise
 
 
@@ -145,7 +144,7 @@ def _why(code: str | None, error: Exception) -> str:
         return f"{NOBODY} within {SECONDS:.0f} s; is the address right, and the port open from here?"
     if "HTTP/2" in details or "http1" in details:
         return "what answers there is no Ray cluster; `backlens submit` takes a job server's address (http://head:8265)"
-    for sign, reason in (("refused", "connection refused"), ("resolv", "the host's name is not known here")):
+    for sign, reason in (("refused", REFUSED), ("resolv", "the host's name is not known here")):
         if sign in details:
             return f"{NOBODY}: {reason}"
     return f"{NOBODY}: {details.rpartition('error: ')[2]}"
@@ -213,7 +212,7 @@ def _why_no_server(url: str, answer: Exception | bytes) -> str:
         return "what answers there is no job server of Ray; its address is as http://head:8265"
     reason = getattr(answer, "reason", answer)
     if isinstance(reason, ConnectionRefusedError):
-        return "no job server answers there: connection refused"
+        return f"no job server answers there: {REFUSED}"
     if isinstance(reason, TimeoutError):
         return f"no job server answers there within {SECONDS:.0f} s; is the address right, and the port open from here?"
     if _is_cluster(url.partition("://")[2]):
