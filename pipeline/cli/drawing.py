@@ -1,10 +1,9 @@
 """`backlens plot`: one figure of a run to a file."""
 
-import difflib
 import sys
 
 from pipeline.atlas import Atlas
-from pipeline.errors import BacklensError
+from pipeline.errors import BacklensError, nearest
 from pipeline.plot.canvas import check_target, missing_letters, require_matplotlib, save
 
 FIGURES = ("heatmap", "norms", "ranks", "curves")
@@ -14,9 +13,7 @@ def draw(out: str, figure: str | None, prompt: int | None, module: str | None, t
     """Draw what is asked for and return the exit status."""
     kind = figure or ("curves" if prompt is None else "heatmap")
     if kind not in FIGURES:
-        near = difflib.get_close_matches(kind, FIGURES, n=1)
-        proposal = f"; did you mean {near[0]}?" if near else ""
-        raise BacklensError(f"--figure {kind}: there are {', '.join(FIGURES)}{proposal}")
+        raise BacklensError(f"--figure {kind}: there are {', '.join(FIGURES)}{nearest(kind, FIGURES)}")
     if prompt is None and kind != "curves":
         raise BacklensError(f"plot: a figure of {kind} is of one prompt; give --prompt")
     if prompt is not None and kind == "curves":

@@ -106,10 +106,12 @@ def submit_file(path: str, address: str | None, parse: Callable[[list[str]], Any
         parse(job.words)
     except (CycloptsError, BacklensError) as error:
         raise BacklensError(f"{path}: {' '.join(str(error).split())}") from error
-    identity = submit(job, address)
-    print(identity)
+    submitted = submit(job, address)
+    if submitted.left_out:
+        print(f"not sent: {', '.join(submitted.left_out)} (run directories and models)", file=sys.stderr)
+    print(submitted.identity)
     where = "" if address is None else f" --address {address}"
-    print(f"backlens jobs logs {identity} --follow{where}", file=sys.stderr)
+    print(f"backlens jobs logs {submitted.identity} --follow{where}", file=sys.stderr)
     return 0
 
 

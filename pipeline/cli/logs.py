@@ -57,3 +57,7 @@ def say_error(message: str, format: LogFormat) -> None:
         emit("error", level=logging.ERROR, message=message)
     else:
         print(f"backlens: {message}", file=sys.stderr)
+
+
+def say_interrupted(format: LogFormat) -> None:
+    say_error("interrupted; the same command goes on from what is committed", format)

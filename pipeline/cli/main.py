@@ -3,8 +3,6 @@
 Everything heavy is imported inside the commands, so that `backlens --help` answers at once.
 """
 
-import signal
-import sys
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
@@ -13,9 +11,12 @@ from cyclopts.config import Dict
 from pipeline import __version__
 from pipeline.cli.editing import app as edit_app
 from pipeline.cli.editing import plot as plot_edits
+from pipeline.cli.entry import INTERRUPTED
+from pipeline.cli.entry import main as main  # where installed scripts looked for it
 from pipeline.cli.jobs import Address
 from pipeline.cli.jobs import app as jobs_app
-from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error
+from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error, say_interrupted
+from pipeline.cli.mistakes import explained
 from pipeline.cli.serving import export_html, serve
 from pipeline.config import RunConfig, flag, read_yaml
 from pipeline.doctor.options import DoctorOptions
@@ -55,6 +56,7 @@ def run(
 
     Example: backlens run --model gpt2 --prompts facts.jsonl --out ./run --modules all
     """
+    options = options.with_demo_defaults()
     from pipeline.cli.progress import shown_progress
     from pipeline.cli.report import print_report
     from pipeline.engine.driver import run as run_pipeline
@@ -326,13 +328,6 @@ app.command(serve)
 app.command(export_html)
 
 
-def main() -> None:
-    """The console script."""
-    # A scheduler's SIGTERM ends a run as Ctrl-C does: resumable, and with Ray's processes stopped.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(call(sys.argv[1:]))
-
-
 def call(tokens: list[str]) -> int:
     """Run one command line and return its exit status."""
     format = log_format(tokens)
@@ -347,11 +342,11 @@ def call(tokens: list[str]) -> int:
             say_error(str(error), format)
             return error.status
         except CycloptsError as error:
-            say_error(f"{' '.join(str(error).split())} See `backlens --help`.", format)
+            say_error(explained(error), format)
             return BacklensError.status
         except KeyboardInterrupt:
-            say_error("interrupted; the same command goes on from what is committed", format)
-            return 3
+            say_interrupted(format)
+            return INTERRUPTED
         except BrokenPipeError:
             return 0
         finally:

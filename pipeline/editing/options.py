@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self, get_args
 
 from cyclopts import Group, Parameter
 
-from pipeline.config import MODEL, PROMPTS, WHOLE, Dtype, nearest
-from pipeline.errors import BacklensError
+from pipeline.config import MODEL, PROMPTS, WHOLE, Dtype
+from pipeline.errors import BacklensError, nearest
 
 Normalise = Literal["none", "length", "covariance"]
 Place = Literal["last", "subject"]

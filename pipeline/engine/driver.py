@@ -11,7 +11,7 @@ from pipeline.config import RunConfig
 from pipeline.engine.events import emit, emit_shard, stage_seconds
 from pipeline.engine.executors import RayOptions, Standing, executing
 from pipeline.engine.notes import forget_all
-from pipeline.engine.plan import RunPlan, fingerprint, make_plan, with_demo_defaults
+from pipeline.engine.plan import RunPlan, fingerprint, make_plan
 from pipeline.engine.versions import package_versions
 from pipeline.engine.worker import FAILED, FIRST_DONE, SUBJECTS_ABSENT, SUBJECTS_REPEATED
 from pipeline.errors import Interrupted
@@ -87,7 +87,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
     halfway; the same call then goes on.
     """
     started = time.perf_counter()
-    given, config = config, with_demo_defaults(config)
+    given, config = config, config.with_demo_defaults()
     assert config.out is not None
     directory = Directory.at(config.out)
     # As given: a default is found again wherever the package is, its path is this machine's.

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -12,7 +12,7 @@ from pipeline.config import RunConfig, parse_max_memory
 from pipeline.engine.extract import Wanted
 from pipeline.engine.sizes import MatrixSize, matrices_of
 from pipeline.engine.worker import Job
-from pipeline.errors import BacklensError
+from pipeline.errors import BacklensError, nearest
 from pipeline.models.anatomy import Block, describe_blocks, layout_of, modules_of
 from pipeline.models.layout import MODULES
 from pipeline.models.layout_file import read_layout
@@ -81,18 +81,6 @@ class RunPlan:
             on_error=self.config.on_error,
             directory=directory,
         )
-
-
-def with_demo_defaults(config: RunConfig) -> RunConfig:
-    """Fill in the bundled model, its facts and ./demo-run where nothing else is named."""
-    from pipeline.demo import FACTS, MODEL
-
-    if config.model is None and config.prompts is None and config.out is None:
-        config = replace(config, out="./demo-run")
-    model, prompts = config.model or str(MODEL), config.prompts or str(FACTS)
-    if config.out is None:
-        raise BacklensError("--out: name the directory for the results, e.g. --out ./run")
-    return replace(config, model=model, prompts=prompts)
 
 
 def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
@@ -232,6 +220,8 @@ def parse_modules(text: str, known: Sequence[str]) -> tuple[str, ...]:
     for part in map(str.strip, text.split(",")):
         matching = [name for name in known if part in ("all", name, name.partition(".")[0])]
         if not matching:
-            raise BacklensError(f"--modules \"{text}\": no module '{part}' (there are {', '.join(known)})")
+            raise BacklensError(
+                f"--modules \"{text}\": no module '{part}' (there are {', '.join(known)}){nearest(part, known)}"
+            )
         chosen.update(matching)
     return tuple(name for name in MODULES if name in chosen)

@@ -93,7 +93,9 @@ class Source:
                 if line is None:
                     return
                 if number == 1 and line.startswith(_UTF16) and b"\0" in line:
-                    raise BacklensError(f"{self.name}: is UTF-16 or UTF-32, not UTF-8; save the file as UTF-8")
+                    raise BacklensError(
+                        f"{self.name}: is UTF-16 or UTF-32, not UTF-8; save the file as UTF-8"
+                    )
                 yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
     def _next_line(self, lines: Iterator[bytes], number: int) -> bytes | None:

@@ -5,8 +5,7 @@ import io
 import json
 from typing import Any
 
-from pipeline.atlas.names import did_you_mean
-from pipeline.errors import BacklensError
+from pipeline.errors import BacklensError, nearest
 from pipeline.serve.asked import Asked
 from pipeline.serve.page import Page
 from pipeline.serve.plain import plain
@@ -38,7 +37,7 @@ def _table(page: Page, name: str | None) -> Asked:
     if name not in tables:
         raise BacklensError(
             f"table: this page has no table {name[:40]!r}; it has {', '.join(tables)}"
-            f"{did_you_mean(name[:40], list(tables))}"
+            f"{nearest(name[:40], list(tables))}"
         )
     return tables[name]
 

@@ -112,8 +112,8 @@ def test_an_unknown_architecture_is_sent_to_the_doctor(folder: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("layout", "says"),
     [
-        ("matrices: {mlp.upp: mlp.up_proj}", "unknown module 'mlp.upp'; did you mean 'mlp.up'?"),
-        ("matrixes: {}", "unknown key 'matrixes'; did you mean 'matrices'?"),
+        ("matrices: {mlp.upp: mlp.up_proj}", "unknown module 'mlp.upp'; did you mean mlp.up?"),
+        ("matrixes: {}", "unknown key 'matrixes'; did you mean matrices?"),
         ("[1, 2]", "a mapping is expected"),
         ("matrices: {attn.q: {path: attn.c_attn, groups: 1, pieces: 3, start: 2, stop: 2}}", "start < stop"),
         ("matrices: {attn.q: {path: attn.c_attn, groups: 1}}", "attn.q: give path, and the whole numbers"),
