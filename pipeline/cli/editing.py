@@ -57,14 +57,14 @@ def edit(
         A folder for the edited model.
     """
     from pipeline.cli.edit_report import print_edit
-    from pipeline.editing.loading import load, load_editable
+    from pipeline.editing.loading import load, load_editable, model_source
     from pipeline.editing.tools import make_method, make_tools
 
     name = parse_method(method)
     if prompt is not None or target_new is not None:
         request = _typed(prompt, subject, target_new, target_true)
         options = replace(options, model=options.model or _demo())
-        loaded, requests = load_editable(options), [request]
+        loaded, requests = load_editable(model_source(options)), [request]
     else:
         loaded, requests = load(options)
     chosen = default_layer(len(loaded.anatomy.blocks)) if layer is None else layer
@@ -85,11 +85,11 @@ def apply(delta: str, /, *, save_model: str, options: EditOptions = DEFAULTS, de
     """
     from pipeline.cli.edit_report import save_edited
     from pipeline.editing.delta import load_deltas
-    from pipeline.editing.loading import load_editable
+    from pipeline.editing.loading import load_editable, model_source
     from pipeline.editing.weights import edited
 
     deltas, _ = load_deltas(delta)
-    loaded = load_editable(replace(options, model=options.model or _demo()))
+    loaded = load_editable(model_source(replace(options, model=options.model or _demo())))
     with edited(loaded, deltas):
         save_edited(loaded, save_model)
     return 0
@@ -153,9 +153,10 @@ def sweep(
     from pipeline.editing.drive import Reports, Side
     from pipeline.editing.drive import sweep as run_sweep
     from pipeline.editing.grid import Grid
+    from pipeline.editing.loading import model_source
     from pipeline.engine.executors import RayOptions
     from pipeline.engine.plan import parse_layers
-    from pipeline.models.load import ModelSource, load_config
+    from pipeline.models.load import load_config
 
     names: tuple[MethodName, ...] = tuple(parse_method(each.strip()) for each in methods.split(","))
     rates: tuple[float | None, ...] = (None,) if lr is None else _numbers("lr", lr)
@@ -165,7 +166,7 @@ def sweep(
     counts = tuple(int(each) for each in _numbers("at-once", at_once))
     if any(each < 1 for each in counts):
         raise BacklensError(f"--at-once {at_once}: give numbers of 1 or more")
-    depth = int(load_config(ModelSource(options.model or _demo(), options.revision)).num_hidden_layers)
+    depth = int(load_config(model_source(replace(options, model=options.model or _demo()))).num_hidden_layers)
     grid = Grid(names, parse_layers(layers, depth), rates, counts)
     if executor == "local" and (workers != 1 or address is not None):
         raise BacklensError(

@@ -4,7 +4,8 @@ import torch
 
 from pipeline.editing.options import EditInput
 from pipeline.editing.request import Request, read_requests
-from pipeline.models.load import LoadedModel, ModelSource, load_model
+from pipeline.models.checkpoint import ModelSource
+from pipeline.models.load import LoadedModel, load_model
 
 
 def model_source(options: EditInput) -> ModelSource:
@@ -14,9 +15,8 @@ def model_source(options: EditInput) -> ModelSource:
     )
 
 
-def load_editable(options: EditInput) -> LoadedModel:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_model(model_source(options), device)
+def load_editable(source: ModelSource) -> LoadedModel:
+    return load_model(source, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def load(options: EditInput) -> tuple[LoadedModel, list[Request]]:
@@ -24,4 +24,4 @@ def load(options: EditInput) -> tuple[LoadedModel, list[Request]]:
     options = options.with_demo_defaults()
     assert options.edits is not None
     requests = read_requests(options.edits, options.format, options.limit)
-    return load_editable(options), requests
+    return load_editable(model_source(options)), requests

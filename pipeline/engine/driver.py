@@ -11,10 +11,11 @@ from pipeline.engine.events import emit, emit_shard, stage_seconds
 from pipeline.engine.executors import RayOptions, Standing, executing
 from pipeline.engine.notes import forget_all
 from pipeline.engine.plan import RunPlan, fingerprint, make_plan, with_demo_defaults
-from pipeline.engine.versions import package_versions
+from pipeline.engine.versions import made_with_others, package_versions
 from pipeline.engine.worker import FAILED
 from pipeline.errors import Interrupted
-from pipeline.models.load import load_tokenizer, model_files, weight_hash
+from pipeline.models.checkpoint import Proof
+from pipeline.models.load import load_tokenizer, prove
 from pipeline.models.vocabulary import vocabulary
 from pipeline.prompts.read import read_prompts
 from pipeline.prompts.shards import shards
@@ -80,14 +81,14 @@ def run(config: RunConfig, progress: Progress) -> Report:
     directory = Directory.at(config.out)
     with DriverLock(directory) as lock:
         plan = make_plan(config)
-        weights = weight_hash(model_files(plan.source), plan.source)
+        proof = prove(plan.source)
         opened = open_run(
             directory,
-            fingerprint(plan, weights),
+            fingerprint(plan, proof),
             config=asdict(config),
             config_yaml=config.to_yaml(),
             plan=plan.shards,
-            model=plan.model_facts | {"weight_hash": weights},
+            model=plan.model_facts | {"weight_hash": proof.weights},
             versions=package_versions(),
         )
         directory.remove_leftovers()
@@ -95,6 +96,9 @@ def run(config: RunConfig, progress: Progress) -> Report:
         done = committed(directory)
         resumed = sum(commit.prompts for commit in done.values())
         progress.planned(plan, resumed)
+        others = made_with_others([commit.versions for commit in done.values()])
+        if others is not None:
+            progress.note(others)
         emit(
             "planned",
             prompts=plan.shards.prompts,
@@ -102,7 +106,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
             prompts_done=resumed,
             shards_done=len(done),
         )
-        work = _run_shards(plan, opened, set(done), lock, progress, started)
+        work = _run_shards(plan, proof, opened, set(done), lock, progress, started)
         directory.remove_leftovers()  # of workers that died and were replaced
         forget_all(directory)  # of drivers that were killed
         finished = finish(opened) if opened.record.status != "done" else opened
@@ -162,7 +166,13 @@ class _Work:
 
 
 def _run_shards(
-    plan: RunPlan, opened: RunDirectory, done: set[int], lock: DriverLock, progress: Progress, started: float
+    plan: RunPlan,
+    proof: Proof,
+    opened: RunDirectory,
+    done: set[int],
+    lock: DriverLock,
+    progress: Progress,
+    started: float,
 ) -> _Work:
     work = _Work()
     if len(done) == plan.shards.shards:
@@ -173,7 +183,7 @@ def _run_shards(
     records = read_prompts(config.prompts, config.format, config.prompt_fields, config.limit)
     left = (s for s in shards(records, opened.record.plan.shard_prompts) if s.index not in done)
     with executing(_ray_options(config), progress.note) as executor:
-        workers = executor.start(plan.job(opened.directory))
+        workers = executor.start(plan.job(opened.directory, proof))
         work.seconds_to_start = time.perf_counter() - started
         devices = ", ".join(sorted({worker.device for worker in workers}))
         progress.started(len(workers), devices, work.seconds_to_start)
