@@ -63,13 +63,13 @@ def edit(
     else:
         options = options.with_demo_defaults()
     from pipeline.cli.edit_report import print_edit
-    from pipeline.editing.loading import load, load_editable
+    from pipeline.editing.loading import load, load_editable, model_source
     from pipeline.editing.tools import make_method, make_tools
 
     if typed:
         request = _typed(prompt, subject, target_new, target_true)
         options = replace(options, model=options.model or _demo())
-        loaded, requests = load_editable(options), [request]
+        loaded, requests = load_editable(model_source(options)), [request]
     else:
         loaded, requests = load(options, _noted)
     chosen = default_layer(len(loaded.anatomy.blocks)) if layer is None else layer
@@ -90,11 +90,11 @@ def apply(delta: str, /, *, save_model: str, options: EditOptions = DEFAULTS, de
     """
     from pipeline.cli.edit_report import save_edited
     from pipeline.editing.delta import load_deltas
-    from pipeline.editing.loading import load_editable
+    from pipeline.editing.loading import load_editable, model_source
     from pipeline.editing.weights import edited
 
     deltas, _ = load_deltas(delta)
-    loaded = load_editable(replace(options, model=options.model or _demo()))
+    loaded = load_editable(model_source(replace(options, model=options.model or _demo())))
     with edited(loaded, deltas):
         save_edited(loaded, save_model)
     return 0
@@ -171,11 +171,12 @@ def sweep(
     from pipeline.editing.drive import Reports, Side
     from pipeline.editing.drive import sweep as run_sweep
     from pipeline.editing.grid import Grid
+    from pipeline.editing.loading import model_source
     from pipeline.engine.executors import RayOptions
     from pipeline.engine.plan import parse_layers
-    from pipeline.models.load import ModelSource, load_config
+    from pipeline.models.load import load_config
 
-    depth = int(load_config(ModelSource(options.model or _demo(), options.revision)).num_hidden_layers)
+    depth = int(load_config(model_source(replace(options, model=options.model or _demo()))).num_hidden_layers)
     grid = Grid(names, parse_layers(layers, depth), rates, counts)
     ray = RayOptions(address, workers, gpus_per_replica) if executor == "ray" else None
     side = Side(untouched, held_out, generate)

@@ -6,7 +6,8 @@ import torch
 
 from pipeline.editing.options import EditInput
 from pipeline.editing.request import Request, read_requests, subject_notes
-from pipeline.models.load import LoadedModel, ModelSource, load_model
+from pipeline.models.checkpoint import ModelSource
+from pipeline.models.load import LoadedModel, load_model
 
 
 def model_source(options: EditInput) -> ModelSource:
@@ -16,9 +17,8 @@ def model_source(options: EditInput) -> ModelSource:
     )
 
 
-def load_editable(options: EditInput) -> LoadedModel:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_model(model_source(options), device)
+def load_editable(source: ModelSource) -> LoadedModel:
+    return load_model(source, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def load(options: EditInput, note: Callable[[str], None]) -> tuple[LoadedModel, list[Request]]:
@@ -28,4 +28,4 @@ def load(options: EditInput, note: Callable[[str], None]) -> tuple[LoadedModel, 
     requests = read_requests(options.edits, options.format, options.limit)
     for line in subject_notes(requests):
         note(line)
-    return load_editable(options), requests
+    return load_editable(model_source(options)), requests

@@ -12,10 +12,11 @@ from pipeline.engine.events import emit, emit_shard, stage_seconds
 from pipeline.engine.executors import RayOptions, Standing, executing
 from pipeline.engine.notes import forget_all
 from pipeline.engine.plan import RunPlan, fingerprint, make_plan
-from pipeline.engine.versions import package_versions
+from pipeline.engine.versions import made_with_others, package_versions
 from pipeline.engine.worker import FAILED, FIRST_DONE, SUBJECTS_ABSENT, SUBJECTS_REPEATED
 from pipeline.errors import Interrupted
-from pipeline.models.load import load_tokenizer, model_files, weight_hash
+from pipeline.models.checkpoint import Proof
+from pipeline.models.load import load_tokenizer, prove
 from pipeline.models.vocabulary import vocabulary
 from pipeline.prompts.read import read_prompts
 from pipeline.prompts.shards import shards
@@ -94,14 +95,14 @@ def run(config: RunConfig, progress: Progress) -> Report:
     kept = replace(given, **recorded(asdict(given) | {"out": "."}, directory))
     with DriverLock(directory) as lock:
         plan = make_plan(config)
-        weights = weight_hash(model_files(plan.source), plan.source)
+        proof = prove(plan.source)
         opened = open_run(
             directory,
-            fingerprint(plan, weights),
+            fingerprint(plan, proof),
             config=asdict(kept),
             config_yaml=kept.to_yaml(),
             plan=plan.shards,
-            model=plan.model_facts | {"name": model_name(given), "weight_hash": weights},
+            model=plan.model_facts | {"name": model_name(given), "weight_hash": proof.weights},
             versions=package_versions(),
         )
         remember(opened.record, asdict(given))
@@ -116,6 +117,9 @@ def run(config: RunConfig, progress: Progress) -> Report:
         if config.positions == "subject+last":
             for line in subject_lines(plan.survey.subjects_absent, 0, config.positions):
                 progress.note(line)
+        others = made_with_others([commit.versions for commit in done.values()])
+        if others is not None:
+            progress.note(others)
         emit(
             "planned",
             prompts=plan.shards.prompts,
@@ -123,7 +127,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
             prompts_done=resumed,
             shards_done=len(done),
         )
-        work = _run_shards(plan, opened, set(done), lock, progress, started)
+        work = _run_shards(plan, proof, opened, set(done), lock, progress, started)
         directory.remove_leftovers()  # of workers that died and were replaced
         forget_all(directory)  # of drivers that were killed
         finished = finish(opened) if opened.record.status != "done" else opened
@@ -196,7 +200,13 @@ class _Work:
 
 
 def _run_shards(
-    plan: RunPlan, opened: RunDirectory, done: set[int], lock: DriverLock, progress: Progress, started: float
+    plan: RunPlan,
+    proof: Proof,
+    opened: RunDirectory,
+    done: set[int],
+    lock: DriverLock,
+    progress: Progress,
+    started: float,
 ) -> _Work:
     work = _Work()
     if len(done) == plan.shards.shards:
@@ -207,7 +217,7 @@ def _run_shards(
     records = read_prompts(config.prompts, config.format, config.prompt_fields, config.limit)
     left = (s for s in shards(records, opened.record.plan.shard_prompts) if s.index not in done)
     with executing(_ray_options(config), progress.note) as executor:
-        workers = executor.start(plan.job(opened.directory))
+        workers = executor.start(plan.job(opened.directory, proof))
         work.seconds_to_start = time.perf_counter() - started
         devices = ", ".join(sorted({worker.device for worker in workers}))
         progress.started(len(workers), devices, work.seconds_to_start)

@@ -14,16 +14,10 @@ from pipeline.engine.sizes import MatrixSize, matrices_of
 from pipeline.engine.worker import Job
 from pipeline.errors import BacklensError, nearest
 from pipeline.models.anatomy import Block, describe_blocks, layout_of, modules_of
+from pipeline.models.checkpoint import ModelSource, Proof, commit_of, pinned, refuse_pickle, weights_here
 from pipeline.models.layout import MODULES
 from pipeline.models.layout_file import read_layout
-from pipeline.models.load import (
-    ModelSource,
-    empty_model,
-    load_config,
-    load_tokenizer,
-    refuse_pickle,
-    tokenizer_hash,
-)
+from pipeline.models.load import empty_model, load_config, load_tokenizer, verify_checkpoint
 from pipeline.models.spread import Spread
 from pipeline.models.widths import misfits
 from pipeline.models.zero3 import Zero3, refuse_unpartitionable
@@ -61,14 +55,15 @@ class RunPlan:
             "layers": int(config.num_hidden_layers),
             "d_model": int(config.hidden_size),
             "vocabulary": int(config.vocab_size),
-            "revision": self.source.revision or getattr(config, "_commit_hash", None),
+            "revision": commit_of(self.source),
             "modules": list(self.wanted.modules),
             "not_covered": {path: what for block in self.blocks for path, what in block.not_covered.items()},
         }
 
-    def job(self, directory: Directory) -> Job:
+    def job(self, directory: Directory, proof: Proof) -> Job:
+        """What every worker is told; `proof` is of the model that the plan was made for."""
         return Job(
-            model=self.source,
+            model=pinned(self.source, proof),
             spread=spread_of(self.config),
             zero3=zero3_of(self.config),
             wanted=self.wanted,
@@ -94,6 +89,8 @@ def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
     source = model_source(config)
     model_config = load_config(source)
     refuse_pickle(source)
+    if weights_here(source):
+        verify_checkpoint(source, model_config)
     if config.sharding == "zero3":
         refuse_unpartitionable(model_config, config.dtype)
     if config.chat_template:
@@ -160,13 +157,12 @@ def zero3_of(config: RunConfig) -> Zero3 | None:
     return Zero3(config.ranks_per_replica, config.offload_to_cpu) if config.sharding == "zero3" else None
 
 
-def fingerprint(plan: RunPlan, weights: str) -> dict[str, FingerprintValue]:
-    """Everything that changes results, in the words of the command line; `weights` is the model's weight hash."""
+def fingerprint(plan: RunPlan, proof: Proof) -> dict[str, FingerprintValue]:
+    """Everything that changes results, in the words of the command line."""
     config = plan.config
-    tokenizer = load_tokenizer(plan.source)
     values: dict[str, FingerprintValue] = {
-        "model": f"weights {weights[:16]}",
-        "tokenizer": tokenizer_hash(tokenizer)[:16],
+        "model": f"weights {proof.weights[:16]}",
+        "tokenizer": proof.tokenizer[:16],
         "prompts": f"content {plan.survey.digest[:16]}",
         "number of prompts": plan.survey.prompts,
         "dtype": config.dtype,
@@ -185,7 +181,9 @@ def fingerprint(plan: RunPlan, weights: str) -> dict[str, FingerprintValue]:
     if plan.source.layout is not None:
         values["anatomy"] = hashlib.sha256(repr(plan.source.layout).encode()).hexdigest()[:16]
     if config.chat_template:
-        values["chat-template"] = hashlib.sha256(chat_template(tokenizer).encode()).hexdigest()[:16]
+        values["chat-template"] = hashlib.sha256(
+            chat_template(load_tokenizer(plan.source)).encode()
+        ).hexdigest()[:16]
     return values
 
 

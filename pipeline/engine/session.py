@@ -66,6 +66,9 @@ def errors_as_ours() -> Iterator[None]:
     except ActorDiedError as error:
         _raise_ours(error)
         if error.actor_init_failed:
+            said, ours = reason(error), f"{BacklensError.__module__}.{BacklensError.__qualname__}: "
+            if said.startswith(ours):  # Ray keeps the text of what `__init__` raised, not the error
+                raise BacklensError(said.removeprefix(ours)) from error
             raise Interrupted(f"a worker could not start: {reason(error)}") from error
         raise
     except RayTaskError as error:

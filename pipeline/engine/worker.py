@@ -25,7 +25,8 @@ from pipeline.engine.versions import package_versions
 from pipeline.engine.work import Attempt, Readiness
 from pipeline.errors import BacklensError
 from pipeline.lens import Scaling, make_lens, verify_lens
-from pipeline.models.load import ModelSource, load_model
+from pipeline.models.checkpoint import ModelSource
+from pipeline.models.load import load_model
 from pipeline.models.spread import Spread
 from pipeline.models.zero3 import Zero3, whole_for_the_lens
 from pipeline.prompts.record import Prompt, Rejected

@@ -14,7 +14,8 @@ from pipeline.capture import make_batch
 from pipeline.config import RunConfig
 from pipeline.engine.extract import chosen_positions, sequence
 from pipeline.errors import BacklensError
-from pipeline.models.load import ModelSource, load_tokenizer
+from pipeline.models.checkpoint import ModelSource
+from pipeline.models.load import load_tokenizer
 from pipeline.prompts.read import read_prompts
 from pipeline.prompts.record import Prompt, Rejected
 from pipeline.prompts.survey import Survey

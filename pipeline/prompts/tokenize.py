@@ -83,8 +83,9 @@ def tokenize(
 
 def context_length(config: "PreTrainedConfig") -> int | None:
     """The most positions the model states it can read; None where it states none."""
-    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return stated if isinstance(stated, int) and stated > 0 else None
+    text = config.get_text_config()
+    stated = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((length for length in stated if isinstance(length, int) and length > 0), None)
 
 
 def _refusal(
