@@ -118,8 +118,9 @@ class Outcome:
     loss: Float[Tensor, " prompt"]
     """−log p(target | prompt), summed over the target's tokens, natural logarithm."""
     target_rank: Int[Tensor, " prompt"]
-    """Rank of the first target token among the model's logits (0 = largest)."""
+    """Rank of the first target token among the model's logits of scored tokens (0 = largest)."""
     predicted_id: Int[Tensor, " prompt"]
+    """The scored token with the largest one."""
 
 
 Consumer = Callable[[Sequence[Gradient]], None]
@@ -165,12 +166,13 @@ def capture(
     consume: Consumer,
     *,
     recompute: bool = False,
+    scored: slice | Int[Tensor, " token"] = slice(None),
 ) -> Outcome:
     """Run `batch` and give `consume` every group of gradients of the chosen layers and modules, last layer first.
 
     The loss is the sum over the batch: a mean would make a prompt's gradient depend on its neighbours. With `recompute`
     the forward pass keeps only the blocks' inputs, and the backward pass computes each block once more: a third more
-    work, for the memory of one block instead of all.
+    work, for the memory of one block instead of all. `scored` are the token ids that the outcome counts among.
 
     Raises MatrixMissed when a matrix does not give its gradient, all of it and once.
     """
@@ -202,7 +204,7 @@ def capture(
             use_cache=False,
         ).logits.float()
         loss = _losses(logits_BSV, batch)
-        outcome = _outcome(logits_BSV.detach(), loss.detach(), batch)
+        outcome = _outcome(logits_BSV.detach(), loss.detach(), batch, scored)
         del logits_BSV
         loss.sum().backward()
     for account in accounts:
@@ -273,11 +275,17 @@ def _losses(logits: Float[Tensor, "prompt step vocabulary"], batch: Batch) -> Fl
 
 
 def _outcome(
-    logits: Float[Tensor, "prompt step vocabulary"], loss: Float[Tensor, " prompt"], batch: Batch
+    logits: Float[Tensor, "prompt step vocabulary"],
+    loss: Float[Tensor, " prompt"],
+    batch: Batch,
+    scored: slice | Int[Tensor, " token"],
 ) -> Outcome:
-    first = logits[:, 0]
-    target = first.gather(1, batch.targets[:, :1])
-    return Outcome(loss, (first > target).sum(-1), first.argmax(-1))
+    target = logits[:, 0].gather(1, batch.targets[:, :1])
+    among = logits[:, 0, scored]
+    predicted = among.argmax(-1)
+    return Outcome(
+        loss, (among > target).sum(-1), predicted if isinstance(scored, slice) else scored[predicted]
+    )
 
 
 class _LayerRecorder:

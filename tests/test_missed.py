@@ -163,8 +163,8 @@ def test_experts_under_no_grad_and_experts_called_twice_are_named(tmp_path: Path
             return own(experts, *given)
 
     experts.forward = without_graph
-    with pytest.raises(MatrixMissed, match="of layer 0 .* without a graph"):
+    with pytest.raises(MatrixMissed, match=r"of layer 0 .* without a graph"):
         rows(model)
     experts.forward = lambda *given: own(experts, *given) + own(experts, *given)
-    with pytest.raises(MatrixMissed, match="of layer 0 .* more than once"):
+    with pytest.raises(MatrixMissed, match=r"of layer 0 .* more than once"):
         rows(model)

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Float
 from torch import Tensor
 
+from pipeline.config import Vocabulary
 from pipeline.errors import BacklensError
 from pipeline.lens import Lens, Scaling, make_lens
 from pipeline.models.layout_file import read_layout
@@ -37,6 +38,7 @@ class WeightSource:
 
     model: ModelSource
     scaling: Scaling
+    vocabulary: Vocabulary
     top_k: int
     digest: str
     """The weights' hash, which is the run's."""
@@ -74,7 +76,11 @@ def find_weights(record: RunRecord, given: str | None) -> WeightSource | NoWeigh
             raise BacklensError(f"--weights {given}: {str(error).removeprefix('model: ')}") from error
         return NoWeights(f"{str(error).removeprefix('model: ')}; name its place with --weights")
     return WeightSource(
-        source, record.config.get("scaling", "raw"), int(record.config.get("top_k", 10)), str(digest)
+        source,
+        record.config.get("scaling", "raw"),
+        record.config.get("vocabulary", "model"),  # before there was a choice
+        int(record.config.get("top_k", 10)),
+        str(digest),
     )
 
 
@@ -104,7 +110,8 @@ class WeightLens:
     def __init__(self, source: WeightSource) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._loaded = load_model(source.model, device)
-        self._lens = make_lens(self._loaded.anatomy, source.scaling)
+        tokens = self._loaded.token_ids if source.vocabulary == "tokenizer" else None
+        self._lens = make_lens(self._loaded.anatomy, source.scaling, tokens)
         self._k = min(source.top_k, self._lens.vocabulary)
 
     def rows(self, kept: pa.Table) -> pa.Table:
@@ -146,7 +153,7 @@ def _lists(
         mix_scale=nothing[..., 0],
         mix_wanted=nothing[..., 0].bool(),
     )
-    target = torch.zeros(1, dtype=torch.long, device=vectors.device)
+    target = lens.tokens(torch.zeros(1, dtype=torch.long, device=vectors.device))  # any: it is not kept
     selection, _ = project(asked, lens, target, k)
     return {
         f"weight_{name}": _spread(getattr(selection, name), squared > 0)

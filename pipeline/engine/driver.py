@@ -91,10 +91,13 @@ def run(config: RunConfig, progress: Progress) -> Report:
             versions=package_versions(),
         )
         directory.remove_leftovers()
-        write_vocab(directory, *vocabulary(load_tokenizer(plan.source), plan.model_facts["vocabulary"]))
+        kept = range(plan.rows) if plan.token_ids is None else plan.token_ids
+        write_vocab(directory, kept, *vocabulary(load_tokenizer(plan.source), plan.rows))
         done = committed(directory)
         resumed = sum(commit.prompts for commit in done.values())
         progress.planned(plan, resumed)
+        for remark in plan.remarks:
+            progress.note(remark)
         emit(
             "planned",
             prompts=plan.shards.prompts,

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.capture import MatrixMissed, Outcome, verify_capture
+from pipeline.config import Vocabulary
 from pipeline.engine.blocks import Block
 from pipeline.engine.budget import TokenBudget
 from pipeline.engine.columns import fact_table, failure_table, prompt_table, without_prompts
@@ -59,6 +60,7 @@ class Job:
     """Over how many processes each copy is partitioned; None for one."""
     wanted: Wanted
     scaling: Scaling
+    vocabulary: Vocabulary
     screening: Precision
     prepend_bos: PrependBos
     chat_template: bool
@@ -85,7 +87,9 @@ class Worker:
         self._job = job
         self._loaded = load_model(job.model, device, job.spread, job.zero3)
         parts = self._loaded.anatomy
-        self._lens = make_lens(whole_for_the_lens(parts) if job.zero3 else parts, job.scaling)
+        parts = whole_for_the_lens(parts) if job.zero3 else parts
+        tokens = self._loaded.token_ids if job.vocabulary == "tokenizer" else None
+        self._lens = make_lens(parts, job.scaling, tokens)
         verify_lens(self._loaded.model, self._loaded.anatomy, self._lens)
         verify_capture(self._loaded, job.wanted.layers, job.wanted.modules, recompute=self._recompute)
         self._lens_copies = [self._lens.to(device) for device in self._loaded.lens_copies]
@@ -126,6 +130,7 @@ class Worker:
             prepend_bos=self._job.prepend_bos,
             target_mode=self._job.wanted.target_mode,
             context=self._context,
+            rows=self._loaded.anatomy.rows,
             chat_template=self._job.chat_template,
         )
         rejected = [record for record in (*shard.records, *results) if isinstance(record, Rejected)]

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from pipeline.models.anatomy import Anatomy, anatomy
 from pipeline.models.layout import Layout
 from pipeline.models.spread import Device, Placement, Spread, place, refuse_missing, stored_dtype
 from pipeline.models.structure import input_device, verify_backward
+from pipeline.models.vocabulary import token_ids
 from pipeline.models.zero3 import Partitioning, Zero3
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -88,6 +90,11 @@ class LoadedModel:
             return (str(self.device),)
         return tuple(sorted({str(device) for device in self.placed.values()}))
 
+    @cached_property
+    def token_ids(self) -> tuple[int, ...]:
+        """The ids that are tokens and that the model can predict, ascending."""
+        return token_ids(self.tokenizer, self.anatomy.vocabulary)
+
     @property
     def offloaded(self) -> bool:
         """Whether blocks are brought to a device for as long as they compute, and autograd would keep what was brought.
@@ -120,11 +127,17 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
         raise _unreadable(source, error) from error
+    if len(tokenizer.get_vocab()) < 2:  # what transformers makes up where there are no files of a tokenizer
+        raise BacklensError(
+            f"model: {source.path} cannot be loaded: it has no tokenizer; put its tokenizer's files there "
+            "(tokenizer.json, tokenizer_config.json)"
+        )
+    return tokenizer
 
 
 def load_model(
