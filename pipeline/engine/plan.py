@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from pipeline.config import RunConfig, parse_max_memory
 from pipeline.engine.extract import Wanted
-from pipeline.engine.sizes import MatrixSize, matrices_of
+from pipeline.engine.sizes import MatrixSize, matrices_of, neuron_facts
 from pipeline.engine.worker import Job
 from pipeline.errors import BacklensError
 from pipeline.models.anatomy import Block, describe_blocks, layout_of, modules_of, unproven_cuts
@@ -78,6 +78,7 @@ class RunPlan:
             "revision": self.source.revision or getattr(config, "_commit_hash", None),
             "modules": list(self.wanted.modules),
             "not_covered": {path: what for block in self.blocks for path, what in block.not_covered.items()},
+            "neurons": neuron_facts(self.blocks, config),
             "unproven_cuts": self.unproven_cuts,
         }
 
