@@ -91,8 +91,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
             versions=package_versions(),
         )
         directory.remove_leftovers()
-        kept = range(plan.rows) if plan.token_ids is None else plan.token_ids
-        write_vocab(directory, kept, *vocabulary(load_tokenizer(plan.source), plan.rows))
+        write_vocab(directory, *vocabulary(load_tokenizer(plan.source), plan.rows), plan.token_ids)
         done = committed(directory)
         resumed = sum(commit.prompts for commit in done.values())
         progress.planned(plan, resumed)

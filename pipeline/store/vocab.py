@@ -12,11 +12,18 @@ VOCAB_FILE = "vocab/part-0.parquet"
 
 
 def write_vocab(
-    directory: Directory, token_ids: Sequence[int], tokens: Sequence[str], token_bytes: Sequence[bytes]
+    directory: Directory,
+    tokens: Sequence[str],
+    token_bytes: Sequence[bytes],
+    token_ids: Sequence[int] | None = None,
 ) -> None:
-    """A row for each of `token_ids`: token i is `tokens[i]`, exactly `token_bytes[i]`. One that is there stays."""
+    """A row for each of `token_ids` (None: of all): token i is `tokens[i]`, exactly `token_bytes[i]`.
+
+    A vocabulary that is there already stays.
+    """
     if directory.exists(VOCAB_FILE):
         return
+    token_ids = range(len(tokens)) if token_ids is None else token_ids
     rows = pa.table(
         {
             "token_id": token_ids,

@@ -26,7 +26,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> ExampleRun:
     directory = Directory.at(tmp_path_factory.mktemp("served"))
     run = start_run(directory, prompts=8, shard_prompts=8)
     Path(directory.root, VOCAB_FILE).unlink()
-    write_vocab(directory, range(len(TOKENS)), TOKENS, [token.encode() for token in TOKENS])
+    write_vocab(directory, TOKENS, [token.encode() for token in TOKENS])
     rows = random_rows(random.Random(0), range(8))
     rows["prompts"][0]["prompt"] = f"{MARKUP} is"
     rows["prompts"][1]["relation"] = MARKUP

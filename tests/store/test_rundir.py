@@ -122,8 +122,8 @@ def test_what_is_not_a_run_is_named(tmp_path: Path):
 
 
 def test_the_vocabulary_is_written_once(directory: Directory):
-    write_vocab(directory, range(len(VOCAB)), VOCAB, [token.encode() for token in VOCAB])
-    write_vocab(directory, [0], ["other"], [b"other"])
+    write_vocab(directory, VOCAB, [token.encode() for token in VOCAB])
+    write_vocab(directory, ["other"], [b"other"])
     rows = read_table(directory, "vocab")
     assert rows.column("token").to_pylist() == VOCAB
     assert rows.column("bytes").to_pylist() == [token.encode() for token in VOCAB]
