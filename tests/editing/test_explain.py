@@ -64,7 +64,7 @@ def listed(loaded: LoadedModel, vector: torch.Tensor) -> tuple[list[str], list[s
     assert norm is not None
     with torch.no_grad():
         order = loaded.anatomy.head(norm(vector)).argsort(descending=True).tolist()
-    texts = [loaded.tokenizer.decode([token]) for token in (*order[:5], *order[-5:])]
+    texts = [str(loaded.tokenizer.decode([token])) for token in (*order[:5], *order[-5:])]
     return texts[:5], texts[:4:-1]
 
 
