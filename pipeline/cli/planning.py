@@ -22,6 +22,8 @@ def print_outlook(outlook: Outlook) -> None:
         markup=False,
         soft_wrap=True,
     )
+    for remark in plan.remarks:
+        console.print(remark, markup=False, soft_wrap=True)
     if plan.survey.rejected:
         console.print(f"{plan.survey.rejected:,} of {plan.survey.prompts:,} prompts cannot be read")
     survey = plan.survey
