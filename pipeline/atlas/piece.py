@@ -21,6 +21,7 @@ from pipeline.atlas.database import first_line, read_parquet, sql_text
 from pipeline.atlas.derive import DEFINITIONS
 from pipeline.atlas.manifest import ATLAS
 from pipeline.errors import BacklensError
+from pipeline.plain import json_text
 from pipeline.store.files import Directory
 from pipeline.store.parquet import ROW_GROUP_ROWS, FileRecord, file_checksum, writer_options
 from schemas.atlas import ATLAS_TABLES, PROMPT_TABLES
@@ -113,7 +114,7 @@ def build_pieces(
         else:
             made = _derived_files(work, piece, files)
         content = {**asdict(piece), "files": {table: asdict(record) for table, record in made.items()}}
-        work.directory.write_atomically(work.record(piece), json.dumps(content, indent=1).encode())
+        work.directory.write_atomically(work.record(piece), json_text(content, indent=1).encode())
         yield piece, made
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from rich.console import Console
 from rich.table import Table
 
+from pipeline.cli.terminal import console
 from pipeline.engine.driver import Report
 
 STAGES = {
@@ -20,30 +20,30 @@ STAGES = {
 
 def print_report(report: Report) -> None:
     """Prompts, rows, speed, where the time went, and what to do next."""
-    console = Console(highlight=False)
+    shown = console()
     if report.prompts:
-        console.print(
+        shown.print(
             f"{report.prompts:,} prompts in {report.shards:,} shards in {report.seconds:.1f} s "
             f"({report.seconds_to_start:.1f} s to plan and load): {report.prompts_per_second:,.1f} prompts/s"
         )
     else:
-        console.print(f"nothing to do: {report.out} is complete")
+        shown.print(f"nothing to do: {report.out} is complete")
     if report.prompts and report.resumed_prompts:
-        console.print(f"{report.resumed_prompts:,} more were done before")
+        shown.print(f"{report.resumed_prompts:,} more were done before")
     for line in _troubles(report):
-        console.print(line)
-    console.print(_rows_table(report))
+        shown.print(line)
+    shown.print(_rows_table(report))
     if report.prompts:
-        console.print(_stages_table(report))
+        shown.print(_stages_table(report))
     if failures := report.rows.get("failures", 0):
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in report.failures.items())
-        console.print(
+        shown.print(
             f"{failures:,} prompts could not be processed ({kinds}); the reasons are in the table `failures`:"
         )
-        console.print(f'  backlens query {report.out} --sql "SELECT * FROM failures"', soft_wrap=True)
-    console.print("Next:")
+        shown.print(f'  backlens query {report.out} --sql "SELECT * FROM failures"', soft_wrap=True)
+    shown.print("Next:")
     for command in next_commands(report.out):
-        console.print(f"  {command}", soft_wrap=True, markup=False)
+        shown.print(f"  {command}", soft_wrap=True)
 
 
 def _troubles(report: Report) -> Iterator[str]:

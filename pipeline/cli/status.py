@@ -1,13 +1,12 @@
 """`backlens status`: how far a run is, as a table or one JSON object."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
 
 from pipeline.cli.durations import duration
+from pipeline.cli.terminal import console, say_json
 from pipeline.store.status import RunStatus, run_status
 
 
@@ -15,12 +14,12 @@ def print_status(out: str, as_json: bool) -> int:
     """Show the run at `out` and return the exit status."""
     status = run_status(out)
     if as_json:
-        print(json.dumps(asdict(status), ensure_ascii=False))
+        say_json(asdict(status))
         return 0
     table = Table(show_header=False)
     for name, value in _lines(status):
         table.add_row(name, value)
-    Console(highlight=False, soft_wrap=True).print(table)
+    console().print(table, soft_wrap=True)
     return 0
 
 

@@ -44,7 +44,9 @@ def layers_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
     module = one_of("module", given.text("module"), served.modules)
     by = given.text("by") or "relation"
     pointer = "/" + by.replace("~", "~0").replace("/", "~1")
-    groups = ask("groups", atlas.groups, questions.GROUPS, by, 1000, None, module, pointer=pointer)
+    groups = ask(
+        "groups", atlas.groups, questions.GROUPS, by, given.most(1000), None, module, pointer=pointer
+    )
     curves = ask("curves", atlas.layer_curves, questions.LAYER_CURVES, None, None, module)
     modules = list(dict.fromkeys(row["module"] for row in curves.rows))
     return Page(

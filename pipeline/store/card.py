@@ -1,9 +1,9 @@
 """The README.md of a run directory: a dataset card that Hugging Face `datasets` and its viewer understand."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.plain import json_text
 from pipeline.store.commit import ShardCommit
 from schemas.tables import SCHEMA_VERSION, SIGN_CONVENTION, TABLES
 
@@ -39,12 +39,12 @@ def _front_matter(name: str, rows: Mapping[str, int]) -> list[str]:
             *(["    default: true"] if table == "prompts" else []),
             "    data_files:",
             "      - split: train",
-            f"        path: {json.dumps(table + '/*.parquet')}",
+            f"        path: {json_text(table + '/*.parquet')}",
         )
     ]
     return [
         "---",
-        f"pretty_name: {json.dumps(f'Backward Lens of {name}', ensure_ascii=False)}",
+        f"pretty_name: {json_text(f'Backward Lens of {name}')}",
         "tags:",
         "  - backlens",
         "  - interpretability",
