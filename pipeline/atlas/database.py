@@ -40,6 +40,7 @@ class Database:
         other: tuple[Directory, Files] | None = None,
         derived: Sequence[str] = tuple(ATLAS_TABLES),
         is_kept: bool = False,
+        norm_floor: float = 0.0,
     ) -> None:
         """`derived` are the tables of the atlas that will be asked for: to bind all takes longer than many a question.
 
@@ -59,6 +60,7 @@ class Database:
                 for name, table in TABLES.items():
                     is_loaded = is_kept and name == "vocab"
                     _create(self._opened, f"{schema}.{name}", table, tables.get(name), is_loaded=is_loaded)
+            self._opened.execute(lens_table(norm_floor))
             for name in derived:
                 _create(self._opened, name, ATLAS_TABLES[name], files.get(name), DEFINITIONS.get(name))
             self._opened.execute("SET GLOBAL lock_configuration = true")
@@ -129,6 +131,11 @@ def _create(
         opened.register("nothing", table.empty())  # seen by this cursor alone, so a table is made of it
         opened.execute(f"CREATE TABLE {name} AS FROM nothing")
         opened.unregister("nothing")
+
+
+def lens_table(norm_floor: float) -> str:
+    """Makes the table `lens`, of one row, that definitions and questions read."""
+    return f"CREATE TABLE lens AS SELECT {norm_floor!r}::DOUBLE AS norm_floor"
 
 
 def read_parquet(paths: Sequence[str]) -> str:

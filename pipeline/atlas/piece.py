@@ -17,7 +17,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.atlas.database import first_line, read_parquet, sql_text
+from pipeline.atlas.database import first_line, lens_table, read_parquet, sql_text
 from pipeline.atlas.derive import DEFINITIONS
 from pipeline.atlas.manifest import ATLAS
 from pipeline.errors import BacklensError
@@ -69,6 +69,7 @@ class Work:
     source: str
     memory: str
     weights: "WeightSource | None"
+    norm_floor: float = 0.0
     threads: int | None = None
     """DuckDB's, in each process; None for one a core."""
 
@@ -221,6 +222,7 @@ def connected(work: Work) -> Iterator[duckdb.DuckDBPyConnection]:
         opened.execute("SET preserve_insertion_order = false")
         with _spilling(work.directory) as folder:
             opened.execute(f"SET temp_directory = {sql_text(folder)}")
+            opened.execute(lens_table(work.norm_floor))
             yield opened
     except duckdb.OutOfMemoryException as error:
         raise BacklensError(f"atlas: {first_line(error)}; give it more with --memory") from error

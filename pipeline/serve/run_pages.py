@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.atlas import questions
+from pipeline.atlas.evidence import PRIOR
 from pipeline.plot.heatmap import SHIFTS
 from pipeline.plot.lines import CLASSES
 from pipeline.serve import lookups
@@ -67,7 +68,7 @@ def about_page(served: Served, path: Mapping[str, str], given: Parameters) -> Pa
     ]
     tables = [*TABLES.values(), *ATLAS_TABLES.values()]
     facts = {"sign_convention": SIGN_CONVENTION, "columns": columns}
-    return Page("about.html", "About", facts=facts, view={"tables": tables})
+    return Page("about.html", "About", facts=facts, view={"tables": tables, "prior": f"{PRIOR:g}"})
 
 
 def _facts(served: Served) -> dict[str, Any]:
