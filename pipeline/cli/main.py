@@ -307,7 +307,6 @@ app.command(export_html)
 
 def main() -> None:
     """The console script."""
-    escape_what_cannot_be_shown()
     # A scheduler's SIGTERM ends a run as Ctrl-C does: resumable, and with Ray's processes stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(call(sys.argv[1:]))
@@ -315,6 +314,7 @@ def main() -> None:
 
 def call(tokens: list[str]) -> int:
     """Run one command line and return its exit status."""
+    escape_what_cannot_be_shown()
     format = log_format(tokens)
     with logging_as(format):
         try:
