@@ -7,6 +7,13 @@ BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
 
+LOG := $(VENV)/install.log
+EXTRAS := .[dev,plot,quantized,serve,deepspeed,s3]
+
+# One line for a step; all that its command prints is in a file, which is named if it fails.
+quietly = @echo "$(1) (what pip says is in $(LOG))"; $(2) >$(LOG) 2>&1 \
+  || { tail -n 5 $(LOG) >&2; echo "this failed; all that was said is in $(LOG)" >&2; exit 1; }
+
 # Two files at a time: most tests wait for processes that work on one thread.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
@@ -52,14 +59,14 @@ browser:
 
 # One pip call each, so that the pins decide which build of torch is taken.
 $(VENV)/.package: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) -e .
+	$(call quietly,installing backlens: some minutes the first time,$(PIP) -e .)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) -e ".[dev,plot,quantized,serve,deepspeed,s3]"
+	$(call quietly,installing backlens with what its tests need: some minutes the first time,$(PIP) -e "$(EXTRAS)")
 	@touch $(VENV)/.package $@
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "backlens needs Python 3.11 or newer, and '$(PYTHON)' is not; name one: make PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
+	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@

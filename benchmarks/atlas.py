@@ -62,7 +62,7 @@ def main() -> None:
                 f"run written in {time.perf_counter() - started:.0f} s, {size_of(Path(folder))}", flush=True
             )
         if not Path(folder, "atlas/manifest.json").exists():
-            entry = [sys.executable, "-c", "from pipeline.cli.main import main; main()", "atlas", folder]
+            entry = [sys.executable, "-c", "from pipeline.cli.entry import main; main()", "atlas", folder]
             peak, seconds = peak_of([*entry, "--memory", options.memory])
             print(f"build: {seconds:.0f} s, peak {peak / 2**20:,.0f} MiB", flush=True)
         manifest = json.loads(Path(folder, "atlas/manifest.json").read_text())

@@ -83,7 +83,7 @@ def compare(folder: Path, rounds: int, prompts: int, peer_prompts: int) -> None:
 def ours(folder: Path, out: Path) -> float:
     command = ["run", "--model", folder / "model", "--prompts", folder / "prompts.jsonl", "--out", out]
     started = time.perf_counter()
-    entry = [sys.executable, "-c", "from pipeline.cli.main import main; main()"]
+    entry = [sys.executable, "-c", "from pipeline.cli.entry import main; main()"]
     subprocess.run(
         [*entry, *command, "--executor", "local"],
         check=True,

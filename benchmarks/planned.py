@@ -84,7 +84,14 @@ def compare(folder: Path, label: str, model: Path, arguments: list[str], threads
     ]
     _, bound, *_ = app.parse_args(["run", *common])
     outlook = look_ahead(bound.arguments["options"], PlanOptions(calibrate=True))
-    entry = [sys.executable, "-c", "from pipeline.cli.main import main; main()", "run", "--executor", "local"]
+    entry = [
+        sys.executable,
+        "-c",
+        "from pipeline.cli.entry import main; main()",
+        "run",
+        "--executor",
+        "local",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run([*entry, *common], env=environment, check=True, capture_output=True)
     seconds: Counter[str] = Counter()

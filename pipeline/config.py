@@ -1,18 +1,17 @@
 """Everything a run is told. One frozen dataclass is the command line, the YAML file and the replay file."""
 
-import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 import yaml
 from cyclopts import Group, Parameter, Token
 
-from pipeline.errors import BacklensError
+from pipeline.errors import BacklensError, nearest
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-PromptFormat = Literal["auto", "jsonl", "csv", "parquet", "counterfact", "zsre", "dataset"]
+PromptFormat = Literal["auto", "jsonl", "json", "csv", "parquet", "counterfact", "zsre", "dataset"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +195,16 @@ class RunConfig:
     def prompt_fields(self) -> PromptFields:
         return PromptFields(self.prompt_field, self.target_field, self.subject_field, self.id_field)
 
+    def with_demo_defaults(self) -> "RunConfig":
+        """The same, with the bundled model, its facts and ./demo-run where nothing else is named."""
+        from pipeline.demo import FACTS, MODEL
+
+        is_demo = self.model is None and self.prompts is None
+        out = self.out or ("./demo-run" if is_demo else None)
+        if out is None:
+            raise BacklensError("--out: name the directory for the results, e.g. --out ./run")
+        return replace(self, model=self.model or str(MODEL), prompts=self.prompts or str(FACTS), out=out)
+
     def to_yaml(self) -> str:
         """The options as `backlens run` reads them back, defaults included."""
         values = {flag(field.name): getattr(self, field.name) for field in fields(self)}
@@ -251,12 +260,6 @@ def read_yaml(path: str) -> dict[str, Any]:
         if value is not None:
             options[name] = value
     return options
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown word: which known one it may have been."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def _require(condition: bool, message: str) -> None:

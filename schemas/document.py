@@ -45,8 +45,8 @@ A run writes one directory (a local path, or a URL such as `s3://bucket/run`):
 ```
 OUT/
   run.json            resolved config, fingerprint, model facts, versions, schema version, status
-  config.yaml         the same run again: `backlens run OUT/config.yaml`
-  README.md           dataset card, one config per table
+  config.yaml         the same run again, wherever OUT is now: `backlens run OUT/config.yaml`
+  README.md           dataset card, one config per table with rows
   vocab/part-0.parquet
   prompts/ layers/ neurons/ tokens/ failures/ [factors/]     part-<shard:06d>.parquet
   _commits/<shard:06d>.json    written last: the shard's files with rows, bytes and checksum
@@ -58,6 +58,12 @@ stands in `_commits`: while a run is in progress, or after one was killed, a tab
 file that belongs to no committed shard, so read the files that the records list (`backlens query` does)
 and not a glob. Once `run.json` says `"status": "done"` the two are the same. Every input prompt ends in
 exactly one of `prompts` and `failures`.
+
+No file holds a whole path of the machine that made it: `run.json` and `config.yaml` name the model and the prompts
+relative to OUT or to the home folder, or by their last name, and the whole paths stay in the cache of who ran it
+(`~/.cache/backlens`). A file without rows has no row group, which `datasets` could not read; a table without any
+rows is not offered by the card, for `datasets` loads no split without rows. `backlens verify OUT` compares every
+committed file with its record.
 
 Files are zstd-compressed Parquet, in row groups of at most 131,072 rows, with a page index; each is
 sorted as its table says, and says so itself (`sorting_columns`). `backlens.schema_version`,

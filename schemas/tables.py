@@ -178,7 +178,7 @@ PROMPTS = Table(
         Column(
             "subject_start",
             pa.int32(),
-            "First position of the subject; null if there is no subject or it is not found in the prompt.",
+            "First position of the subject; null if there is no subject or the prompt does not name it in whole words.",
             nullable=True,
         ),
         Column(

@@ -207,6 +207,8 @@ class Atlas:
     ) -> Answer:
         """Two runs by layer and module, over the prompts whose text is in both; means of norms and ranks."""
         beside = other.snapshot if isinstance(other, Atlas) else Snapshot.open(other)
+        for snapshot in (self.snapshot, beside):
+            snapshot.require_run()
         with connection(self.snapshot.database(self.memory, beside), self.seconds) as opened:
             names.check_place(self.snapshot, opened, layer, module)
             given = {"limit": None, "layer": layer, "module": module}
@@ -237,6 +239,17 @@ class Atlas:
         """What is there by layer and module: prompts, positions, kept neurons, and how much of it is zero."""
         return self._ask(questions.COVERAGE, limit=limit, layer=layer, module=module)
 
+    def modules(self, module: str | None = None, prompt_id: int | None = None) -> list[str]:
+        """The modules that have rows of positions, of one prompt or of any; or this one if it has some."""
+        question = self.question() if prompt_id is None else self._prompt_question(prompt_id)
+        with question as opened:
+            names.check_place(self.snapshot, opened, None, module)
+            if prompt_id is not None:
+                names.check_prompt(self.snapshot, opened, prompt_id)
+            given = {"module": module, "prompt_id": prompt_id}
+            rows = opened.execute(questions.MODULES, given).fetchall()
+        return [name for (name,) in rows]
+
     def layer_curves(
         self, limit: int | None = None, layer: int | None = None, module: str | None = None
     ) -> Answer:
@@ -264,11 +277,13 @@ class Atlas:
 
     def question(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
         """A cursor for SELECTs of our own, which sees the tables."""
+        self.snapshot.require_run()
         return self._database.question(self.seconds)
 
     def _prompt_question(self, prompt_id: int) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
         if self.snapshot.is_current:
             return self.question()
+        self.snapshot.require_run()
         return connection(self.snapshot.prompt_database(prompt_id, self.memory), self.seconds)
 
     def _of_token(self, question: str, token: str, **given: Any) -> Answer:

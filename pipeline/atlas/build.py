@@ -51,6 +51,7 @@ from pipeline.store.commit import ShardCommit, committed
 from pipeline.store.files import Directory, is_temporary
 from pipeline.store.parquet import FileRecord
 from pipeline.store.rundir import load_run
+from pipeline.store.verify import losses
 from schemas.atlas import ATLAS_TABLES, PROMPT_TABLES
 
 LOCK = f"{ATLAS}/_build.lock"
@@ -105,23 +106,23 @@ def build_atlas(
     """
     started = time.monotonic()
     directory = Directory.at(out)
-    record = load_run(directory)
+    record = load_run(directory, "run")
+    if not committed(directory):
+        raise BacklensError(f"atlas: {directory} has no committed shard yet; let `backlens run` finish one")
     directory.makedirs(ATLAS)
     with directory.exclusively(LOCK):
         commits = committed(directory)
-        if not commits:
-            raise BacklensError(
-                f"atlas: {directory} has no committed shard yet; let `backlens run` finish one"
-            )
         standing, source = find_manifest(directory), source_of(commits)
         if standing is not None and standing.source == source:
             if standing.weights.digest is not None or options.weights == NONE:
                 return standing
-            weights = find_weights(record, options.weights)
+            weights = find_weights(directory, record, options.weights)
             if isinstance(weights, NoWeights):
                 return standing
         else:
-            weights = find_weights(record, options.weights)
+            weights = find_weights(directory, record, options.weights)
+        for loss in losses(directory, commits.values(), FACTS):
+            raise BacklensError(f"atlas: {loss}")
         _remove_leftovers(directory)
         facts = {
             table: [directory.location(commit.files[table].path) for commit in commits.values()]
@@ -227,7 +228,7 @@ def _layer_pieces(work: Work) -> list[Piece]:
     )
     with connected(work) as opened:
         for table in FACTS:
-            view(opened, table, work.facts[table])
+            view(work, opened, table, work.facts[table])
         rows = opened.execute(f"SELECT layer FROM ({of_tables}) ORDER BY layer").fetchall()
     return [Piece(f"layer-{layer:06d}", LAYER_TABLES, "layer", layer, layer) for (layer,) in rows]
 
@@ -256,8 +257,8 @@ def _weight_pieces(work: Work, layers: Sequence[Piece]) -> list[Piece]:
 def _token_pieces(work: Work, files: Files) -> list[Piece]:
     """Ranges of tokens with about as many entries each as are sorted at a time."""
     with connected(work) as opened:
-        view(opened, "neuron_topk", work.locations(files["neuron_topk"]))
-        view(opened, "tokens", work.facts["tokens"])
+        view(work, opened, "neuron_topk", work.locations(files["neuron_topk"]))
+        view(work, opened, "tokens", work.facts["tokens"])
         counts = opened.execute(ENTRIES).fetchall()
     pieces: list[Piece] = []
     first, rows = None, 0

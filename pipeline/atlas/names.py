@@ -1,6 +1,5 @@
 """What a user calls things, looked up in a run; what is not there gets one line with what is like it."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.atlas.snapshot import Snapshot
-from pipeline.errors import BacklensError
+from pipeline.errors import BacklensError, nearest
 
 
 def token_ids(opened: duckdb.DuckDBPyConnection, token: str) -> list[int]:
@@ -33,7 +32,7 @@ def check_place(
     layers, modules = _known(snapshot, opened)
     if modules and module is not None and module not in modules:
         raise BacklensError(
-            f"module: this run has no module {module!r}; it has {', '.join(modules)}{did_you_mean(module, modules)}"
+            f"module: this run has no module {module!r}; it has {', '.join(modules)}{nearest(module, modules)}"
         )
     if layers and layer is not None and layer not in layers:
         raise BacklensError(f"layer: the model has no layer {layer}; it has {min(layers)} to {max(layers)}")
@@ -63,15 +62,7 @@ def check_tag(opened: duckdb.DuckDBPyConnection, by: str, columns: Sequence[str]
     keys = sorted(rows.column("key").to_pylist())
     if by not in keys:
         known = [*columns, *keys]
-        raise BacklensError(
-            f"by: prompts have no {by!r}; they have {', '.join(known)}{did_you_mean(by, known)}"
-        )
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """The end of a message: the known word that is most like this one, if any is."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+        raise BacklensError(f"by: prompts have no {by!r}; they have {', '.join(known)}{nearest(by, known)}")
 
 
 def with_texts(opened: duckdb.DuckDBPyConnection, rows: pa.Table) -> pa.Table:

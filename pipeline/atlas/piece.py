@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain
 from typing import IO, TYPE_CHECKING
 
@@ -17,8 +18,9 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.atlas.database import first_line, lens_table, read_parquet, sql_text
+from pipeline.atlas.database import LiteralPaths, first_line, lens_table, read_parquet, sql_text
 from pipeline.atlas.derive import DEFINITIONS
+from pipeline.atlas.losses import find_loss
 from pipeline.atlas.manifest import ATLAS
 from pipeline.errors import BacklensError
 from pipeline.plain import json_text
@@ -79,6 +81,11 @@ class Work:
     def record(self, piece: Piece) -> str:
         return f"{PIECES}/{piece.name}-{self.source}.json"
 
+    @cached_property
+    def literal_paths(self) -> LiteralPaths:
+        """Made where it is needed: a worker on another node has its own."""
+        return LiteralPaths(self.directory)
+
     def locations(self, files: Sequence[FileRecord]) -> list[str]:
         return [self.directory.location(file.path) for file in files]
 
@@ -133,12 +140,12 @@ def _derived_files(work: Work, piece: Piece, files: Files) -> dict[str, FileReco
     made: dict[str, FileRecord] = {}
     with connected(work) as opened:
         if piece.tables in (LAYER_TABLES, PROMPT_TABLES):
-            view(opened, "prompts", work.facts["prompts"])
+            view(work, opened, "prompts", work.facts["prompts"])
             for table in ("neurons", "tokens"):
-                view(opened, table, work.facts[table], piece.condition)
+                view(work, opened, table, work.facts[table], piece.condition)
         else:
-            view(opened, "neuron_topk", work.locations(files["neuron_topk"]), piece.condition)
-            view(opened, "tokens", work.facts["tokens"])
+            view(work, opened, "neuron_topk", work.locations(files["neuron_topk"]), piece.condition)
+            view(work, opened, "tokens", work.facts["tokens"])
         for table in piece.tables:
             # No filter of a view reaches the lists in which these tokens stand.
             where = f"WHERE {piece.condition}" if table == "position_topk" else ""
@@ -146,7 +153,7 @@ def _derived_files(work: Work, piece: Piece, files: Files) -> dict[str, FileReco
             if record is not None:
                 made[table] = record
                 # What is derived from this table reads the file rather than derive it again.
-                view(opened, table, work.locations([record]))
+                view(work, opened, table, work.locations([record]))
             else:
                 opened.register(table, ATLAS_TABLES[table].empty())
     return made
@@ -154,7 +161,7 @@ def _derived_files(work: Work, piece: Piece, files: Files) -> dict[str, FileReco
 
 def _weight_files(work: Work, piece: Piece, files: Files, lens: "WeightLens") -> dict[str, FileRecord]:
     with connected(work) as opened:
-        view(opened, "neuron_summary", work.locations(files["neuron_summary"]), piece.condition)
+        view(work, opened, "neuron_summary", work.locations(files["neuron_summary"]), piece.condition)
         kept = opened.sql("SELECT layer, module, expert, neuron FROM neuron_summary ORDER BY ALL")
         rows = lens.rows(kept.to_arrow_table())
     (table,) = piece.tables
@@ -230,8 +237,9 @@ def connected(work: Work) -> Iterator[duckdb.DuckDBPyConnection]:
         raise BacklensError(
             f"atlas: --memory {work.memory}: write it as 2GB ({first_line(error)})"
         ) from error
-    except duckdb.IOException as error:
-        raise BacklensError(f"atlas: {first_line(error)}") from error
+    except (duckdb.IOException, duckdb.InvalidInputException) as error:
+        loss = find_loss(work.directory, work.facts)
+        raise BacklensError(f"atlas: {loss or first_line(error)}") from error
     finally:
         opened.close()
 
@@ -248,12 +256,17 @@ def _spilling(directory: Directory) -> Iterator[str]:
 
 
 def view(
-    opened: duckdb.DuckDBPyConnection, table: str, paths: Sequence[str], where: str | None = None
+    work: Work,
+    opened: duckdb.DuckDBPyConnection,
+    table: str,
+    paths: Sequence[str],
+    where: str | None = None,
 ) -> None:
     """Files as a view; the table without rows if there are none."""
     if paths:
         condition = "" if where is None else f" WHERE {where}"
-        opened.execute(f"CREATE VIEW {table} AS SELECT * FROM {read_parquet(paths)}{condition}")
+        files = read_parquet(work.literal_paths(paths))
+        opened.execute(f"CREATE VIEW {table} AS SELECT * FROM {files}{condition}")
     else:
         declared = TABLES[table] if table in TABLES else ATLAS_TABLES[table]
         opened.register(table, declared.empty())

@@ -389,6 +389,12 @@ ORDER BY layer, module, expert
 LIMIT $limit
 """
 
+MODULES = """
+SELECT module::VARCHAR AS name FROM tokens
+WHERE ($module IS NULL OR module = $module) AND ($prompt_id IS NULL OR prompt_id = $prompt_id)
+GROUP BY name ORDER BY min(layer), name
+"""
+
 LAYER_CURVES = f"""
 SELECT * FROM layer_curves WHERE {FILTER} ORDER BY module, expert, position_class, layer LIMIT $limit
 """

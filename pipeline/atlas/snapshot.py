@@ -7,7 +7,7 @@ from pipeline.atlas.database import MEMORY_LIMIT, Database
 from pipeline.atlas.manifest import MANIFEST, CutOff, Manifest, find_manifest, source_of
 from pipeline.store.commit import committed, table_file
 from pipeline.store.files import Directory
-from pipeline.store.rundir import RunRecord, load_run
+from pipeline.store.rundir import RunRecord, load_run, refuse_other_kind
 from pipeline.store.vocab import VOCAB_FILE
 from schemas.atlas import PROMPT_TABLES
 from schemas.tables import TABLES
@@ -41,13 +41,19 @@ class Snapshot:
             table: [directory.location(c.files[table].path) for c in commits.values() if table in c.files]
             for table in TABLES
         }
-        files["vocab"] = [directory.location(VOCAB_FILE)] if directory.exists(VOCAB_FILE) else []
+        # Written before the first shard, so it is expected with one: a copy without it is not without tokens.
+        has_vocab = record.kind == "run" and (bool(commits) or directory.exists(VOCAB_FILE))
+        files["vocab"] = [directory.location(VOCAB_FILE)] if has_vocab else []
         is_current = manifest is not None and manifest.source == source_of(commits)
         if manifest is not None and is_current:
             for table, records in manifest.files.items():
                 files[table] = [directory.location(file.path) for file in records]
         is_foreign = manifest is None and directory.exists(MANIFEST)
         return cls(directory, record, files, len(commits), manifest, is_current, is_foreign)
+
+    def require_run(self) -> None:
+        """Raises BacklensError for an edit sweep, of which SQL alone can be asked."""
+        refuse_other_kind(self.directory, self.record, "run")
 
     @property
     def cut_off(self) -> CutOff:

@@ -5,7 +5,7 @@ run had; if not, the atlas says why, and the tables have nulls in the place of t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Float
 from torch import Tensor
 
+from pipeline import demo
 from pipeline.errors import BacklensError
 from pipeline.lens import Lens, Scaling, make_lens
+from pipeline.models.checkpoint import ModelSource, Proof, pinned
 from pipeline.models.layout_file import read_layout
-from pipeline.models.load import ModelSource, load_model, model_files, weight_hash
+from pipeline.models.load import load_model, prove
 from pipeline.models.weights import neuron_weights
 from pipeline.projection import Selection, Vectors, project
+from pipeline.store.files import Directory
+from pipeline.store.places import located
 from pipeline.store.rundir import RunRecord
 from schemas.atlas import NEURON_WEIGHTS
 
@@ -49,7 +53,7 @@ class NoWeights:
     reason: str
 
 
-def find_weights(record: RunRecord, given: str | None) -> WeightSource | NoWeights:
+def find_weights(directory: Directory, record: RunRecord, given: str | None) -> WeightSource | NoWeights:
     """The run's model where the run found it, or at `given`; a hub id is not downloaded unless it is given.
 
     Raises BacklensError if `given` cannot be read or is another model. Code that a model brings is not run: what asks
@@ -57,45 +61,50 @@ def find_weights(record: RunRecord, given: str | None) -> WeightSource | NoWeigh
     """
     if given == NONE:
         return NoWeights("left out (--weights none)")
-    name, digest = given or record.config.get("model"), record.model.get("weight_hash")
-    if name is None or digest is None:
+    config, digest = located(record.config, directory, record), record.model.get("weight_hash")
+    if digest is None or (given is None and "model" not in config):
         return NoWeights("run.json does not say of which model the run is")
-    if record.config.get("trust_remote_code"):
+    name = given or config["model"] or str(demo.MODEL)
+    if config.get("trust_remote_code"):
         return NoWeights(f"{name} brings code of its own, which is not run here")
     try:
-        source = _source(record.config, str(name), is_given=given is not None)
-        found = weight_hash(_files(source, is_given=given is not None), source)
-        if found != digest:
+        source = _source(config, record.model.get("revision"), str(name), is_given=given is not None)
+        source, proof = _proven(source, is_given=given is not None)
+        if proof.weights != digest:
             raise BacklensError(
-                f"{name} has other weights (hash {found[:16]}) than the run's model had ({digest[:16]})"
+                f"{name} has other weights (hash {proof.weights[:16]}) than the run's model had ({digest[:16]})"
             )
     except BacklensError as error:
         if given is not None:
             raise BacklensError(f"--weights {given}: {str(error).removeprefix('model: ')}") from error
         return NoWeights(f"{str(error).removeprefix('model: ')}; name its place with --weights")
     return WeightSource(
-        source, record.config.get("scaling", "raw"), int(record.config.get("top_k", 10)), str(digest)
+        pinned(source, proof), config.get("scaling", "raw"), int(config.get("top_k", 10)), str(digest)
     )
 
 
-def _source(config: Any, name: str, is_given: bool) -> ModelSource:
+def _source(config: Any, commit: str | None, name: str, is_given: bool) -> ModelSource:
     anatomy = config.get("anatomy")
+    revision = commit or config.get("revision")
     return ModelSource(
         name,
-        None if is_given and Path(name).is_dir() else config.get("revision"),
+        revision if not is_given else None if Path(name).is_dir() else config.get("revision"),
         config.get("dtype", "auto"),
         allow_pickle=is_given and bool(config.get("allow_pickle")),
         layout=None if anatomy is None else read_layout(anatomy),
     )
 
 
-def _files(source: ModelSource, is_given: bool) -> Path:
+def _proven(source: ModelSource, is_given: bool) -> tuple[ModelSource, Proof]:
+    """The model, of a hub id the commit that is in the cache, and what its files hold."""
     if is_given or Path(source.path).is_dir():
-        return model_files(source)
+        return source, prove(source)
     try:
-        return Path(snapshot_download(source.path, revision=source.revision, local_files_only=True))
+        folder = Path(snapshot_download(source.path, revision=source.revision, local_files_only=True))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BacklensError(f"{source.path} is neither a folder here nor in the hub's cache") from error
+    cached = replace(source, path=str(folder), revision=None)
+    return replace(source, revision=folder.name), prove(cached)
 
 
 class WeightLens:

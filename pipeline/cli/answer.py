@@ -13,11 +13,10 @@ from rich.table import Table
 from pipeline.atlas.answer import Answer
 from pipeline.atlas.atlas import Atlas
 from pipeline.atlas.database import MEMORY_LIMIT, TooLarge
-from pipeline.atlas.names import did_you_mean
 from pipeline.atlas.text import cell_text, shown_columns, visible
 from pipeline.cli.bounded import bounded_memory, bytes_of
 from pipeline.cli.terminal import WIDE, console, say, say_json
-from pipeline.errors import BacklensError
+from pipeline.errors import BacklensError, nearest
 from pipeline.plain import json_text
 
 Style = Literal["table", "json", "csv"]
@@ -117,7 +116,7 @@ def _show(question: Question, kind: str) -> str:
         return shows[0]
     if question.show not in shows:
         raise BacklensError(
-            f"--show {question.show}: of a {kind} there are {', '.join(shows)}{did_you_mean(question.show, shows)}"
+            f"--show {question.show}: of a {kind} there are {', '.join(shows)}{nearest(question.show, shows)}"
         )
     return question.show
 

@@ -1,5 +1,6 @@
 """`backlens atlas`: progress on standard error, and what was built."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ class _Bar:
         self._bar = bar
 
     def planned(self, text: str, pieces: int) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(text, highlight=False)
         self._task = self._bar.add_task("layers", total=pieces)
 
     def finished(self, piece: str, pieces: int, kept: bool) -> None:
@@ -75,5 +76,6 @@ def _print(directory: Directory, manifest: Manifest) -> None:
     shown.print(str(manifest.cut_off))
     shown.print(str(manifest.weights), soft_wrap=True)
     shown.print("Next:")
-    shown.print(f"  backlens query {directory} --show specific", soft_wrap=True)
-    shown.print(f"  backlens query {directory} --show curves --module mlp.down", soft_wrap=True)
+    out = shlex.quote(str(directory))
+    shown.print(f"  backlens query {out} --show specific", soft_wrap=True)
+    shown.print(f"  backlens query {out} --show curves --module mlp.down", soft_wrap=True)

@@ -1,10 +1,8 @@
 """`backlens plot`: one figure of a run to a file."""
 
-import difflib
-
 from pipeline.atlas import Atlas
 from pipeline.cli.terminal import say
-from pipeline.errors import BacklensError
+from pipeline.errors import BacklensError, nearest
 from pipeline.plot.canvas import check_target, missing_letters, require_matplotlib, save
 
 FIGURES = ("heatmap", "norms", "ranks", "curves")
@@ -14,9 +12,7 @@ def draw(out: str, figure: str | None, prompt: int | None, module: str | None, t
     """Draw what is asked for and return the exit status."""
     kind = figure or ("curves" if prompt is None else "heatmap")
     if kind not in FIGURES:
-        near = difflib.get_close_matches(kind, FIGURES, n=1)
-        proposal = f"; did you mean {near[0]}?" if near else ""
-        raise BacklensError(f"--figure {kind}: there are {', '.join(FIGURES)}{proposal}")
+        raise BacklensError(f"--figure {kind}: there are {', '.join(FIGURES)}{nearest(kind, FIGURES)}")
     if prompt is None and kind != "curves":
         raise BacklensError(f"plot: a figure of {kind} is of one prompt; give --prompt")
     if prompt is not None and kind == "curves":
@@ -34,10 +30,10 @@ def draw(out: str, figure: str | None, prompt: int | None, module: str | None, t
     if prompt is None:
         drawn = draw_curves(atlas, _modules(atlas, module))
     elif kind == "ranks":
-        drawn = draw_ranks(atlas, prompt, _modules(atlas, module), is_vector)
+        drawn = draw_ranks(atlas, prompt, _modules(atlas, module, prompt), is_vector)
         note = missing_letters(atlas.prompt(prompt)["prompt"].to_pylist(), is_vector)
     else:
-        heatmap = read_heatmap(atlas, prompt, module or _default_module(atlas))
+        heatmap = read_heatmap(atlas, prompt, module or _default_module(atlas, prompt))
         drawn = draw_heatmap(heatmap, is_vector, "norms" if kind == "norms" else "tokens")
         note = missing_letters(heatmap.texts, is_vector)
     if note is not None:
@@ -47,17 +43,16 @@ def draw(out: str, figure: str | None, prompt: int | None, module: str | None, t
     return 0
 
 
-def _modules(atlas: Atlas, module: str | None) -> list[str]:
-    rows = atlas.coverage(module=module).to_pylist()
-    found = list(dict.fromkeys(row["module"] for row in rows if row["positions"]))
+def _modules(atlas: Atlas, module: str | None, prompt: int | None = None) -> list[str]:
+    found = atlas.modules(module, prompt)
     if not found:
         raise BacklensError(f"plot: {atlas.snapshot.directory} has no rows to draw")
     return found
 
 
-def _default_module(atlas: Atlas) -> str:
+def _default_module(atlas: Atlas, prompt: int) -> str:
     """What an update writes, if it is there."""
-    modules = _modules(atlas, None)
+    modules = _modules(atlas, None, prompt)
     return "mlp.down" if "mlp.down" in modules else modules[0]
 
 

@@ -1,5 +1,6 @@
 """What `backlens edit` prints and saves."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -105,8 +106,9 @@ def print_sweep(swept: Swept) -> None:
     shown.print(_trials_table(best_trials(trial_scores(swept.out))))
     shown.print("Next:")
     sql = "SELECT method, layer, lr, avg(efficacy) FROM edits GROUP BY ALL ORDER BY ALL"
-    shown.print(f'  backlens query {swept.out} --sql "{sql}"', soft_wrap=True)
-    shown.print(f"  backlens plot edits {swept.out}", soft_wrap=True)
+    out = shlex.quote(swept.out)
+    shown.print(f'  backlens query {out} --sql "{sql}"', soft_wrap=True)
+    shown.print(f"  backlens plot edits {out}", soft_wrap=True)
 
 
 def _trials_table(scores: Sequence[TrialScore]) -> Table:

@@ -56,17 +56,22 @@ def edit(
     save_model
         A folder for the edited model.
     """
+    name = parse_method(method)
+    typed = prompt is not None or target_new is not None
+    if typed:
+        _check_typed(prompt, subject, target_new)
+    else:
+        options = options.with_demo_defaults()
     from pipeline.cli.edit_report import print_edit
-    from pipeline.editing.loading import load, load_editable
+    from pipeline.editing.loading import load, load_editable, model_source
     from pipeline.editing.tools import make_method, make_tools
 
-    name = parse_method(method)
-    if prompt is not None or target_new is not None:
+    if typed:
         request = _typed(prompt, subject, target_new, target_true)
         options = replace(options, model=options.model or _demo())
-        loaded, requests = load_editable(options), [request]
+        loaded, requests = load_editable(model_source(options)), [request]
     else:
-        loaded, requests = load(options)
+        loaded, requests = load(options, _noted)
     chosen = default_layer(len(loaded.anatomy.blocks)) if layer is None else layer
     tools = make_tools(options, loaded, [name], [chosen])
     if layer is None and tools.editor is not None:
@@ -85,11 +90,11 @@ def apply(delta: str, /, *, save_model: str, options: EditOptions = DEFAULTS, de
     """
     from pipeline.cli.edit_report import save_edited
     from pipeline.editing.delta import load_deltas
-    from pipeline.editing.loading import load_editable
+    from pipeline.editing.loading import load_editable, model_source
     from pipeline.editing.weights import edited
 
     deltas, _ = load_deltas(delta)
-    loaded = load_editable(replace(options, model=options.model or _demo()))
+    loaded = load_editable(model_source(replace(options, model=options.model or _demo())))
     with edited(loaded, deltas):
         save_edited(loaded, save_model)
     return 0
@@ -149,14 +154,6 @@ def sweep(
     address
         A running Ray cluster. Default: $RAY_ADDRESS, else one on this machine for the length of the sweep.
     """
-    from pipeline.cli.edit_report import print_sweep
-    from pipeline.editing.drive import Reports, Side
-    from pipeline.editing.drive import sweep as run_sweep
-    from pipeline.editing.grid import Grid
-    from pipeline.engine.executors import RayOptions
-    from pipeline.engine.plan import parse_layers
-    from pipeline.models.load import ModelSource, load_config
-
     names: tuple[MethodName, ...] = tuple(parse_method(each.strip()) for each in methods.split(","))
     rates: tuple[float | None, ...] = (None,) if lr is None else _numbers("lr", lr)
     for name in names:
@@ -165,12 +162,22 @@ def sweep(
     counts = tuple(int(each) for each in _numbers("at-once", at_once))
     if any(each < 1 for each in counts):
         raise BacklensError(f"--at-once {at_once}: give numbers of 1 or more")
-    depth = int(load_config(ModelSource(options.model or _demo(), options.revision)).num_hidden_layers)
-    grid = Grid(names, parse_layers(layers, depth), rates, counts)
     if executor == "local" and (workers != 1 or address is not None):
         raise BacklensError(
             "--executor local runs in this process; use --executor ray with --workers or --address"
         )
+    options = options.with_demo_defaults()
+    from pipeline.cli.edit_report import print_sweep
+    from pipeline.editing.drive import Reports, Side
+    from pipeline.editing.drive import sweep as run_sweep
+    from pipeline.editing.grid import Grid
+    from pipeline.editing.loading import model_source
+    from pipeline.engine.executors import RayOptions
+    from pipeline.engine.plan import parse_layers
+    from pipeline.models.load import load_config
+
+    depth = int(load_config(model_source(replace(options, model=options.model or _demo()))).num_hidden_layers)
+    grid = Grid(names, parse_layers(layers, depth), rates, counts)
     ray = RayOptions(address, workers, gpus_per_replica) if executor == "ray" else None
     side = Side(untouched, held_out, generate)
     swept = run_sweep(options, grid, side, out, Reports(_told, _noted), ray)
@@ -186,12 +193,13 @@ def train_mend(editor: str, /, *, training: MendOptions = MEND_DEFAULTS, debug: 
 
     Example: backlens edit train-mend editor.safetensors --edits train.json --text texts.txt --layers 5-7
     """
+    training = training.with_demo_defaults()
     from pipeline.editing.covariance import model_digest, read_texts
     from pipeline.editing.loading import load
     from pipeline.editing.mend_train import Training, train
     from pipeline.engine.plan import parse_layers
 
-    loaded, requests = load(training)
+    loaded, requests = load(training, _noted)
     depth = len(loaded.anatomy.blocks)
     layers = parse_layers(training.layers or f"{max(0, depth - 3)}-{depth - 1}", depth)
     plan = Training(layers, training.rank, training.steps, training.batch, training.lr, training.locality)
@@ -273,15 +281,16 @@ def explain(
     case
         The case's ordinal in the file of edits, from 0.
     """
-    from pipeline.cli.edit_report import print_explanation
-    from pipeline.editing.loading import load
-    from pipeline.editing.tools import make_method, make_tools
-
     names: list[MethodName] = [
         parse_method(method),
         *(parse_method(each) for each in against.split(",") if each),
     ]
-    loaded, requests = load(options)
+    options = options.with_demo_defaults()
+    from pipeline.cli.edit_report import print_explanation
+    from pipeline.editing.loading import load
+    from pipeline.editing.tools import make_method, make_tools
+
+    loaded, requests = load(options, _noted)
     if not 0 <= case < len(requests):
         raise BacklensError(f"--case {case}: there are cases 0 to {len(requests) - 1}")
     chosen = default_layer(len(loaded.anatomy.blocks)) if layer is None else layer
@@ -299,19 +308,32 @@ def default_layer(depth: int) -> int:
     return round(0.7 * (depth - 1))
 
 
-def _typed(prompt: str | None, subject: str | None, new: str | None, true: str | None) -> Any:
-    from pipeline.editing.request import Request
-    from pipeline.prompts.facts import with_space
-
-    if prompt is None or new is None:
+def _check_typed(prompt: str | None, subject: str | None, new: str | None) -> None:
+    if not prompt or new is None:
         raise BacklensError("edit: --prompt and --target-new go together")
     if "{}" in prompt and subject is None:
         raise BacklensError("edit: --prompt has a place for the subject; give --subject")
-    whole = prompt.replace("{}", subject or "", 1)
-    if not whole or (subject and subject not in whole):
-        raise BacklensError("edit: --prompt should hold its --subject")
-    old = None if true is None else with_space(whole, true)
-    return Request(0, "--prompt", whole, with_space(whole, new), subject, old)
+
+
+def _typed(prompt: str | None, subject: str | None, new: str | None, true: str | None) -> Any:
+    from pipeline.editing.request import Request, subject_notes
+    from pipeline.prompts.facts import with_space
+    from pipeline.prompts.subject import SLOT, filled
+
+    assert prompt is not None
+    assert new is not None
+    slot = None
+    if SLOT in prompt and subject is not None:
+        prompt, slot = filled(prompt, subject)
+    if not prompt.strip():
+        raise BacklensError("edit: --prompt is empty; give it a text")
+    old = None if true is None else with_space(prompt, true)
+    request = Request(0, "--prompt", prompt, with_space(prompt, new), subject, old, slot=slot)
+    if subject is not None and request.subject_place() is None:
+        raise BacklensError("edit: --prompt should hold its --subject, in whole words")
+    for line in subject_notes([request]):
+        _noted(line)
+    return request
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:

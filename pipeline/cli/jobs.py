@@ -107,10 +107,12 @@ def submit_file(path: str, address: str | None, parse: Callable[[list[str]], Any
         parse(job.words)
     except (CycloptsError, BacklensError) as error:
         raise BacklensError(f"{path}: {' '.join(str(error).split())}") from error
-    identity = submit(job, address)
-    say(identity)
+    submitted = submit(job, address)
+    if submitted.left_out:
+        say(f"not sent: {', '.join(submitted.left_out)} (run directories and models)", stderr=True)
+    say(submitted.identity)
     where = "" if address is None else f" --address {address}"
-    say(f"backlens jobs logs {identity} --follow{where}", stderr=True)
+    say(f"backlens jobs logs {submitted.identity} --follow{where}", stderr=True)
     return 0
 
 

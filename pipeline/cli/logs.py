@@ -28,6 +28,14 @@ class JsonFormatter(logging.Formatter):
         return json_for(sys.stderr, line)
 
 
+class NoteHandler(logging.Handler):
+    """The text of `note` events, a line each; whoever shows a run's progress tells the other events."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage() == "note":
+            say(getattr(record, "fields", {}).get("text", ""), stderr=True)
+
+
 def log_format(tokens: Sequence[str]) -> LogFormat:
     """What a command line asks for, before it is parsed: its mistakes are told in the same format."""
     given = " ".join(tokens).replace("--log-format=", "--log-format ")
@@ -36,9 +44,14 @@ def log_format(tokens: Sequence[str]) -> LogFormat:
 
 @contextmanager
 def logging_as(format: LogFormat) -> Iterator[None]:
-    """Write every record, of other libraries too, and Python's warnings; in text, nothing is written."""
+    """Write every record, of other libraries too, and Python's warnings; in text, only what is waited for."""
     if format == "text":
-        yield
+        notes = NoteHandler()
+        LOGGER.addHandler(notes)
+        try:
+            yield
+        finally:
+            LOGGER.removeHandler(notes)
         return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
@@ -57,3 +70,7 @@ def say_error(message: str, format: LogFormat) -> None:
         emit("error", level=logging.ERROR, message=message)
     else:
         say(f"backlens: {message}", stderr=True)
+
+
+def say_interrupted(format: LogFormat) -> None:
+    say_error("interrupted; the same command goes on from what is committed", format)

@@ -3,9 +3,7 @@
 Everything heavy is imported inside the commands, so that `backlens --help` answers at once.
 """
 
-import signal
-import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
@@ -13,9 +11,12 @@ from cyclopts.config import Dict
 from pipeline import __version__
 from pipeline.cli.editing import app as edit_app
 from pipeline.cli.editing import plot as plot_edits
+from pipeline.cli.entry import INTERRUPTED
+from pipeline.cli.entry import main as main  # where installed scripts looked for it
 from pipeline.cli.jobs import Address
 from pipeline.cli.jobs import app as jobs_app
-from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error
+from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error, say_interrupted
+from pipeline.cli.mistakes import explained
 from pipeline.cli.serving import export_html, serve
 from pipeline.cli.terminal import escape_what_cannot_be_shown
 from pipeline.config import RunConfig, flag, read_yaml
@@ -56,6 +57,7 @@ def run(
 
     Example: backlens run --model gpt2 --prompts facts.jsonl --out ./run --modules all
     """
+    options = options.with_demo_defaults()
     from pipeline.cli.progress import shown_progress
     from pipeline.cli.report import print_report
     from pipeline.engine.driver import run as run_pipeline
@@ -243,6 +245,28 @@ def status(
 
 
 @app.command
+def verify(
+    out: str,
+    /,
+    *,
+    every: Annotated[
+        bool, Parameter(negative=(), help="Go on after the first loss and list them all.")
+    ] = False,
+    json: Annotated[bool, Parameter(negative=(), help="One JSON object instead of lines.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Compare every committed file of a run with what was written: sizes, checksums, rows.
+
+    The exit status is 1 if a file is missing or has changed.
+
+    Example: backlens verify ./run
+    """
+    from pipeline.cli.status import print_verified
+
+    return print_verified(out, every, json)
+
+
+@app.command
 def submit(job_file: str, /, *, address: Address = None, debug: Debug = False) -> int:
     """Run a command on a Ray cluster: a YAML file of `jobs/`. Submitted again, a stopped run goes on.
 
@@ -305,13 +329,6 @@ app.command(serve)
 app.command(export_html)
 
 
-def main() -> None:
-    """The console script."""
-    # A scheduler's SIGTERM ends a run as Ctrl-C does: resumable, and with Ray's processes stopped.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(call(sys.argv[1:]))
-
-
 def call(tokens: list[str]) -> int:
     """Run one command line and return its exit status."""
     escape_what_cannot_be_shown()
@@ -327,11 +344,11 @@ def call(tokens: list[str]) -> int:
             say_error(str(error), format)
             return error.status
         except CycloptsError as error:
-            say_error(f"{' '.join(str(error).split())} See `backlens --help`.", format)
+            say_error(explained(error), format)
             return BacklensError.status
         except KeyboardInterrupt:
-            say_error("interrupted; the same command goes on from what is committed", format)
-            return 3
+            say_interrupted(format)
+            return INTERRUPTED
         except BrokenPipeError:
             return 0
         finally:
@@ -343,5 +360,17 @@ def _use_config_file(tokens: list[str]) -> None:
     _, bound, *_ = app.parse_args(tokens)
     path = bound.arguments.get("config_file")
     if path is not None:
-        options = {flag(name): value for name, value in read_yaml(path).items()}
+        options = {flag(name): value for name, value in _replayed(path).items()}
         app.config = (Dict(options, use_commands_as_keys=False, source=path),)
+
+
+def _replayed(path: str) -> dict[str, Any]:
+    """The options of a YAML file; of a run directory's own file, those of that run in that directory."""
+    from pipeline.store.places import located, replayed_run
+
+    replayed = replayed_run(path)
+    options = read_yaml(path)
+    if replayed is None:
+        return options
+    directory, record = replayed
+    return located(options, directory, record) | {"out": directory.given}

@@ -8,6 +8,7 @@ from pipeline.cli.sizes import human_bytes, human_seconds
 from pipeline.cli.terminal import console
 from pipeline.planning.outlook import Outlook
 from pipeline.planning.pilot import Pilot
+from pipeline.prompts.subject import subject_lines
 
 
 def print_outlook(outlook: Outlook) -> None:
@@ -22,6 +23,9 @@ def print_outlook(outlook: Outlook) -> None:
     )
     if plan.survey.rejected:
         shown.print(f"{plan.survey.rejected:,} of {plan.survey.prompts:,} prompts cannot be read")
+    survey = plan.survey
+    for line in subject_lines(survey.subjects_absent, survey.subjects_repeated, plan.config.positions):
+        shown.print(line, soft_wrap=True)
     shown.print(
         f"{expected.prompts:,} prompts, about {expected.tokens:,} tokens, in {plan.shards.shards:,} shards "
         f"of {plan.shards.shard_prompts:,}"

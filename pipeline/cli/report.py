@@ -1,11 +1,14 @@
 """What a command prints when it is done."""
 
+import shlex
 from collections.abc import Iterator
 
+from rich.console import Console
 from rich.table import Table
 
 from pipeline.cli.terminal import console
 from pipeline.engine.driver import Report
+from pipeline.prompts.subject import subject_lines
 
 STAGES = {
     "tokenize": "tokenize",
@@ -21,6 +24,9 @@ STAGES = {
 def print_report(report: Report) -> None:
     """Prompts, rows, speed, where the time went, and what to do next."""
     shown = console()
+    none_done = _none_done(report)
+    if none_done:
+        _print_failures(shown, report)
     if report.prompts:
         shown.print(
             f"{report.prompts:,} prompts in {report.shards:,} shards in {report.seconds:.1f} s "
@@ -31,23 +37,38 @@ def print_report(report: Report) -> None:
     if report.prompts and report.resumed_prompts:
         shown.print(f"{report.resumed_prompts:,} more were done before")
     for line in _troubles(report):
-        shown.print(line)
+        shown.print(line, soft_wrap=True)
     shown.print(_rows_table(report))
     if report.prompts:
         shown.print(_stages_table(report))
-    if failures := report.rows.get("failures", 0):
-        kinds = ", ".join(f"{kind} {count:,}" for kind, count in report.failures.items())
-        shown.print(
-            f"{failures:,} prompts could not be processed ({kinds}); the reasons are in the table `failures`:"
-        )
-        shown.print(f'  backlens query {report.out} --sql "SELECT * FROM failures"', soft_wrap=True)
+    if none_done:
+        return
+    if report.rows.get("failures"):
+        _print_failures(shown, report)
     shown.print("Next:")
-    for command in next_commands(report.out):
+    for command in next_commands(report.out, report.first_done):
         shown.print(f"  {command}", soft_wrap=True)
 
 
+def _none_done(report: Report) -> bool:
+    """Whether every prompt failed: then there is nothing to ask the run, and that is the first thing to say."""
+    return bool(report.rows.get("failures")) and not report.rows.get("prompts")
+
+
+def _print_failures(shown: Console, report: Report) -> None:
+    which = "every prompt failed: " if _none_done(report) else ""
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in report.failures.items())
+    shown.print(
+        f"{which}{report.rows['failures']:,} prompts could not be processed ({kinds}); "
+        "the reasons are in the table `failures`:",
+        soft_wrap=True,
+    )
+    command = f'backlens query {shlex.quote(report.out)} --sql "SELECT * FROM failures"'
+    shown.print(f"  {command}", soft_wrap=True)
+
+
 def _troubles(report: Report) -> Iterator[str]:
-    """What went wrong and was mended."""
+    """What went wrong and was mended, and what the prompts do not say."""
     standing = report.standing
     if standing.deaths:
         yield f"workers that died and were replaced: {standing.deaths} ({standing.replicas} at work at the end)"
@@ -57,12 +78,14 @@ def _troubles(report: Report) -> Iterator[str]:
             f"batches that did not fit into memory and were made smaller: {report.out_of_memory} "
             "(a smaller --batch-tokens saves the time)"
         )
+    yield from subject_lines(report.subjects_absent, report.subjects_repeated, report.positions)
 
 
-def next_commands(out: str) -> tuple[str, str, str]:
-    """Three questions worth asking of any run."""
+def next_commands(out: str, prompt: int) -> tuple[str, str, str]:
+    """Three questions worth asking of any run; `prompt` is one that it holds."""
+    out = shlex.quote(out)
     return (
-        f"backlens query {out} --prompt 0",
+        f"backlens query {out} --prompt {prompt}",
         f'backlens query {out} --sql "SELECT layer, module, avg(target_rank) AS target_rank FROM layers '
         'GROUP BY ALL ORDER BY ALL"',
         f'backlens query {out} --sql "SELECT layer, neuron, count(*) AS prompts, avg(grad_norm) AS grad_norm '

@@ -1,4 +1,4 @@
-"""`backlens status`: how far a run is, as a table or one JSON object."""
+"""`backlens status` and `verify`: how far a run is, and whether its files are whole."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -6,8 +6,9 @@ from dataclasses import asdict
 from rich.table import Table
 
 from pipeline.cli.durations import duration
-from pipeline.cli.terminal import console, say_json
+from pipeline.cli.terminal import console, say, say_json
 from pipeline.store.status import RunStatus, run_status
+from pipeline.store.verify import verify
 
 
 def print_status(out: str, as_json: bool) -> int:
@@ -20,15 +21,37 @@ def print_status(out: str, as_json: bool) -> int:
     for name, value in _lines(status):
         table.add_row(name, value)
     console().print(table, soft_wrap=True)
+    if status.missing:
+        more = f" (and {len(status.missing) - 1:,} more files, see --json)" if len(status.missing) > 1 else ""
+        say(f"{status.missing[0]}{more}")
     return 0
 
 
+def print_verified(out: str, every: bool, as_json: bool) -> int:
+    """Compare the files at `out` with their records; the exit status is 1 if one differs."""
+    found = verify(out, stop_at_first=not every)
+    if as_json:
+        say_json(asdict(found))
+        return 1 if found.losses else 0
+    for line in found.losses:
+        say(line)
+    if not found.losses:
+        rows = ", ".join(f"{table} {count:,}" for table, count in found.rows.items()) or "no rows yet"
+        say(
+            f"{found.out}: {found.files:,} files of {found.shards:,} shards are as they were written ({rows})"
+        )
+    return 1 if found.losses else 0
+
+
 def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
-    yield "run", status.out
+    yield "sweep" if status.kind == "sweep" else "run", status.out
     yield "state", _state(status)
     yield "shards", f"{status.shards_committed:,} of {status.shards:,}"
     failed = f", {status.prompts_failed:,} failed" if status.prompts_failed else ""
-    yield "prompts", f"{status.prompts_done:,} of {status.prompts:,} done{failed}"
+    yield (
+        "edits" if status.kind == "sweep" else "prompts",
+        f"{status.prompts_done:,} of {status.prompts:,} done{failed}",
+    )
     yield "rows", ", ".join(f"{table} {rows:,}" for table, rows in status.rows.items()) or "none yet"
     yield "size", f"{status.bytes / 1e6:,.1f} MB"
     if status.last_commit_at is not None:

@@ -28,8 +28,9 @@ from pipeline.doctor.trial import Factors, Trial, alone, read_texts, tokenized, 
 from pipeline.engine.plan import model_source
 from pipeline.errors import BacklensError
 from pipeline.lens import Lens, make_lens
+from pipeline.models.checkpoint import ModelSource, refuse_pickle
 from pipeline.models.draft import Draft, SeenBlock
-from pipeline.models.load import LoadedModel, ModelSource, empty_model, load_config, load_model, refuse_pickle
+from pipeline.models.load import LoadedModel, empty_model, load_config, load_model
 from pipeline.prompts.record import Prompt
 from pipeline.prompts.tokenize import Example
 

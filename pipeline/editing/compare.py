@@ -10,6 +10,7 @@ from pipeline.editing.evaluate import KINDS
 from pipeline.errors import BacklensError
 from pipeline.store.files import Directory
 from pipeline.store.read import read_table
+from pipeline.store.rundir import load_run
 
 RESAMPLES = 1000
 LEVEL = 95
@@ -53,9 +54,11 @@ def trial_scores(out: str) -> list[TrialScore]:
 
     Raises BacklensError if there are none.
     """
-    rows = read_table(Directory.at(out), "edits")
+    directory = Directory.at(out)
+    load_run(directory, "sweep")
+    rows = read_table(directory, "edits")
     if not rows.num_rows:
-        raise BacklensError(f"{out}: holds no edits; `backlens edit sweep {out}` makes them")
+        raise BacklensError(f"{out}: holds no edits yet; the same `backlens edit sweep` goes on with it")
     trials = np.asarray(rows["trial"])
     scores = [_score(rows.filter(pa.array(trials == trial))) for trial in np.unique(trials)]
     found = [score for score in scores if score is not None]

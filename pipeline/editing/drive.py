@@ -8,21 +8,24 @@ from pathlib import Path
 
 import yaml
 
+from pipeline import demo
 from pipeline.editing.grid import Grid
 from pipeline.editing.loading import model_source
 from pipeline.editing.options import EditOptions
-from pipeline.editing.request import Request, read_requests
+from pipeline.editing.request import Request, read_requests, subject_notes
 from pipeline.editing.sweep import SweepJob
 from pipeline.editing.tools import refuse_missing
 from pipeline.editing.untouched import Bystanders
 from pipeline.engine.executors import RayOptions, executing
-from pipeline.engine.versions import package_versions
+from pipeline.engine.versions import made_with_others, package_versions
 from pipeline.errors import BacklensError, Interrupted
-from pipeline.models.load import load_config, model_files, weight_hash
+from pipeline.models.checkpoint import Proof, pinned
+from pipeline.models.load import load_config, prove
 from pipeline.prompts.source import Source
 from pipeline.store.commit import committed
 from pipeline.store.files import Directory
 from pipeline.store.lock import DriverLock
+from pipeline.store.places import published_name, recorded, remember
 from pipeline.store.rundir import FingerprintValue, Plan, finish, open_run
 
 
@@ -70,31 +73,43 @@ def sweep(
     refuse_missing(options, grid.methods)
     directory = Directory.at(out)
     with DriverLock(directory) as lock:
+        given = {**asdict(options), **asdict(grid), **asdict(side)}
         options = options.with_demo_defaults()
         assert options.edits is not None
         requests = read_requests(options.edits, options.format, options.limit)
+        for line in subject_notes(requests):
+            reports.note(line)
+        source = model_source(options)
+        proof = prove(source)
         bystanders = Bystanders.read(side.untouched, side.held_out)
         work = grid.shards(requests)
-        config = {**asdict(options), **asdict(grid), **asdict(side)}
+        kept = recorded(given, directory)
         opened = open_run(
             directory,
-            _fingerprint(options, grid, side, requests, bystanders),
-            config=config,
-            config_yaml=yaml.safe_dump(_plain(config), sort_keys=False),
+            _fingerprint(options, proof, grid, side, requests, bystanders),
+            config=kept,
+            config_yaml=yaml.safe_dump(_plain(kept), sort_keys=False),
             plan=Plan(sum(len(group) for each in work for group in each.groups), len(work), 0),
             model={
-                "name": options.model,
-                "layers": int(load_config(model_source(options)).num_hidden_layers),
+                "name": demo.NAME if given["model"] is None else published_name(given["model"]),
+                "layers": int(load_config(source).num_hidden_layers),
             },
             versions=package_versions(),
         )
+        remember(opened.record, given)
         directory.remove_leftovers()
-        done = set(committed(directory))
+        commits = committed(directory)
+        others = made_with_others([commit.versions for commit in commits.values()])
+        if others is not None:
+            reports.note(others)
+        done = set(commits)
         left = [each for each in work if each.index not in done]
         reports.done(len(done), len(work))
         cases = deaths = 0
         if left:
-            job = SweepJob(_absolute(options), grid, bystanders, side.generate, directory)
+            job = SweepJob(
+                pinned(source, proof), _absolute(options), grid, bystanders, side.generate, directory
+            )
             with executing(ray, reports.note) as executor:
                 executor.start(job)
                 for number, commit in enumerate(executor.run(iter(left)), start=1):
@@ -110,22 +125,26 @@ def sweep(
 
 def _absolute(options: EditOptions) -> EditOptions:
     """With paths that mean the same in a worker, which may stand in another folder."""
-    paths = {name: getattr(options, name) for name in ("model", "text", "statistics", "editor")}
+    paths = {name: getattr(options, name) for name in ("text", "statistics", "editor")}
     found = {
         name: str(Path(path).absolute())
         for name, path in paths.items()
-        if path is not None and "://" not in path and (name != "model" or Path(path).is_dir())
+        if path is not None and "://" not in path
     }
     return replace(options, **found)
 
 
 def _fingerprint(
-    options: EditOptions, grid: Grid, side: Side, requests: Sequence[Request], bystanders: Bystanders
+    options: EditOptions,
+    proof: Proof,
+    grid: Grid,
+    side: Side,
+    requests: Sequence[Request],
+    bystanders: Bystanders,
 ) -> dict[str, FingerprintValue]:
-    source = model_source(options)
     beyond = bystanders.digest()
     return {
-        "model": f"weights {weight_hash(model_files(source), source)[:16]}",
+        "model": f"weights {proof.weights[:16]}",
         "edits": f"content {_content_digest(requests)[:16]}",
         **{name: " ".join(map(str, values)) for name, values in asdict(grid).items()},
         **_option_values(options),

@@ -1,8 +1,9 @@
 """Forward passes for edits: encoded prompts, logits where they are read, and a module's inputs up to its layer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pipeline.engine.packing import pack
 from pipeline.errors import BacklensError
 from pipeline.models.load import LoadedModel
 from pipeline.prompts.record import Prompt, Rejected
+from pipeline.prompts.subject import SubjectPlace
 from pipeline.prompts.tokenize import Example, context_length, tokenize
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -23,14 +25,20 @@ BATCH_TOKENS = 2048
 
 
 def encode(
-    loaded: LoadedModel, pairs: Sequence[tuple[str, str]], where: str, subject: str | None = None
+    loaded: LoadedModel,
+    pairs: Sequence[tuple[str, str]],
+    where: str,
+    places: Iterable[SubjectPlace | None] = (),
 ) -> list[Example]:
-    """(prompt, target) texts as token ids, by the rules of `backlens run`.
+    """(prompt, target) texts as token ids, by the rules of `backlens run`; `places` says where prompts name subjects.
 
     Raises BacklensError for one that has no tokens, or more than the model reads.
     """
     prompts = [
-        Prompt(index, prompt, target, where, subject=subject) for index, (prompt, target) in enumerate(pairs)
+        Prompt(index, prompt, target, where, slot=place)
+        for index, ((prompt, target), place) in enumerate(
+            zip(pairs, chain(places, repeat(None)), strict=False)
+        )
     ]
     context = context_length(loaded.model.config)
     encoded = tokenize(prompts, loaded.tokenizer, prepend_bos="auto", target_mode="all", context=context)
@@ -45,15 +53,21 @@ def wordings(
 ) -> list[Example]:
     """The request's prompt and new target, behind each of some texts ("" among them: as it is)."""
     target = request.target_new if ending is None else ending
+    place = request.subject_place()
     return encode(
-        loaded, [(before + request.prompt, target) for before in prefixes], request.where, request.subject
+        loaded,
+        [(before + request.prompt, target) for before in prefixes],
+        request.where,
+        [place and place.behind(before) for before in prefixes],
     )
 
 
 def subject_last(example: Example, where: str) -> int:
     """The position of the subject's last token."""
     if example.subject_end is None:
-        raise BacklensError(f"{where}: this method changes the subject's last position: give a 'subject'")
+        raise BacklensError(
+            f"{where}: this method changes the subject's last position: give a 'subject' that the prompt names"
+        )
     return example.subject_end - 1
 
 

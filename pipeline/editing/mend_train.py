@@ -212,7 +212,7 @@ def _lesson(
 ) -> Lesson:
     wordings = (request.prompt, *request.paraphrases)
     said = [(prompt, request.target_new) for prompt in wordings]
-    asked = replace(request, prompt=draw.choice(wordings), subject=None)
+    asked = replace(request, prompt=draw.choice(wordings), subject=None, slot=None)
     around = draw.sample(request.neighbourhood, min(unrelated, len(request.neighbourhood)))
     # only where these prompts end is compared: the target is not read
     kept = [(prompt, request.target_new) for prompt in around]

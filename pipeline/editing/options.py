@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self, get_args
 
 from cyclopts import Group, Parameter
 
-from pipeline.config import MODEL, PROMPTS, WHOLE, Dtype, nearest
-from pipeline.errors import BacklensError
+from pipeline.config import MODEL, PROMPTS, WHOLE, Dtype
+from pipeline.errors import BacklensError, nearest
 
 Normalise = Literal["none", "length", "covariance"]
 Place = Literal["last", "subject"]
@@ -31,8 +31,8 @@ class EditInput:
     """Run the Python code that a model brings with it."""
 
     edits: Annotated[str | None, PROMPTS] = None
-    """A file of edits: CounterFact, zsRE, or JSON Lines. Default: the demo's facts."""
-    format: Annotated[Literal["auto", "counterfact", "zsre", "jsonl"], PROMPTS] = "auto"
+    """A file of edits: CounterFact, zsRE, JSON Lines, or an array of such objects. Default: the demo's facts."""
+    format: Annotated[Literal["auto", "counterfact", "zsre", "jsonl", "json"], PROMPTS] = "auto"
     """How to read it; auto goes by the file's name and content."""
     limit: Annotated[int | None, PROMPTS, WHOLE] = None
     """Only the first N edits."""

@@ -1,6 +1,7 @@
 """What an edit is asked to do: one fact, and the prompts that tell whether the edit did it and nothing else.
 
-Read from CounterFact (arXiv 2202.05262), zsRE in the form of the same authors, and JSON Lines:
+Read from CounterFact (arXiv 2202.05262), zsRE in the form of the same authors, and JSON Lines (or an array of such
+objects):
 
     {"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "piano", "target_true": "trumpet",
      "paraphrases": ["…"], "neighbourhood": ["…"], "generation": ["…"], "references": ["…"]}
@@ -8,7 +9,7 @@ Read from CounterFact (arXiv 2202.05262), zsRE in the form of the same authors, 
 of which `prompt` and `target_new` are required.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -16,11 +17,20 @@ from typing import Any, Literal
 from pipeline.config import PromptFormat
 from pipeline.errors import BacklensError
 from pipeline.prompts.facts import array_rows, nested, with_space
-from pipeline.prompts.fields import Row, UnfitError, checked_prompt, checked_target, optional_text, text
+from pipeline.prompts.fields import (
+    Row,
+    UnfitError,
+    checked_target,
+    id_text,
+    optional_text,
+    prompt_and_subject,
+    text,
+)
 from pipeline.prompts.formats import detect, require
 from pipeline.prompts.lines import jsonl_rows
 from pipeline.prompts.record import Rejected
 from pipeline.prompts.source import Source, one_line
+from pipeline.prompts.subject import SLOT, SubjectPlace, find_subject, subject_lines
 
 Metrics = Literal["counterfact", "zsre"]
 
@@ -53,6 +63,12 @@ class Request:
     metrics: Metrics = "counterfact"
     """Whose definitions the request is judged by."""
     id: str | None = None
+    slot: SubjectPlace | None = None
+    """Where a template had its `{}`, with the subject in it now."""
+
+    def subject_place(self) -> SubjectPlace | None:
+        """Where `prompt` names the subject."""
+        return None if self.subject is None else self.slot or find_subject(self.prompt, self.subject)
 
 
 def read_requests(source: str, format: PromptFormat = "auto", limit: int | None = None) -> list[Request]:
@@ -68,7 +84,7 @@ def read_requests(source: str, format: PromptFormat = "auto", limit: int | None 
     reader = _READERS.get(format)
     if reader is None:
         raise BacklensError(
-            f"{place.name}: edits are read from counterfact, zsre and jsonl, and this is {format}"
+            f"{place.name}: edits are read from counterfact, zsre, jsonl and json, and this is {format}"
         )
     rows, read = reader
     requests = [_judged(row, read) for row in islice(rows(place), limit)]
@@ -77,18 +93,25 @@ def read_requests(source: str, format: PromptFormat = "auto", limit: int | None 
     return requests
 
 
+def subject_notes(requests: Iterable[Request]) -> Iterator[str]:
+    """What to say about requests whose prompts name their subject several times."""
+    places = (request.subject_place() for request in requests)
+    return subject_lines(0, sum(place is not None and place.others > 0 for place in places))
+
+
 def _judged(row: Row | Rejected, read: Callable[[Row], Request]) -> Request:
     if isinstance(row, Rejected):
         raise BacklensError(row.message)
     try:
         return read(row)
     except UnfitError as unfit:
-        raise BacklensError(one_line(f"{row.where}: {unfit.problem}")) from unfit
+        remedy = "" if unfit.absent is None else f"; rename the one that holds the {unfit.absent!r}"
+        raise BacklensError(one_line(f"{row.where}: {unfit.problem}{remedy}")) from unfit
 
 
 def _counterfact(row: Row) -> Request:
     rewrite = nested(row.values, "requested_rewrite")
-    prompt, subject = _prompt(rewrite)
+    prompt, subject, slot = _prompt(rewrite)
     true = text(nested(rewrite, "target_true"), "str", "target") if "target_true" in rewrite else None
     true = None if true is None else with_space(prompt, true)
     return Request(
@@ -105,13 +128,14 @@ def _counterfact(row: Row) -> Request:
         true,
         _texts(row.values, "generation_prompts"),
         _texts(row.values, "reference_texts"),
-        id=optional_text(row.values, "case_id"),
+        id=id_text(row.values, "case_id"),
+        slot=slot,
     )
 
 
 def _zsre(row: Row) -> Request:
     """As the CounterFact authors read it: the first answer is the new target, `loc` asks about something else."""
-    prompt = checked_prompt(text(row.values, "src", "prompt"), "src")
+    prompt, subject, slot = prompt_and_subject(row.values, "src", "subject")
     answers = _texts(row.values, "answers")
     if not answers:
         raise UnfitError("missing-field", "no field 'answers' with an answer; give it one")
@@ -122,18 +146,19 @@ def _zsre(row: Row) -> Request:
         row.where,
         prompt,
         with_space(prompt, checked_target(answers[0], "answers")),
-        optional_text(row.values, "subject"),
+        subject,
         None,
         (text(row.values, "rephrase", "prompt"),) if row.values.get("rephrase") else (),
         (around,) if around else (),
         with_space(around, answer) if around and answer else None,
         metrics="zsre",
-        id=optional_text(row.values, "id"),
+        id=id_text(row.values, "id"),
+        slot=slot,
     )
 
 
 def _jsonl(row: Row) -> Request:
-    prompt, subject = _prompt(row.values)
+    prompt, subject, slot = _prompt(row.values)
     new = checked_target(text(row.values, "target_new", "target"), "target_new")
     true = optional_text(row.values, "target_true")
     around = optional_text(row.values, "neighbourhood_target") or true
@@ -149,20 +174,22 @@ def _jsonl(row: Row) -> Request:
         None if around is None else with_space(prompt, around),
         _texts(row.values, "generation"),
         _texts(row.values, "references"),
-        id=optional_text(row.values, "id"),
+        id=id_text(row.values, "id"),
+        slot=slot,
     )
 
 
-def _prompt(values: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The prompt with its subject, and the subject."""
-    prompt = text(values, "prompt", "prompt")
-    subject = optional_text(values, "subject")
-    if "{}" in prompt:
-        subject = text(values, "subject", "subject")
-        prompt = prompt.replace("{}", subject, 1)
-    if subject is not None and subject not in prompt:
-        raise UnfitError("no-subject", f"the prompt does not hold its subject {subject!r}; write {{}} there")
-    return checked_prompt(prompt, "prompt"), subject
+def _prompt(values: Mapping[str, Any]) -> tuple[str, str | None, SubjectPlace | None]:
+    """The prompt with its subject, the subject, and where it was put."""
+    if SLOT in text(values, "prompt", "prompt"):
+        text(values, "subject", "subject")
+    prompt, subject, slot = prompt_and_subject(values, "prompt", "subject")
+    if subject is not None and slot is None and find_subject(prompt, subject) is None:
+        raise UnfitError(
+            "no-subject",
+            f"the prompt does not hold its subject {subject!r} in whole words; write {SLOT} there",
+        )
+    return prompt, subject, slot
 
 
 def _texts(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -179,4 +206,5 @@ _READERS: dict[
     "counterfact": (array_rows, _counterfact),
     "zsre": (array_rows, _zsre),
     "jsonl": (jsonl_rows, _jsonl),
+    "json": (array_rows, _jsonl),
 }

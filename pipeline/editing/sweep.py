@@ -28,6 +28,7 @@ from pipeline.engine.faults import PROMPT_ERRORS, DeviceLost, is_device_lost
 from pipeline.engine.versions import package_versions
 from pipeline.engine.work import Attempt, Readiness
 from pipeline.errors import BacklensError
+from pipeline.models.checkpoint import ModelSource
 from pipeline.store.commit import SWEEP_TABLES, ShardCommit, commit_shard, find_commit
 from pipeline.store.files import Directory
 from schemas.tables import EDITS
@@ -37,8 +38,9 @@ from schemas.tables import EDITS
 class SweepJob:
     """Everything a worker of a sweep has to know; small, and sent to every worker."""
 
+    model: ModelSource
     options: EditOptions
-    """Its paths are read by the worker: the model's, and those of --text, --statistics and --editor."""
+    """Its paths are read by the worker: those of --text, --statistics and --editor."""
     grid: Grid
     bystanders: Bystanders
     generate: bool
@@ -56,7 +58,7 @@ class SweepWorker:
         if threads is not None:
             torch.set_num_threads(threads)
         self._job = job
-        self._loaded = load_editable(job.options)
+        self._loaded = load_editable(job.model)
         self._tools = make_tools(job.options, self._loaded, job.grid.methods, job.grid.layers)
         self._exams: dict[int, tuple[Exam, Result]] = {}
         self._digest = weights_digest(self._loaded)

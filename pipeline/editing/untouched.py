@@ -13,6 +13,7 @@ from pipeline.editing.covariance import read_texts
 from pipeline.editing.forward import Sequences, batches, encode, logits_of
 from pipeline.errors import BacklensError
 from pipeline.models.load import LoadedModel
+from pipeline.prompts.fields import without_option
 from pipeline.prompts.read import read_prompts
 from pipeline.prompts.record import Rejected
 
@@ -30,7 +31,7 @@ class Bystanders:
         pairs: list[tuple[str, str]] = []
         for record in read_prompts(facts, "auto", PromptFields(), None) if facts is not None else ():
             if isinstance(record, Rejected):
-                raise BacklensError(record.message)
+                raise BacklensError(without_option(record))
             pairs.append((record.prompt, record.target))
         return cls(tuple(pairs), tuple(read_texts(texts)) if texts is not None else ())
 

@@ -16,6 +16,7 @@ from pipeline.capture import make_batch
 from pipeline.editing.forward import Site, added_to, encode, logits_of, subject_last, whole_values, wordings
 from pipeline.editing.request import Request
 from pipeline.models.load import LoadedModel
+from pipeline.prompts.subject import SubjectPlace
 from pipeline.prompts.tokenize import Example
 
 REQUESTS_AT_ONCE = 64
@@ -53,7 +54,9 @@ class Edit:
         essence = None
         if at_subject and request.subject is not None:
             pairs = [(f"{request.subject} is", " a")]
-            (essence,) = encode(loaded, pairs, request.where, request.subject)
+            (essence,) = encode(
+                loaded, pairs, request.where, [SubjectPlace(0, len(request.subject.rstrip()))]
+            )
             essence = replace(essence, token_ids=(*essence.token_ids, *essence.target_ids))
         return cls(tuple(wordings(loaded, request, prefixes)), essence, request.where, at_subject)
 

@@ -3,26 +3,31 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
+from pipeline import demo
 from pipeline.config import RunConfig
 from pipeline.engine.events import emit, emit_shard, stage_seconds
 from pipeline.engine.executors import RayOptions, Standing, executing
 from pipeline.engine.notes import forget_all
-from pipeline.engine.plan import RunPlan, fingerprint, make_plan, with_demo_defaults
-from pipeline.engine.versions import package_versions
-from pipeline.engine.worker import FAILED
+from pipeline.engine.plan import RunPlan, fingerprint, make_plan
+from pipeline.engine.versions import made_with_others, package_versions
+from pipeline.engine.worker import FAILED, FIRST_DONE, SUBJECTS_ABSENT, SUBJECTS_REPEATED
 from pipeline.errors import Interrupted
-from pipeline.models.load import load_tokenizer, model_files, weight_hash
+from pipeline.models.checkpoint import Proof
+from pipeline.models.load import load_tokenizer, prove
 from pipeline.models.vocabulary import vocabulary
 from pipeline.prompts.read import read_prompts
 from pipeline.prompts.shards import shards
+from pipeline.prompts.subject import subject_lines
 from pipeline.store.card import count_rows
 from pipeline.store.commit import ShardCommit, committed
 from pipeline.store.files import Directory
 from pipeline.store.lock import DriverLock
+from pipeline.store.places import published_name, recorded, remember
 from pipeline.store.rundir import RunDirectory, finish, open_run
+from pipeline.store.verify import losses
 from pipeline.store.vocab import write_vocab
 
 
@@ -60,6 +65,14 @@ class Report:
     """Batches that did not fit and were computed in smaller ones."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """Prompts in `failures` by kind, earlier commands' included."""
+    first_done: int = 0
+    """The lowest prompt_id that has rows, if any has."""
+    subjects_absent: int = 0
+    """Prompts that do not name their subject; earlier commands' included, as in the next."""
+    subjects_repeated: int = 0
+    """Prompts that name their subject several times."""
+    positions: str = "all"
+    """Which positions have rows in `tokens`."""
     standing: Standing = field(default_factory=Standing)
     """Replicas at the end, and what became of others."""
 
@@ -75,26 +88,38 @@ def run(config: RunConfig, progress: Progress) -> Report:
     halfway; the same call then goes on.
     """
     started = time.perf_counter()
-    config = with_demo_defaults(config)
+    given, config = config, config.with_demo_defaults()
     assert config.out is not None
     directory = Directory.at(config.out)
+    # As given: a default is found again wherever the package is, its path is this machine's.
+    kept = replace(given, **recorded(asdict(given) | {"out": "."}, directory))
     with DriverLock(directory) as lock:
         plan = make_plan(config)
-        weights = weight_hash(model_files(plan.source), plan.source)
+        proof = prove(plan.source)
         opened = open_run(
             directory,
-            fingerprint(plan, weights),
-            config=asdict(config),
-            config_yaml=config.to_yaml(),
+            fingerprint(plan, proof),
+            config=asdict(kept),
+            config_yaml=kept.to_yaml(),
             plan=plan.shards,
-            model=plan.model_facts | {"weight_hash": weights},
+            model=plan.model_facts | {"name": model_name(given), "weight_hash": proof.weights},
             versions=package_versions(),
         )
+        remember(opened.record, asdict(given))
         directory.remove_leftovers()
         write_vocab(directory, *vocabulary(load_tokenizer(plan.source), plan.model_facts["vocabulary"]))
         done = committed(directory)
+        for loss in losses(directory, done.values()):
+            progress.note(str(loss))
+            break
         resumed = sum(commit.prompts for commit in done.values())
         progress.planned(plan, resumed)
+        if config.positions == "subject+last":
+            for line in subject_lines(plan.survey.subjects_absent, 0, config.positions):
+                progress.note(line)
+        others = made_with_others([commit.versions for commit in done.values()])
+        if others is not None:
+            progress.note(others)
         emit(
             "planned",
             prompts=plan.shards.prompts,
@@ -102,7 +127,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
             prompts_done=resumed,
             shards_done=len(done),
         )
-        work = _run_shards(plan, opened, set(done), lock, progress, started)
+        work = _run_shards(plan, proof, opened, set(done), lock, progress, started)
         directory.remove_leftovers()  # of workers that died and were replaced
         forget_all(directory)  # of drivers that were killed
         finished = finish(opened) if opened.record.status != "done" else opened
@@ -118,6 +143,10 @@ def run(config: RunConfig, progress: Progress) -> Report:
             shards=work.shards,
             out_of_memory=work.out_of_memory,
             failures=_failures(commits),
+            first_done=int(min((c.stats[FIRST_DONE] for c in commits if FIRST_DONE in c.stats), default=0)),
+            subjects_absent=_counted(commits, SUBJECTS_ABSENT),
+            subjects_repeated=_counted(commits, SUBJECTS_REPEATED),
+            positions=config.positions,
             standing=work.standing,
         )
         emit(
@@ -131,6 +160,15 @@ def run(config: RunConfig, progress: Progress) -> Report:
             deaths=report.standing.deaths,
         )
         return report
+
+
+def _counted(commits: Sequence[ShardCommit], name: str) -> int:
+    return sum(int(commit.stats.get(name, 0)) for commit in commits)
+
+
+def model_name(given: RunConfig) -> str:
+    """The model as the run's card and pages call it."""
+    return demo.NAME if given.model is None else published_name(given.model)
 
 
 def _failures(commits: Sequence[ShardCommit]) -> dict[str, int]:
@@ -162,7 +200,13 @@ class _Work:
 
 
 def _run_shards(
-    plan: RunPlan, opened: RunDirectory, done: set[int], lock: DriverLock, progress: Progress, started: float
+    plan: RunPlan,
+    proof: Proof,
+    opened: RunDirectory,
+    done: set[int],
+    lock: DriverLock,
+    progress: Progress,
+    started: float,
 ) -> _Work:
     work = _Work()
     if len(done) == plan.shards.shards:
@@ -173,7 +217,7 @@ def _run_shards(
     records = read_prompts(config.prompts, config.format, config.prompt_fields, config.limit)
     left = (s for s in shards(records, opened.record.plan.shard_prompts) if s.index not in done)
     with executing(_ray_options(config), progress.note) as executor:
-        workers = executor.start(plan.job(opened.directory))
+        workers = executor.start(plan.job(opened.directory, proof))
         work.seconds_to_start = time.perf_counter() - started
         devices = ", ".join(sorted({worker.device for worker in workers}))
         progress.started(len(workers), devices, work.seconds_to_start)

@@ -21,8 +21,10 @@ import yaml
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from pipeline.config import flag, nearest
-from pipeline.errors import BacklensError
+from pipeline.config import flag
+from pipeline.engine.bundle import bundle
+from pipeline.engine.ray_address import job_server
+from pipeline.errors import BacklensError, nearest
 
 ENTRY = Path("jobs", "entry.py")
 """What a job runs in a working directory that brings the code with it."""
@@ -42,6 +44,8 @@ class JobFile:
     """The command's options, under the same words as its flags."""
     working_dir: Path | None = None
     """A folder that is uploaded, and in which the job runs; a checkout of this project brings its own code."""
+    excludes: tuple[str, ...] = ()
+    """What of the working directory is not uploaded, as in .gitignore; `!name` takes along what else would not be."""
     image: str | None = None
     """A container image with backlens in it, in place of a working directory."""
     env: Mapping[str, str] = field(default_factory=dict)
@@ -62,6 +66,11 @@ class JobFile:
         """The run directory it writes to."""
         named = self.options.get("out") or next(iter(self.command[1:]), None)
         return None if named is None else str(named)
+
+    @property
+    def values(self) -> list[str]:
+        """The words that may name a file or folder."""
+        return [*self.command[1:], *map(str, self.options.values())]
 
     @property
     def runtime_env(self) -> dict[str, Any]:
@@ -86,6 +95,9 @@ def read_job(path: str) -> JobFile:
     command, options, env = content.get("command"), content.get("options") or {}, content.get("env") or {}
     if not isinstance(command, str) or not command.split():
         raise BacklensError(f"{path}: name the command that the job runs, e.g. `command: run`")
+    excludes = content.get("excludes") or []
+    if not isinstance(excludes, list) or not all(isinstance(each, str) for each in excludes):
+        raise BacklensError(f"{path}: 'excludes' is a list of patterns, as in .gitignore")
     for key, value in (("options", options), ("env", env)):
         if not isinstance(value, dict) or any(isinstance(each, dict | list) for each in value.values()):
             raise BacklensError(f"{path}: '{key}' is a mapping of names to single values")
@@ -94,11 +106,14 @@ def read_job(path: str) -> JobFile:
         command=tuple(shlex.split(command)),
         options={key: value for key, value in options.items() if value is not None},
         working_dir=_folder(path, content.get("working-dir")),
+        excludes=tuple(excludes),
         image=content.get("image"),
         env={str(name): _word(value) for name, value in env.items()},
     )
     if job.image is not None and job.working_dir is not None:
         raise BacklensError(f"{path}: give an image or a working-dir, not both (Ray takes one of them)")
+    if job.excludes and job.working_dir is None:
+        raise BacklensError(f"{path}: 'excludes' is about a working-dir, and there is none")
     if job.out is not None and "://" not in job.out and not os.path.isabs(job.out):
         raise BacklensError(
             f"{path}: '{job.out}' would be in the job's own folder, which Ray deletes; give a URL or an absolute "
@@ -107,17 +122,33 @@ def read_job(path: str) -> JobFile:
     return job
 
 
-def submit(job: JobFile, address: str | None) -> str:
-    """Hand the job to the cluster's job server and return its id."""
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A job that the server has."""
+
+    identity: str
+    left_out: tuple[str, ...] = ()
+    """Run directories and models that lie in the working directory and were not sent."""
+
+
+def submit(job: JobFile, address: str | None) -> Submitted:
+    """Hand the job to the cluster's job server."""
+    for handler in logging.getLogger("ray").handlers:  # it tells of every file that it does not upload
+        handler.setLevel(logging.ERROR)
+    environment, left_out = job.runtime_env, ()
+    if job.working_dir is not None:
+        sent = bundle(job.working_dir, job.excludes, job.values)
+        environment["excludes"], left_out = list(sent.excludes), sent.left_out
     identity = f"{job.name}-{uuid.uuid4().hex[:8]}"
     metadata = {"out": job.out} if job.out is not None else {}
     with _server(address) as server:
-        return server.submit_job(
+        server.submit_job(
             entrypoint=job.entrypoint,
-            runtime_env=job.runtime_env,
+            runtime_env=environment,
             metadata=metadata,
             submission_id=identity,
         )
+    return Submitted(identity, left_out)
 
 
 def job_details(identity: str | None, address: str | None) -> list[JobDetails]:
@@ -159,15 +190,16 @@ def stop_job(identity: str, address: str | None) -> JobDetails:
 
 @contextmanager
 def _server(address: str | None) -> Iterator[JobSubmissionClient]:
-    if address is not None:
-        # Ray prefers either of its variables to an address that it is given.
-        os.environ["RAY_API_SERVER_ADDRESS"] = address
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every file that it does not upload
+    url = job_server(address)
+    # Ray prefers either of its variables to an address that it is given.
+    os.environ["RAY_API_SERVER_ADDRESS"] = url
     try:
-        yield JobSubmissionClient(address)
+        yield JobSubmissionClient(url)
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-        raise BacklensError(f"address: {where or 'this machine'}: {_first_line(error)}") from error
+        said = _first_line(error)
+        if "status code 413" in said:  # of a proxy before it, for what it takes itself is known beforehand
+            said += "; the working directory is too large for what answers there: name more under `excludes:`"
+        raise BacklensError(f"address: {url}: {said}") from error
 
 
 def _first_line(error: BaseException) -> str:

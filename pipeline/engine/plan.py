@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,18 +14,12 @@ from pipeline.config import RunConfig, parse_max_memory
 from pipeline.engine.extract import Wanted
 from pipeline.engine.sizes import MatrixSize, matrices_of
 from pipeline.engine.worker import Job
-from pipeline.errors import BacklensError
+from pipeline.errors import BacklensError, nearest
 from pipeline.models.anatomy import Block, describe_blocks, layout_of, modules_of
+from pipeline.models.checkpoint import ModelSource, Proof, commit_of, pinned, refuse_pickle, weights_here
 from pipeline.models.layout import MODULES
 from pipeline.models.layout_file import read_layout
-from pipeline.models.load import (
-    ModelSource,
-    empty_model,
-    load_config,
-    load_tokenizer,
-    refuse_pickle,
-    tokenizer_hash,
-)
+from pipeline.models.load import empty_model, load_config, load_tokenizer, verify_checkpoint
 from pipeline.models.spread import Spread
 from pipeline.models.widths import misfits
 from pipeline.models.zero3 import Zero3, refuse_unpartitionable
@@ -66,14 +60,15 @@ class RunPlan:
             "d_model": int(config.hidden_size),
             "vocabulary": int(config.vocab_size),
             "norm_floor": self.norm_floor,
-            "revision": self.source.revision or getattr(config, "_commit_hash", None),
+            "revision": commit_of(self.source),
             "modules": list(self.wanted.modules),
             "not_covered": {path: what for block in self.blocks for path, what in block.not_covered.items()},
         }
 
-    def job(self, directory: Directory) -> Job:
+    def job(self, directory: Directory, proof: Proof) -> Job:
+        """What every worker is told; `proof` is of the model that the plan was made for."""
         return Job(
-            model=self.source,
+            model=pinned(self.source, proof),
             spread=spread_of(self.config),
             zero3=zero3_of(self.config),
             wanted=self.wanted,
@@ -88,18 +83,6 @@ class RunPlan:
         )
 
 
-def with_demo_defaults(config: RunConfig) -> RunConfig:
-    """Fill in the bundled model, its facts and ./demo-run where nothing else is named."""
-    from pipeline.demo import FACTS, MODEL
-
-    if config.model is None and config.prompts is None and config.out is None:
-        config = replace(config, out="./demo-run")
-    model, prompts = config.model or str(MODEL), config.prompts or str(FACTS)
-    if config.out is None:
-        raise BacklensError("--out: name the directory for the results, e.g. --out ./run")
-    return replace(config, model=model, prompts=prompts)
-
-
 def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
     """Resolve `config`: reads the model's configuration and every prompt once, loads no weights.
 
@@ -111,6 +94,8 @@ def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
     source = model_source(config)
     model_config = load_config(source)
     refuse_pickle(source)
+    if weights_here(source):
+        verify_checkpoint(source, model_config)
     if config.sharding == "zero3":
         refuse_unpartitionable(model_config, config.dtype)
     if config.chat_template:
@@ -196,13 +181,12 @@ def zero3_of(config: RunConfig) -> Zero3 | None:
     return Zero3(config.ranks_per_replica, config.offload_to_cpu) if config.sharding == "zero3" else None
 
 
-def fingerprint(plan: RunPlan, weights: str) -> dict[str, FingerprintValue]:
-    """Everything that changes results, in the words of the command line; `weights` is the model's weight hash."""
+def fingerprint(plan: RunPlan, proof: Proof) -> dict[str, FingerprintValue]:
+    """Everything that changes results, in the words of the command line."""
     config = plan.config
-    tokenizer = load_tokenizer(plan.source)
     values: dict[str, FingerprintValue] = {
-        "model": f"weights {weights[:16]}",
-        "tokenizer": tokenizer_hash(tokenizer)[:16],
+        "model": f"weights {proof.weights[:16]}",
+        "tokenizer": proof.tokenizer[:16],
         "prompts": f"content {plan.survey.digest[:16]}",
         "number of prompts": plan.survey.prompts,
         "dtype": config.dtype,
@@ -221,7 +205,9 @@ def fingerprint(plan: RunPlan, weights: str) -> dict[str, FingerprintValue]:
     if plan.source.layout is not None:
         values["anatomy"] = hashlib.sha256(repr(plan.source.layout).encode()).hexdigest()[:16]
     if config.chat_template:
-        values["chat-template"] = hashlib.sha256(chat_template(tokenizer).encode()).hexdigest()[:16]
+        values["chat-template"] = hashlib.sha256(
+            chat_template(load_tokenizer(plan.source)).encode()
+        ).hexdigest()[:16]
     return values
 
 
@@ -256,6 +242,8 @@ def parse_modules(text: str, known: Sequence[str]) -> tuple[str, ...]:
     for part in map(str.strip, text.split(",")):
         matching = [name for name in known if part in ("all", name, name.partition(".")[0])]
         if not matching:
-            raise BacklensError(f"--modules \"{text}\": no module '{part}' (there are {', '.join(known)})")
+            raise BacklensError(
+                f"--modules \"{text}\": no module '{part}' (there are {', '.join(known)}){nearest(part, known)}"
+            )
         chosen.update(matching)
     return tuple(name for name in MODULES if name in chosen)

@@ -19,7 +19,11 @@ from ray.exceptions import (
 )
 
 from pipeline.engine.placement import Node
+from pipeline.engine.ray_address import named_cluster
+from pipeline.engine.ray_folder import REMEDY, ray_folder
 from pipeline.errors import BacklensError, Interrupted
+
+QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
 
 ReplicaLost = (RayActorError, ActorUnschedulableError, NodeDiedError, OutOfMemoryError)
 """What a replica's references raise when it died, its node did, or Ray killed it before the node was out of memory."""
@@ -29,18 +33,23 @@ def connect(address: str | None) -> bool:
     """Connect to a cluster, or start one on this machine; True if it is one that others can join."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    cluster = named_cluster(address)
     try:
         with _sigterm_kept():
-            if address:
-                ray.init(address=address, **quiet)
+            if cluster is not None:
+                ray.init(address=cluster, **QUIET)
             else:
-                ray.init(address="local", include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = address or "a local cluster"
-        raise BacklensError(f"address: cannot reach Ray at {where}: {reason(error)}") from error
-    return address is not None and address != "local"
+                ray.init(address="local", include_dashboard=False, _temp_dir=ray_folder(), **QUIET)
+    except BacklensError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {reason(error)}"
+        if cluster is not None:
+            raise BacklensError(
+                f"address: {cluster}: a Ray cluster, but it cannot be joined ({said})"
+            ) from error
+        raise Interrupted(f"Ray cannot start on this machine ({said}); {REMEDY}") from error
+    return cluster is not None
 
 
 def nodes() -> list[Node]:
@@ -57,6 +66,9 @@ def errors_as_ours() -> Iterator[None]:
     except ActorDiedError as error:
         _raise_ours(error)
         if error.actor_init_failed:
+            said, ours = reason(error), f"{BacklensError.__module__}.{BacklensError.__qualname__}: "
+            if said.startswith(ours):  # Ray keeps the text of what `__init__` raised, not the error
+                raise BacklensError(said.removeprefix(ours)) from error
             raise Interrupted(f"a worker could not start: {reason(error)}") from error
         raise
     except RayTaskError as error:

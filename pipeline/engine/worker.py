@@ -25,7 +25,8 @@ from pipeline.engine.versions import package_versions
 from pipeline.engine.work import Attempt, Readiness
 from pipeline.errors import BacklensError
 from pipeline.lens import Scaling, make_lens, verify_lens
-from pipeline.models.load import ModelSource, load_model
+from pipeline.models.checkpoint import ModelSource
+from pipeline.models.load import load_model
 from pipeline.models.spread import Spread
 from pipeline.models.zero3 import Zero3, whole_for_the_lens
 from pipeline.prompts.record import Prompt, Rejected
@@ -38,6 +39,10 @@ from pipeline.store.files import Directory
 
 FAILED = "failed_"
 """Begins the name of a count of failed prompts in a commit's stats; what follows is their kind."""
+SUBJECTS_ABSENT, SUBJECTS_REPEATED = "subjects_absent", "subjects_repeated"
+"""Counts of prompts that do not name their subject, and that name it several times."""
+FIRST_DONE = "first_done"
+"""The lowest prompt_id that has rows."""
 FAILING = 8
 """Prompts that raise before any was computed: beyond that it is not the prompts."""
 
@@ -219,6 +224,7 @@ class Worker:
             "batch_tokens": float(self._budget.most),
             "out_of_memory": float(computed.out_of_memory),
             "attempt": float(attempt.number),
+            **_prompt_stats(tables["prompts"], computed.examples),
             **{FAILED + kind: float(count) for kind, count in Counter(r.error for r in failed).items()},
             **{SECONDS + stage: seconds for stage, seconds in computed.seconds.items()},
             SECONDS + "tables": time.perf_counter() - started,
@@ -282,6 +288,18 @@ class Computed:
         tables = {name: fact_table(name, self.blocks.pop(name, [])) for name in names}
         tables["prompts"] = prompt_table(self.examples, self.outcomes)
         return {name: without_prompts(table, self._overflowed) for name, table in tables.items()}
+
+
+def _prompt_stats(prompts: pa.Table, examples: Sequence[Example]) -> dict[str, float]:
+    """What the run's report says of the prompts that have rows."""
+    rows = prompts.select(["prompt_id", "subject", "subject_start"]).to_pylist()
+    places = (example.prompt.subject_place() for example in examples)
+    stats = {
+        SUBJECTS_ABSENT: sum(row["subject"] is not None and row["subject_start"] is None for row in rows),
+        SUBJECTS_REPEATED: sum(place is not None and place.others > 0 for place in places),
+        **({FIRST_DONE: min(row["prompt_id"] for row in rows)} if rows else {}),
+    }
+    return {name: float(value) for name, value in stats.items()}
 
 
 def rejected_prompt(prompt: Prompt, error: str, message: str) -> Rejected:

@@ -12,13 +12,12 @@
 A fused output is seen as (groups, pieces, width): a module is pieces start to stop of every group.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from pipeline.errors import BacklensError
+from pipeline.errors import BacklensError, nearest
 from pipeline.models.layout import MODULES, Cut, Layout, Matrix
 
 KEYS = ("matrices", "experts", "not-covered", "logit-scale")
@@ -89,6 +88,5 @@ def _mapping(what: str, value: Any) -> Mapping[Any, Any]:
 def _known(described: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
     for key in described:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
-            raise _Malformed(f"unknown {what} '{key}'; {hint}")
+            hint = nearest(str(key), known) or f"; there are {', '.join(known)}"
+            raise _Malformed(f"unknown {what} '{key}'{hint}")

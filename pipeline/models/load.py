@@ -1,22 +1,18 @@
 """Models and tokenizers from a path or the hub, ready for a backward pass that stops at activations."""
 
 import copy
-import hashlib
 import logging
 import os
 import pickle
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -31,34 +27,27 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import BacklensError
 from pipeline.models.anatomy import Anatomy, anatomy
-from pipeline.models.layout import Layout
+from pipeline.models.checkpoint import (
+    Attention,
+    Dtype,
+    ModelSource,
+    Proof,
+    model_files,
+    model_folder,
+    stamps,
+    tokenizer_hash,
+    verify_proof,
+    weight_hash,
+    weight_names,
+)
+from pipeline.models.keys import refuse_other_keys, verify_keys
 from pipeline.models.spread import Device, Placement, Spread, place, refuse_missing, stored_dtype
 from pipeline.models.structure import input_device, verify_backward
 from pipeline.models.zero3 import Partitioning, Zero3
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Attention = Literal["exact", "fast"]
-
-_PICKLES = "pytorch_model*.bin"
-"""The weights that transformers reads where there are no safetensors."""
-
-
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""What tokenizers are kept in."""
 BITSANDBYTES_SWITCH = "support_avx512bf16_for_cpu"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Which model, and how to load it."""
-
-    path: str
-    """A directory or a hub id."""
-    revision: str | None = None
-    dtype: Dtype = "auto"
-    attention: Attention = "exact"
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    layout: Layout | None = None
-    """Where its blocks keep their matrices; None for what is known of its family."""
 
 
 @dataclass(frozen=True)
@@ -110,21 +99,36 @@ def quiet_transformers() -> None:
 def load_config(source: ModelSource) -> PretrainedConfig:
     """Read the model's configuration alone: no weights."""
     quiet_transformers()
+    folder = model_folder(source)
     try:
-        return AutoConfig.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise _unreadable(source, error) from error
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    folder = model_folder(source)
     try:
-        return AutoTokenizer.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise _unreadable(source, error) from error
+        if any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
+            raise _unreadable(source, error) from error
+        found = None
+    # of some families transformers makes an empty one where there is no file
+    if found is None or found.get_vocab().keys() <= found.get_added_vocab().keys():
+        raise BacklensError(
+            f"model: {source.path} has no tokenizer (tokenizer.json or the like); save the one that the model was "
+            "trained with in the same directory, with its save_pretrained"
+        )
+    return found
+
+
+def prove(source: ModelSource) -> Proof:
+    """Read every file of the weights. Raises BacklensError if there are none, or no tokenizer."""
+    folder = model_files(source)
+    files = stamps(folder, source)  # first: what changes from here on is seen
+    tokenizer = load_tokenizer(source)
+    return Proof(weight_hash(folder, source), tokenizer_hash(tokenizer), str(tokenizer.chat_template), files)
 
 
 def load_model(
@@ -140,7 +144,9 @@ def load_model(
     a model saved in train mode would run with dropout.
     """
     quiet_transformers()
-    tokenizer, config = load_tokenizer(source), load_config(source)
+    config = load_config(source)
+    verify_checkpoint(source, config)
+    tokenizer = load_tokenizer(source)
     # Else transformers has a service of the hub open a pull request with safetensors, in a thread of this process.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     placement = Placement({})
@@ -154,6 +160,7 @@ def load_model(
     partitioning = Partitioning(zero3, config, source.dtype) if zero3 is not None else None
     with partitioning.loading() if partitioning is not None else nullcontext():
         model = read_weights(source, config, mapped)
+    verify_proof(source, tokenizer)
     model.eval().requires_grad_(False)
     _tame_bitsandbytes(model)
     if folder is not None and any(os.scandir(folder)):
@@ -170,28 +177,84 @@ def load_model(
     return LoadedModel(model, tokenizer, parts, source.attention, placed, zero3 is not None, copies)
 
 
+def verify_checkpoint(source: ModelSource, config: PretrainedConfig) -> None:
+    """Raises BacklensError if the files of weights do not hold those of the model, each by its name."""
+    folder = model_files(source)
+    files = [folder / name for name in weight_names(folder, source.allow_pickle)]
+    with _one_line_for_broken_files(source, config):
+        verify_keys(source.path, files, config, empty_model(source, config))
+
+
 def read_weights(source: ModelSource, config: PretrainedConfig, mapped: Mapping[str, Any]) -> PreTrainedModel:
-    """The model as transformers reads it: not frozen, and its parts unchecked."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            source.path,
-            revision=source.revision,
+    """The model as transformers reads it: not frozen, and its parts unchecked.
+
+    Raises BacklensError if a weight is not read from the checkpoint, or one of the checkpoint's is left out.
+    """
+    unpacked = _unpacked(config, source.dtype)
+    with _one_line_for_broken_files(source, config):
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            model_files(source),
             trust_remote_code=source.trust_remote_code,
             dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype),
             # None takes pickles only where there are no safetensors; torch unpickles tensors and nothing else.
             use_safetensors=None if source.allow_pickle else True,
+            ignore_mismatched_sizes=True,  # else it does not say which
+            output_loading_info=True,
             **({"attn_implementation": exact_attention(config)} if source.attention == "exact" else {}),
+            **({"config": unpacked} if unpacked is not None else {}),
             **mapped,
         )
+    model, info = found
+    refuse_other_keys(source.path, info)
+    if unpacked is not None:  # transformers leaves what was not packed in the checkpoint's type
+        _widen(model, source)
+    return model
+
+
+@contextmanager
+def _one_line_for_broken_files(source: ModelSource, config: PretrainedConfig) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unreadable(source, error) from error
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        packed = getattr(config, "quantization_config", None) is not None
+        if packed and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            raise _unreadable(source, error) from error  # most forms want a certain device
+        if "conversion of the weights" in str(error) or "loading state_dict" in str(error):
+            raise _unreadable(source, error) from error
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise
         raise BacklensError(
             f"model: the pickle weights of {source.path} are broken or hold more than tensors; fetch them again, or "
             "convert them with save_pretrained"
         ) from error
+
+
+def _widen(model: PreTrainedModel, source: ModelSource) -> None:
+    """Bring all weights to the type that is asked for; buffers (rotary frequencies) keep theirs."""
+    for weight in model.parameters():
+        if weight.is_meta:
+            raise BacklensError(
+                f"model: {source.path} has packed weights, which are not turned into {source.dtype} on their way from "
+                "where they are offloaded to; give more --max-memory or GPUs, or leave out --dtype"
+            )
+        if weight.is_floating_point():
+            weight.data = weight.data.to(getattr(torch, source.dtype))
+
+
+UNPACKED = ("fp8", "mxfp8", "mxfp4")
+"""Forms of weights that transformers turns into floats of any type when it reads them."""
+
+
+def _unpacked(config: PretrainedConfig, dtype: Dtype) -> PretrainedConfig | None:
+    """The configuration that asks for floats, where the weights are packed and a type is asked for."""
+    packed = getattr(config, "quantization_config", None)
+    if dtype == "auto" or not isinstance(packed, dict) or packed.get("quant_method") not in UNPACKED:
+        return None
+    config = copy.deepcopy(config)
+    config.quantization_config = packed | {"dequantize": True}
+    return config
 
 
 def _tame_bitsandbytes(model: PreTrainedModel) -> None:
@@ -236,74 +299,11 @@ def empty_model(source: ModelSource, config: PretrainedConfig) -> PreTrainedMode
         ) from error
 
 
-def refuse_pickle(source: ModelSource) -> None:
-    """Raises BacklensError if a local folder has its weights in pickles only, and they are not allowed."""
-    folder = Path(source.path)
-    if source.allow_pickle or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(path.name for path in folder.glob(_PICKLES))
-    if pickles:
-        raise BacklensError(
-            f"model: {source.path} holds only pickle weights ({pickles[0]}), which can run code when they are read; "
-            "convert it with save_pretrained, or pass --allow-pickle if you trust it"
-        )
-
-
-def model_files(source: ModelSource) -> Path:
-    """The local folder of the model's files; a hub id is downloaded to the hub's cache first."""
-    if os.path.isdir(source.path):
-        return Path(source.path)
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja"]
-    if source.allow_pickle:
-        patterns.append(_PICKLES)
-    try:
-        folder = Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise _unreadable(source, error) from error
-    if not source.allow_pickle and not any(folder.glob("*.safetensors")):
-        raise BacklensError(
-            f"model: '{source.path}' has no safetensors weights on the hub; pickle weights can run code when they are "
-            "read: convert it with save_pretrained, or pass --allow-pickle if you trust it"
-        )
-    return folder
-
-
-def weight_hash(folder: Path, source: ModelSource) -> str:
-    """SHA-256 over the configuration and every file that weights or code are read from, by name.
-
-    Any changed weight is another model.
-    """
-    patterns = ["*.safetensors"]
-    if source.allow_pickle:
-        patterns.append(_PICKLES)
-    if source.trust_remote_code:
-        patterns.append("*.py")
-    files = [*sorted(file for pattern in patterns for file in folder.glob(pattern)), folder / "config.json"]
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the tokenizer as transformers would save it (vocabulary, merges, special tokens)."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(f"{state}{tokenizer.special_tokens_map}".encode()).hexdigest()
-
-
 def _unreadable(source: ModelSource, error: Exception) -> BacklensError:
     if "trust_remote_code" in str(error):  # of several messages, all with the argument to pass
         return BacklensError(
             f"model: {source.path} needs Python code that it brings with it, which is not run unasked; "
             "read that code and pass --trust-remote-code if you trust it"
         )
-    there = isinstance(error, ImportError | SafetensorError)
-    if there or os.path.isdir(source.path):
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return BacklensError(f"model: {source.path} cannot be loaded: {first_line}")
-    return BacklensError(
-        f"model: '{source.path}' is no directory here, and the hub has no such model or cannot be reached; "
-        "give --model a directory that `save_pretrained` wrote, or a hub id such as owner/name"
-    )
+    said = " ".join(str(error).split()) or type(error).__name__
+    return BacklensError(f"model: {source.path} cannot be loaded: {said}")

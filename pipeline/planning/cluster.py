@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import yaml
 
-from pipeline.config import flag, nearest, parse_max_memory
-from pipeline.errors import BacklensError
+from pipeline.config import flag, parse_max_memory
+from pipeline.errors import BacklensError, nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

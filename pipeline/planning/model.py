@@ -1,16 +1,15 @@
 """Models that a plan computes with: with random weights, or with their own where these are at hand."""
 
 import copy
-import os
 from dataclasses import replace
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pipeline.engine.plan import RunPlan
 from pipeline.models.anatomy import anatomy
+from pipeline.models.checkpoint import weights_here
 from pipeline.models.load import LoadedModel, exact_attention, read_weights
 from pipeline.models.spread import stored_dtype
 
@@ -30,24 +29,15 @@ def random_model(plan: RunPlan, layers: int, device: torch.device) -> LoadedMode
     return _frozen(plan, model)
 
 
-def trained_model(plan: RunPlan, folder: str) -> LoadedModel:
-    """The whole model with the weights that `weights_at_hand` found, in main memory."""
-    return _frozen(
-        plan, read_weights(replace(plan.source, path=folder, revision=None), plan.model_config, {})
-    )
+def trained_model(plan: RunPlan) -> LoadedModel:
+    """The whole model with its weights, which are at hand, in main memory."""
+    return _frozen(plan, read_weights(plan.source, plan.model_config, {}))
 
 
-def weights_at_hand(plan: RunPlan) -> str | None:
-    """The folder of the model's own weights, if they are on this machine and not quantized for another."""
-    source = plan.source
-    if getattr(plan.model_config, "quantization_config", None) is not None:
-        return None
-    if os.path.isdir(source.path):
-        there = any(name.endswith(".safetensors") for name in os.listdir(source.path))
-        return source.path if there else None
-    # in the hub's cache; models of several files are larger than a plan loads
-    file = try_to_load_from_cache(source.path, "model.safetensors", revision=source.revision)
-    return os.path.dirname(file) if isinstance(file, str) else None
+def weights_at_hand(plan: RunPlan) -> bool:
+    """Whether the model's own weights are on this machine, in safetensors, and not quantized for another."""
+    quantized = getattr(plan.model_config, "quantization_config", None) is not None
+    return not quantized and weights_here(replace(plan.source, allow_pickle=False))
 
 
 def _frozen(plan: RunPlan, model: PreTrainedModel) -> LoadedModel:

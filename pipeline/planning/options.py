@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from pipeline.config import WHOLE
+from pipeline.errors import BacklensError
 
 PLAN = Parameter(group=Group("Plan", sort_key=0))
 
@@ -23,3 +24,10 @@ class PlanOptions:
     """With --prompt-count, a prompt's tokens: a number, or a range such as "8-16"."""
     calibrate: Annotated[bool, PLAN] = False
     """Time a few blocks with random weights on this machine instead of reckoning with its speed."""
+
+    def __post_init__(self) -> None:
+        """Raises BacklensError naming the flag and the values it takes."""
+        if self.prompt_count is not None and self.prompt_count < 1:
+            raise BacklensError(f"--prompt-count {self.prompt_count}: give 1 or more")
+        if self.calibrate and self.cluster is not None:
+            raise BacklensError("--calibrate is of this machine: leave out --cluster")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from pipeline.config import RunConfig
-from pipeline.engine.plan import RunPlan, make_plan, with_demo_defaults
+from pipeline.engine.plan import RunPlan, make_plan
 from pipeline.errors import BacklensError
 from pipeline.planning.cluster import Cluster, read_cluster, this_machine
 from pipeline.planning.estimate import Estimate, estimate
@@ -35,17 +35,17 @@ class Outlook:
 
 def look_ahead(config: RunConfig, options: PlanOptions) -> Outlook:
     """Plan a run without running it. Raises BacklensError for what is not to be had, and for what does not fit."""
-    if options.calibrate and options.cluster is not None:
-        raise BacklensError("--calibrate is of this machine: leave out --cluster")
     assumed = None
     if options.prompt_count is not None:
-        if options.prompt_count < 1 or config.prompts is not None:
-            raise BacklensError(f"--prompt-count {options.prompt_count}: give 1 or more, and no --prompts")
+        if config.prompts is not None:
+            raise BacklensError(
+                f"--prompt-count {options.prompt_count}: it stands in for --prompts; give one of them"
+            )
         assumed = Assumed.parse(options.prompt_count, options.prompt_tokens)
     cluster = this_machine() if options.cluster is None else read_cluster(options.cluster)
     # a plan writes nothing
     plan = make_plan(
-        with_demo_defaults(replace(config, out=config.out or "./run")), assumed and assumed.survey()
+        replace(config, out=config.out or "./run").with_demo_defaults(), assumed and assumed.survey()
     )
     if assumed is None:
         sample = read_sample(plan.config, plan.source, plan.model_config)

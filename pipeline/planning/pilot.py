@@ -68,12 +68,12 @@ def pilot(plan: RunPlan, sample: Sample, rows: Mapping[str, int]) -> Pilot | Non
     if count < min(LEAST, shard):
         return None
     chosen = numbered([some[number * len(some) // count] for number in range(count)], count)
-    folder = weights_at_hand(plan)
-    blocks = _computed(plan, _made(plan) if folder is None else trained_model(plan, folder), chosen)
+    trained = weights_at_hand(plan)
+    blocks = _computed(plan, trained_model(plan) if trained else _made(plan), chosen)
     if count < shard:
         blocks.pop("factors", None)
         blocks = _stretched(blocks, count, round(wanted / count), int(plan.model_config.vocab_size))
-    return Pilot(blocks, count, folder is not None)
+    return Pilot(blocks, count, trained)
 
 
 def _weights(plan: RunPlan) -> int:

@@ -14,9 +14,10 @@ from pipeline.capture import make_batch
 from pipeline.config import RunConfig
 from pipeline.engine.extract import chosen_positions, sequence
 from pipeline.errors import BacklensError
-from pipeline.models.load import ModelSource, load_tokenizer
+from pipeline.models.checkpoint import ModelSource
+from pipeline.models.load import load_tokenizer
 from pipeline.prompts.read import read_prompts
-from pipeline.prompts.record import Prompt
+from pipeline.prompts.record import Prompt, Rejected
 from pipeline.prompts.survey import Survey
 from pipeline.prompts.tokenize import Example, TargetMode, context_length, tokenize
 
@@ -87,20 +88,27 @@ class Assumed:
 
 
 def read_sample(config: RunConfig, source: ModelSource, model_config: PretrainedConfig) -> Sample:
-    """The first prompts of the input, tokenized."""
+    """The first prompts of the input that can be processed, tokenized. Raises BacklensError if there are none."""
     assert config.prompts is not None
     records = read_prompts(config.prompts, config.format, config.prompt_fields, config.limit)
-    some = list(itertools.islice(records, MOST))
-    results = tokenize(
-        [record for record in some if isinstance(record, Prompt)],
-        load_tokenizer(source),
-        prepend_bos=config.prepend_bos,
-        target_mode=config.target_mode,
-        context=context_length(model_config),
-        chat_template=config.chat_template,
-    )
-    examples = [result for result in results if isinstance(result, Example)]
-    return sample_of(examples, len(examples) / len(some), config)
+    tokenizer = load_tokenizer(source)
+    seen, first = 0, None
+    while some := list(itertools.islice(records, MOST)):
+        seen += len(some)
+        results = tokenize(
+            [record for record in some if isinstance(record, Prompt)],
+            tokenizer,
+            prepend_bos=config.prepend_bos,
+            target_mode=config.target_mode,
+            context=context_length(model_config),
+            chat_template=config.chat_template,
+        )
+        examples = [result for result in results if isinstance(result, Example)]
+        if examples:
+            return sample_of(examples, len(examples) / seen, config)
+        first = first or next(record for record in (*some, *results) if isinstance(record, Rejected))
+    assert first is not None
+    raise BacklensError(f"prompts: none of {seen:,} can be processed; the first: {first.message}")
 
 
 def sample_of(examples: Sequence[Example], readable: float, config: RunConfig) -> Sample:

@@ -1,12 +1,13 @@
-"""The CounterFact and zsRE files of the knowledge-editing literature: one JSON array of nested records.
+"""JSON arrays of records: plain ones, and the CounterFact and zsRE files of the knowledge-editing literature.
 
 An array cannot be read piece by piece with the standard parser, so these files are loaded whole. For
-millions of facts, write JSON Lines.
+millions of prompts, write JSON Lines.
 """
 
 import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from pipeline.config import PromptFields
@@ -16,14 +17,19 @@ from pipeline.prompts.fields import (
     UnfitError,
     checked_prompt,
     checked_target,
+    id_text,
     meta,
+    name_it,
     no_field,
     optional_text,
+    prompt_and_subject,
     rejected,
     text,
 )
+from pipeline.prompts.lines import load_json
 from pipeline.prompts.record import Prompt, Rejected
-from pipeline.prompts.source import READ_ERRORS, Source, one_line
+from pipeline.prompts.source import Source, one_line
+from pipeline.prompts.subject import SLOT, filled
 
 _PEEK_BYTES = 1 << 16
 
@@ -50,7 +56,7 @@ def _judged(
         try:
             yield read(row, fields)
         except UnfitError as unfit:
-            yield rejected(row.prompt_id, row.where, unfit.code, unfit.problem)
+            yield unfit.rejected(row)
         except RecursionError:
             yield rejected(
                 row.prompt_id, row.where, "broken-json", "nested too deeply to be read; flatten it"
@@ -62,9 +68,9 @@ def _counterfact_prompt(row: Row, fields: PromptFields) -> Prompt:
     prompt_name, subject_name = fields.prompt or "prompt", fields.subject or "subject"
     target_name, id_name = fields.target or "target_new", fields.id or "case_id"
     prompt = text(rewrite, prompt_name, "prompt")
-    if "{}" in prompt:
-        # Not str.format: a prompt may hold other braces.
-        prompt = prompt.replace("{}", text(rewrite, subject_name, "subject"), 1)
+    slot = None
+    if SLOT in prompt:
+        prompt, slot = filled(prompt, text(rewrite, subject_name, "subject"))
     target = text(nested(rewrite, target_name), "str", "target")
     used = {prompt_name, subject_name, "relation_id"}
     others = {key: value for key, value in row.values.items() if key not in {id_name, "requested_rewrite"}}
@@ -74,10 +80,11 @@ def _counterfact_prompt(row: Row, fields: PromptFields) -> Prompt:
         checked_prompt(prompt, f"requested_rewrite.{prompt_name}"),
         with_space(prompt, checked_target(target, f"requested_rewrite.{target_name}.str")),
         row.where,
-        id=optional_text(row.values, id_name),
+        id=id_text(row.values, id_name),
         subject=optional_text(rewrite, subject_name),
         relation=optional_text(rewrite, "relation_id"),
         meta=meta(others),
+        slot=slot,
     )
 
 
@@ -91,17 +98,18 @@ def _zsre_prompt(row: Row, fields: PromptFields) -> Prompt:
         raise UnfitError("missing-field", f"field {target_name!r} is an empty list; give it an answer")
     else:
         target = text(row.values, target_name, "target")
-    prompt = checked_prompt(text(row.values, prompt_name, "prompt"), prompt_name)
+    prompt, subject, slot = prompt_and_subject(row.values, prompt_name, subject_name)
     used = {prompt_name, subject_name, id_name, "relation"}
     return Prompt(
         row.prompt_id,
         prompt,
         with_space(prompt, checked_target(target, target_name)),
         row.where,
-        id=optional_text(row.values, id_name),
-        subject=optional_text(row.values, subject_name),
+        id=id_text(row.values, id_name),
+        subject=subject,
         relation=optional_text(row.values, "relation"),
         meta=meta({key: value for key, value in row.values.items() if key not in used}),
+        slot=slot,
     )
 
 
@@ -112,11 +120,8 @@ def nested(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if name in values:
         raise UnfitError("missing-field", f"field {name!r} is not an object; see the CounterFact format")
     if name == "requested_rewrite":
-        found = ", ".join(list(values)[:12]) or "none"
-        raise UnfitError(
-            "missing-field", f"no field 'requested_rewrite' (found: {found}); name another --format"
-        )
-    raise UnfitError("missing-field", no_field(name, "target", values))
+        raise UnfitError("missing-field", no_field(name, values), name, "; name another --format")
+    raise UnfitError("missing-field", no_field(name, values), name, name_it(name, "target", values))
 
 
 def with_space(prompt: str, target: str) -> str:
@@ -135,12 +140,9 @@ def array_rows(source: Source) -> Iterator[Row | Rejected]:
 
 def _loaded(source: Source) -> list[Any]:
     with source.open() as stream:
-        try:
-            content = stream.read()
-        except READ_ERRORS as error:
-            source.fail_at("", error)
+        content = source.reading(stream.read)
     try:
-        array = json.loads(content.decode("utf-8-sig"))
+        array = load_json(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise BacklensError(f"{source.name}:{line}: not UTF-8; save the file as UTF-8") from error
@@ -157,17 +159,14 @@ def _loaded(source: Source) -> list[Any]:
 
 
 def first_record(source: Source) -> Any:
-    """The first record of an array, without reading the rest; None if there is no array."""
+    """The first record of an array, without reading the rest; None if there is none."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
     start, size = "", _PEEK_BYTES
     with source.open() as stream:
-        while chunk := stream.read(size):
+        while chunk := source.reading(partial(stream.read, size)):
             start += decoder.decode(chunk)
-            array = start.lstrip()
-            if array and not array.startswith("["):
-                return None
             try:
-                return json.JSONDecoder().raw_decode(array[1:].lstrip())[0]
+                return json.JSONDecoder().raw_decode(start.lstrip()[1:].lstrip())[0]
             except (ValueError, RecursionError):
                 size *= 2  # cut off in the middle of the record: read on
     return None

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import difflib
+import itertools
 import json
 import math
 import shlex
@@ -14,6 +15,7 @@ from pipeline.config import PromptFields
 from pipeline.errors import BacklensError
 from pipeline.prompts.record import Prompt, Rejected
 from pipeline.prompts.source import one_line
+from pipeline.prompts.subject import SLOT, SubjectPlace, filled
 
 Role = Literal["prompt", "target", "subject", "id", "relation"]
 
@@ -42,14 +44,21 @@ class Row:
 class UnfitError(Exception):
     """Why a record is not a prompt: a stable code, and the problem with its remedy."""
 
-    def __init__(self, code: str, problem: str) -> None:
+    def __init__(self, code: str, problem: str, absent: str | None = None, remedy: str = "") -> None:
         super().__init__(problem)
         self.code = code
         self.problem = problem
+        self.absent = absent
+        """The field that the record does not have, not even empty."""
+        self.remedy = remedy
+        """An option of `backlens run` that names another column, where that may help."""
+
+    def rejected(self, row: Row) -> Rejected:
+        return rejected(row.prompt_id, row.where, self.code, self.problem + self.remedy, self.absent)
 
 
-def rejected(prompt_id: int, where: str, code: str, problem: str) -> Rejected:
-    return Rejected(prompt_id, "read", code, one_line(f"{where}: {problem}"))
+def rejected(prompt_id: int, where: str, code: str, problem: str, absent: str | None = None) -> Rejected:
+    return Rejected(prompt_id, "read", code, one_line(f"{where}: {problem}"), absent)
 
 
 def prompts_from_columns(
@@ -77,60 +86,91 @@ def prompts_from_columns(
         yield _judged(row, fields)
     if found and unseen:
         role, field = next(iter(unseen.items()))
-        raise BacklensError(one_line(f"{name}: in every record, {no_field(field, role, found)}"))
+        problem = no_field(field, found) + name_it(field, role, found)
+        raise BacklensError(one_line(f"{name}: in every record, {problem}"))
 
 
 def _judged(row: Row, fields: PromptFields) -> Prompt | Rejected:
     try:
         return _prompt(row, fields)
     except UnfitError as unfit:
-        return rejected(row.prompt_id, row.where, unfit.code, unfit.problem)
+        return unfit.rejected(row)
     except RecursionError:
         return rejected(row.prompt_id, row.where, "broken-json", "nested too deeply to be read; flatten it")
 
 
 def _prompt(row: Row, fields: PromptFields) -> Prompt:
-    used = {"prompt": fields.prompt or "prompt", "target": fields.target or "target"}
-    prompt = checked_prompt(text(row.values, used["prompt"], "prompt"), used["prompt"])
-    target = checked_target(text(row.values, used["target"], "target"), used["target"])
-    optional: dict[str, str | None] = {}
-    choices: tuple[tuple[Role, str | None], ...] = (
-        ("subject", fields.subject),
-        ("id", fields.id),
-        ("relation", None),
+    values = row.values
+    required = (fields.prompt or "prompt", fields.target or "target")
+
+    def name_of(role: Role, chosen: str | None, fits: bool) -> str | None:
+        """The optional column that was chosen, or that has the usual name and looks like it."""
+        return chosen or (role if fits and role not in required else None)
+
+    subject_name = name_of("subject", fields.subject, _can_be_text(values.get("subject")))
+    id_name = name_of("id", fields.id, True)
+    relation_name = name_of("relation", None, _can_be_text(values.get("relation")))
+    prompt, subject, slot = prompt_and_subject(values, required[0], subject_name)
+    target = checked_target(text(values, required[1], "target"), required[1])
+    taken = {*required, subject_name, id_name, relation_name}
+    return Prompt(
+        row.prompt_id,
+        prompt,
+        target,
+        row.where,
+        id=None if id_name is None else id_text(values, id_name),
+        subject=subject,
+        relation=None if relation_name is None else optional_text(values, relation_name),
+        meta=meta({name: value for name, value in values.items() if name not in taken}),
+        slot=slot,
     )
-    for role, chosen in choices:
-        name = chosen or role
-        happens_to_be_named_so = name in used.values() or not _can_be_text(row.values.get(name))
-        if chosen is None and happens_to_be_named_so:
-            continue
-        used[role] = name
-        optional[role] = optional_text(row.values, name)
-    taken = set(used.values())
-    others = {name: value for name, value in row.values.items() if name not in taken}
-    return Prompt(row.prompt_id, prompt, target, row.where, meta=meta(others), **optional)
 
 
 def text(values: Mapping[str, Any], name: str, role: Role) -> str:
     """A required text, exactly as it was written."""
     if name not in values:
-        raise UnfitError("missing-field", no_field(name, role, values))
+        raise UnfitError("missing-field", no_field(name, values), name, name_it(name, role, values))
     value = values[name]
     if value is None:
         raise UnfitError("missing-field", f"field {name!r} is null; give it a text, or remove the record")
+    if isinstance(value, bytes):
+        return _decoded(value, name)
     if not isinstance(value, str):
         raise UnfitError("not-text", f"field {name!r} is {_kind(value)}, not text; put it in quotes")
     return _encodable(value, name)
 
 
 def optional_text(values: Mapping[str, Any], name: str) -> str | None:
-    """A text or a number, as text; None where there is nothing."""
+    """A text, a number, a date, … as text; None where there is nothing."""
+    value = values.get(name)
+    if isinstance(value, bytes):
+        return _decoded(value, name)
+    if not _can_be_text(value):
+        raise UnfitError("not-text", f"field {name!r} is {_kind(value)}, not text; put it in quotes")
+    return id_text(values, name)
+
+
+def id_text(values: Mapping[str, Any], name: str) -> str | None:
+    """A record's own id as text, of whatever type it is: it is there to be found again."""
     value = values.get(name)
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
-    if not _can_be_text(value):
-        raise UnfitError("not-text", f"field {name!r} is {_kind(value)}, not text; put it in quotes")
-    return _encodable(str(value), name)
+    if isinstance(value, str):
+        return _encodable(value, name)
+    plain = _jsonable(value)
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False, sort_keys=True)
+
+
+def prompt_and_subject(
+    values: Mapping[str, Any], prompt_name: str, subject_name: str | None
+) -> tuple[str, str | None, SubjectPlace | None]:
+    """The prompt, its subject if it has one, and where the subject was put if the prompt has a slot for it."""
+    prompt = text(values, prompt_name, "prompt")
+    subject = None if subject_name is None else optional_text(values, subject_name)
+    slot = None
+    if subject is not None and SLOT in prompt:
+        prompt, slot = filled(prompt, subject)
+    return checked_prompt(prompt, prompt_name), subject, slot
 
 
 def checked_prompt(prompt: str, name: str) -> str:
@@ -145,17 +185,28 @@ def checked_target(target: str, name: str) -> str:
     return target
 
 
-def no_field(name: str, role: Role, values: Mapping[str, Any]) -> str:
-    """`no field 'target' (found: prompt, answer); name it with --target-field answer`"""
-    found = [str(key) for key in values]
-    shown = [key[:_LONGEST_NAME_SHOWN] for key in found[:_NAMES_SHOWN]]
-    if len(found) > _NAMES_SHOWN:
+def no_field(name: str, values: Mapping[str, Any]) -> str:
+    """`no field 'target' (found: prompt, answer)`"""
+    shown = [str(key)[:_LONGEST_NAME_SHOWN] for key in itertools.islice(values, _NAMES_SHOWN)]
+    if len(values) > _NAMES_SHOWN:
         shown.append("…")
+    return f"no field {name!r} (found: {', '.join(shown) or 'none'})"
+
+
+def name_it(name: str, role: Role, values: Mapping[str, Any]) -> str:
+    """`; name it with --target-field answer`"""
     if role == "relation":
-        return f"no field {name!r} (found: {', '.join(shown) or 'none'})"
-    candidate = _likely_name(name, role, found)
-    argument = "FIELD" if candidate is None else shlex.quote(candidate)
-    return f"no field {name!r} (found: {', '.join(shown) or 'none'}); name it with --{role}-field {argument}"
+        return ""
+    candidate = _likely_name(name, role, [str(key) for key in values])
+    return f"; name it with --{role}-field {'FIELD' if candidate is None else shlex.quote(candidate)}"
+
+
+def without_option(record: Rejected) -> str:
+    """The message for a command that has no options to name columns with."""
+    if record.absent is None:
+        return record.message
+    problem, _, _ = record.message.partition("; name it with --")
+    return f"{problem}; rename the one that holds the {record.absent!r}"
 
 
 def _likely_name(name: str, role: Role, found: list[str]) -> str | None:
@@ -168,7 +219,7 @@ def _likely_name(name: str, role: Role, found: list[str]) -> str | None:
 
 
 def _can_be_text(value: object) -> bool:
-    return value is None or (isinstance(value, str | int | float) and not isinstance(value, bool))
+    return not isinstance(value, bool | Mapping | list | tuple)
 
 
 def _kind(value: object) -> str:
@@ -183,6 +234,16 @@ def _kind(value: object) -> str:
             return "a list"
         case _:
             return f"of type {type(value).__name__}"
+
+
+def _decoded(value: bytes, name: str) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UnfitError(
+            "not-utf8",
+            f"byte {value[error.start]:#04x} in field {name!r} is not UTF-8; rewrite the record as UTF-8",
+        ) from None
 
 
 def _encodable(value: str, name: str) -> str:

@@ -1,5 +1,6 @@
-"""Which format a source is in, judged by its name and, for `.json`, by its first record."""
+"""Which format a source is in, judged by its name and, for `.json`, by how it begins."""
 
+import json
 from typing import get_args
 
 from pipeline.config import PromptFormat
@@ -52,13 +53,31 @@ def require(source: Source, format: PromptFormat) -> None:
 
 
 def _json_kind(source: Source) -> PromptFormat:
+    """An array of records of one kind or another, or JSON Lines under this name."""
+    lines = (line.strip() for line in source.lines())
+    start = next((line for line in lines if line), b"")
+    if start.startswith(b"{"):
+        if _is_json(start):
+            return "jsonl"
+        raise BacklensError(
+            f"{source.url}: begins with an object of several lines (or a broken line: then say --format jsonl); "
+            'write an array of records, [{"prompt": …, "target": …}, …], or one record per line'
+        )
+    if not start.startswith(b"["):
+        problem = "is empty" if not start else "neither a JSON array of records nor one record per line"
+        raise BacklensError(f"{source.url}: {problem}; say the format with --format ({_NAMED})")
     record = first_record(source)
     if isinstance(record, dict):
         if "requested_rewrite" in record:
             return "counterfact"
         if "src" in record and ("answers" in record or "alt" in record):
             return "zsre"
-    raise BacklensError(
-        f"{source.url}: neither CounterFact (records with requested_rewrite) nor zsRE (src, answers); "
-        "write one object per line and name it .jsonl, or say the format with --format"
-    )
+    return "json"
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

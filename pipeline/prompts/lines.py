@@ -1,11 +1,11 @@
 """JSON Lines and CSV, read a line at a time: one bad line is rejected alone and memory stays flat."""
 
-import codecs
 import csv
 import json
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.errors import BacklensError
 from pipeline.prompts.fields import Row, rejected
@@ -19,7 +19,7 @@ _LONGEST_CELL = 1 << 24
 def jsonl_rows(source: Source) -> Iterator[Row | Rejected]:
     """One object per line. Lines of white space are no records, but they count in line numbers."""
     prompt_id = 0
-    for number, line in enumerate(_without_bom(source.lines()), start=1):
+    for number, line in enumerate(source.lines(), start=1):
         if line.strip():
             yield _parsed(line, prompt_id, f"{source.name}:{number}")
             prompt_id += 1
@@ -27,14 +27,14 @@ def jsonl_rows(source: Source) -> Iterator[Row | Rejected]:
 
 def _parsed(line: bytes, prompt_id: int, where: str) -> Row | Rejected:
     try:
-        values = json.loads(line.rstrip().decode("utf-8"))
+        values = load_json(line.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
         code, problem = "not-utf8", _not_utf8(line[error.start], error.start)
     except json.JSONDecodeError as error:
         code, problem = "broken-json", f"broken JSON at column {error.pos + 1}: {error.msg}; mend the line"
     except RecursionError:
         code, problem = "broken-json", "nested too deeply to be read; flatten it"
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, a key that an object has twice
         code, problem = "broken-json", f"broken JSON: {error}"
     else:
         if isinstance(values, dict):
@@ -43,12 +43,26 @@ def _parsed(line: bytes, prompt_id: int, where: str) -> Row | Rejected:
     return rejected(prompt_id, where, code, problem)
 
 
+def load_json(text: str) -> Any:
+    """As `json.loads`, but an object that has one key twice is a ValueError: which value is meant?"""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice; remove one")
+    return values
+
+
 def csv_rows(source: Source) -> Iterator[Row | Rejected]:
     """One row per record under a header row; a quoted cell may span lines."""
     # The limit belongs to the process; it is only ever raised, as every reader of long cells must.
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
     # Bytes that are not UTF-8 come through as surrogates, so that the row they are in can be found.
-    text = (line.decode("utf-8", "surrogateescape") for line in _without_bom(source.lines()))
+    text = (line.decode("utf-8", "surrogateescape") for line in source.lines())
     records = _csv_records(text, "\t" if source.suffix == ".tsv" else ",")
     first = next(records, None)
     if first is None:
@@ -147,13 +161,6 @@ def _header(first: _CsvRecord, source: Source) -> list[str]:
     if twice is not None:
         raise BacklensError(f"{place}: the header has {one_line(twice)!r} twice; rename one of the columns")
     return names
-
-
-def _without_bom(lines: Iterator[bytes]) -> Iterator[bytes]:
-    first = next(lines, None)
-    if first is not None:
-        yield first.removeprefix(codecs.BOM_UTF8)
-        yield from lines
 
 
 def _not_utf8(byte: int, offset: int) -> str:

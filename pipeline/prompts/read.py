@@ -1,14 +1,14 @@
 """Prompts from a file, an object store or a data set: each record in order, as a `Prompt` or a `Rejected`.
 
 JSON Lines, CSV, Parquet and data sets are streamed, so that an input of any length takes the same memory.
-CounterFact and zsRE are JSON arrays and are loaded whole.
+JSON arrays, as CounterFact and zsRE are, are loaded whole.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 from pipeline.config import PromptFields, PromptFormat
-from pipeline.prompts.facts import counterfact_prompts, zsre_prompts
+from pipeline.prompts.facts import array_rows, counterfact_prompts, zsre_prompts
 from pipeline.prompts.fields import Row, prompts_from_columns
 from pipeline.prompts.formats import detect, require
 from pipeline.prompts.lines import csv_rows, jsonl_rows
@@ -41,6 +41,7 @@ def _columns(rows: Callable[[Source], Iterable[Row | Rejected]]) -> Reader:
 
 _READERS: dict[PromptFormat, Reader] = {
     "jsonl": _columns(jsonl_rows),
+    "json": _columns(array_rows),
     "csv": _columns(csv_rows),
     "parquet": _columns(parquet_rows),
     "dataset": _columns(dataset_rows),

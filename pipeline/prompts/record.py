@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pipeline.prompts.subject import SubjectPlace, find_subject
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -18,6 +20,12 @@ class Prompt:
     relation: str | None = None
     meta: str | None = None
     """The input's other columns, as a JSON object."""
+    slot: SubjectPlace | None = None
+    """Where a template had its `{}`, with the subject in it now."""
+
+    def subject_place(self) -> SubjectPlace | None:
+        """Where `prompt` names the subject."""
+        return self.slot or (None if self.subject is None else find_subject(self.prompt, self.subject))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +39,5 @@ class Rejected:
     """A short, stable code such as `missing-field`."""
     message: str
     """One line: where, what, and what to do."""
+    absent: str | None = None
+    """The field that the record does not have at all, if that is why: the mark of a column with another name."""

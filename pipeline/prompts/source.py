@@ -1,15 +1,18 @@
 """Where prompts are read from: a local path or any fsspec URL, compressed or not."""
 
+import bz2
+import codecs
 import contextlib
 import functools
 import io
 import itertools
 import lzma
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TypeVar
 
 import fsspec
 import fsspec.compression
@@ -20,10 +23,14 @@ from pipeline.store.remote import file_system, store_errors
 
 _COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
+T = TypeVar("T")
+
 # What decompressors and file systems raise on damaged or vanishing data.
-READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 _BUFFER_BYTES = 1 << 20
+_NAMES_SHOWN = 6
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -78,20 +85,28 @@ class Source:
             yield stream
 
     def lines(self) -> Iterator[bytes]:
-        """The physical lines, one in memory at a time, each with its line break."""
+        """The physical lines, one in memory at a time, each with its line break; without a byte order mark."""
         with self.open() as stream:
             lines = iter(stream)
             for number in itertools.count(1):
                 line = self._next_line(lines, number)
                 if line is None:
                     return
-                yield line
+                if number == 1 and line.startswith(_UTF16) and b"\0" in line:
+                    raise BacklensError(
+                        f"{self.name}: is UTF-16 or UTF-32, not UTF-8; save the file as UTF-8"
+                    )
+                yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
     def _next_line(self, lines: Iterator[bytes], number: int) -> bytes | None:
+        return self.reading(lambda: next(lines, None), f":{number}")
+
+    def reading(self, read: Callable[[], T], place: str = "") -> T:
+        """What `read` returns; damaged or vanished data is a BacklensError that names the place."""
         try:
-            return next(lines, None)
+            return read()
         except (*READ_ERRORS, *store_errors()) as error:
-            self.fail_at(f":{number}", error)
+            self.fail_at(place, error)
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -113,13 +128,56 @@ def one_line(text: str) -> str:
 
 
 def _decompressed(stream: IO[bytes], path: str) -> Any:
-    if path.lower().endswith(".zst"):
+    name = path.lower()
+    if name.endswith(".zst"):
         # fsspec reads zstd only where an extra package is installed; pyarrow always brings the codec.
         import pyarrow
 
         return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"), _BUFFER_BYTES)
-    compression = fsspec.utils.infer_compression(path.lower())
+    if name.endswith(".zip"):
+        return _only_file(zipfile.ZipFile(stream))
+    if name.endswith(".bz2"):
+        return io.BufferedReader(_Streams(stream, bz2.BZ2Decompressor), _BUFFER_BYTES)
+    if name.endswith(".xz"):
+        return io.BufferedReader(_Streams(stream, lzma.LZMADecompressor), _BUFFER_BYTES)
+    compression = fsspec.utils.infer_compression(name)
     if compression is None:
         return contextlib.nullcontext(stream)
     openers: dict[Any, Any] = fsspec.compression.compr
     return openers[compression](stream, mode="r")
+
+
+def _only_file(archive: zipfile.ZipFile) -> IO[bytes]:
+    names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX/" not in name]
+    if len(names) != 1:
+        shown = ", ".join([*names[:_NAMES_SHOWN], *(["…"] if len(names) > _NAMES_SHOWN else [])])
+        raise ValueError(f"it holds {len(names)} files ({shown}); unpack it and name one of them")
+    return archive.open(names[0])
+
+
+class _Streams(io.RawIOBase):
+    """Compressed streams, one after another. What follows the last one is damage; the standard library drops it."""
+
+    def __init__(self, stream: IO[bytes], decoder: Callable[[], Any]) -> None:
+        self._stream = stream
+        self._new_decoder = decoder
+        self._decoder = decoder()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            if self._decoder.eof:
+                more = (self._decoder.unused_data or self._stream.read(_BUFFER_BYTES)).lstrip(b"\0")
+                if not more:
+                    return 0
+                self._decoder = self._new_decoder()
+            else:
+                more = self._stream.read(_BUFFER_BYTES) if self._decoder.needs_input else b""
+                if self._decoder.needs_input and not more:
+                    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            data = self._decoder.decompress(more, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)

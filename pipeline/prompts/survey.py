@@ -5,9 +5,13 @@ import json
 from dataclasses import dataclass
 
 from pipeline.config import PromptFields, PromptFormat
+from pipeline.errors import BacklensError
 from pipeline.prompts.read import read_prompts
 from pipeline.prompts.record import Prompt, Rejected
 from pipeline.prompts.source import Source
+
+FIRST = 1000
+"""Records that are enough to see that a column has another name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,22 +24,52 @@ class Survey:
     """Of all prompts and targets."""
     digest: str
     """SHA-256 of every record in order: of what it says, not of the file or format it is written in."""
+    subjects_absent: int = 0
+    """Prompts that do not name the subject that is given with them."""
+    subjects_repeated: int = 0
+    """Prompts that name their subject in several places."""
 
 
 def survey(source: str, format: PromptFormat, fields: PromptFields, limit: int | None) -> Survey:
-    records = rejected = characters = 0
+    """Raises BacklensError where the source cannot be read, and where the first records all lack one field."""
+    records = rejected = characters = subjects_absent = subjects_repeated = 0
     first_rejected: Rejected | None = None
+    lacked: set[str | None] = set()
     digest = hashlib.sha256()
     name = Source(source).name
     for record in read_prompts(source, format, fields, limit):
+        if records == FIRST:
+            _refuse_lacking(lacked, first_rejected, name, f"the first {FIRST:,} records")
         records += 1
         digest.update(_canonical(record, name))
         if isinstance(record, Rejected):
             rejected += 1
             first_rejected = first_rejected or record
-        else:
-            characters += len(record.prompt) + len(record.target)
-    return Survey(records, rejected, first_rejected, characters, digest.hexdigest())
+            lacked.add(record.absent)
+            continue
+        lacked.add(None)
+        characters += len(record.prompt) + len(record.target)
+        if record.subject is not None:
+            place = record.subject_place()
+            subjects_absent += place is None
+            subjects_repeated += place is not None and place.others > 0
+    _refuse_lacking(lacked, first_rejected, name, "every record")
+    return Survey(
+        records,
+        rejected,
+        first_rejected,
+        characters,
+        digest.hexdigest(),
+        subjects_absent,
+        subjects_repeated,
+    )
+
+
+def _refuse_lacking(lacked: set[str | None], first: Rejected | None, name: str, where: str) -> None:
+    """Refuse an input of which all records so far lack the same field."""
+    if first is not None and None not in lacked and len(lacked) == 1:
+        _, _, problem = first.message.removeprefix(name).partition(": ")
+        raise BacklensError(f"{name}: in {where}, {problem}")
 
 
 def _canonical(record: Prompt | Rejected, name: str) -> bytes:
@@ -50,6 +84,8 @@ def _canonical(record: Prompt | Rejected, name: str) -> bytes:
                 record.relation,
                 record.meta,
             ]
+            if record.slot is not None:  # it may be another place than the words alone would give
+                content.append(str(record.slot.start))
         case Rejected():
             _, _, problem = record.message.removeprefix(name).partition(": ")
             content = [record.error, problem]

@@ -83,8 +83,9 @@ def tokenize(
 
 def context_length(config: "PreTrainedConfig") -> int | None:
     """The most positions the model states it can read; None where it states none."""
-    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return stated if isinstance(stated, int) and stated > 0 else None
+    text = config.get_text_config()
+    stated = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((length for length in stated if isinstance(length, int) and length > 0), None)
 
 
 def _refusal(
@@ -220,16 +221,15 @@ def _spelled(tokenizer: "PreTrainedTokenizerBase", ids: tuple[int, ...]) -> str:
 def _subject_positions(
     written: Written, divided: _Divided, shift: int, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, int] | tuple[None, None]:
-    """The tokens of the subject's first occurrence, `shift` places right of their place in the text."""
-    subject, own = written.prompt.subject, divided.own
-    start = written.text.find(subject, *written.own) if subject else -1
-    if not subject or start < 0:
+    """The tokens of the subject, `shift` places right of their place in the text."""
+    own = divided.own
+    characters = written.subject_characters()
+    if characters is None:
         return None, None
-    end = start + len(subject)
     if own.offsets is None:
-        span = _span_by_prefixes(divided.text, (start, end), own.ids, tokenizer)
+        span = _span_by_prefixes(divided.text, characters, own.ids, tokenizer)
     else:
-        span = _span_by_offsets((start, end), own.offsets)
+        span = _span_by_offsets(characters, own.offsets)
     # Below zero: the subject is a written-out bos that was taken away.
     if span is None or span[0] + shift < 0:
         return None, None

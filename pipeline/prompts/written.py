@@ -9,6 +9,7 @@ import jinja2
 from pipeline.errors import BacklensError
 from pipeline.prompts.record import Prompt, Rejected
 from pipeline.prompts.source import one_line
+from pipeline.prompts.subject import find_subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,17 @@ class Written:
     """The characters of `text` that are the user's prompt; its subject is looked for there."""
     movable: int
     """White space at the end of `text` that may go to the target if the tokenizer joins them."""
+
+    def subject_characters(self) -> Span | None:
+        """The characters of `text` that are the prompt's subject."""
+        prompt, (start, end) = self.prompt, self.own
+        core = prompt.prompt.strip()  # templates take white space away
+        at = self.text.find(core, start, end)
+        if at >= 0:
+            shift, place = at - prompt.prompt.index(core), prompt.subject_place()
+        else:  # the template changes the message
+            shift, place = start, find_subject(self.text[start:end], prompt.subject or "")
+        return None if place is None else (place.start + shift, place.end + shift)
 
 
 def as_it_stands(prompt: Prompt) -> Written:

@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from pipeline.atlas.names import did_you_mean
-from pipeline.errors import BacklensError
+from pipeline.errors import BacklensError, nearest
 
 MOST_ROWS = 1000
 LONGEST = 10_000
@@ -38,7 +37,7 @@ class Parameters:
             if name not in known:
                 takes = f"it takes {', '.join(known)}" if known else "it takes none"
                 raise BacklensError(
-                    f"this page has no parameter {name[:40]!r}; {takes}{did_you_mean(name[:40], known)}"
+                    f"this page has no parameter {name[:40]!r}; {takes}{nearest(name[:40], known)}"
                 )
             if len(value) > LONGEST:
                 raise BacklensError(f"{name}: {len(value):,} characters are too many; at most {LONGEST:,}")
@@ -77,6 +76,6 @@ def one_of(name: str, value: str | None, known: Sequence[str]) -> str | None:
     """The value, which must be one of these if there is one."""
     if value is not None and value not in known:
         raise BacklensError(
-            f"{name}: {value[:40]!r} is none of {', '.join(known)}{did_you_mean(value[:40], known)}"
+            f"{name}: {value[:40]!r} is none of {', '.join(known)}{nearest(value[:40], known)}"
         )
     return value

@@ -18,6 +18,7 @@ class NotNow(BacklensError):
 
 def require_atlas(atlas: Atlas, out: str) -> None:
     """Raises NotNow if the run has no atlas of just its rows: what is fast with one would take minutes."""
+    atlas.snapshot.require_run()
     if not atlas.snapshot.is_current:
         raise NotNow(
             atlas.snapshot.atlas_note or f"serve: {out} has no atlas yet; build it: backlens atlas {out}"

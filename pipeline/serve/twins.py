@@ -4,8 +4,7 @@ import csv
 import io
 from typing import Any
 
-from pipeline.atlas.names import did_you_mean
-from pipeline.errors import BacklensError
+from pipeline.errors import BacklensError, nearest
 from pipeline.plain import json_text
 from pipeline.serve.asked import Asked
 from pipeline.serve.page import Page
@@ -37,7 +36,7 @@ def _table(page: Page, name: str | None) -> Asked:
     if name not in tables:
         raise BacklensError(
             f"table: this page has no table {name[:40]!r}; it has {', '.join(tables)}"
-            f"{did_you_mean(name[:40], list(tables))}"
+            f"{nearest(name[:40], list(tables))}"
         )
     return tables[name]
 

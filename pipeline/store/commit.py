@@ -19,13 +19,13 @@ Going from staged to committed is one worker's at a time (`_commits.lock`): a wo
 driver and finds the shard committed drops its own files and returns the record that is there, so a
 committed file is never replaced. On an object store that lock does not exist. What remains there is the
 time between an orphan's look at the record and its last put, in which it can replace files of the shard
-by its own of the same rows; `verify` tells if they differ in a single byte.
+by its own of the same rows; `verify` (verify.py) tells if they differ in a single byte.
 """
 
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -35,7 +35,7 @@ import pyarrow as pa
 from pipeline.errors import BacklensError
 from pipeline.plain import json_text
 from pipeline.store.files import Directory, Staged
-from pipeline.store.parquet import FileRecord, file_checksum, stage_table
+from pipeline.store.parquet import FileRecord, stage_table
 from schemas.tables import TABLES, declared_table
 
 COMMITS = "_commits"
@@ -152,31 +152,19 @@ def find_commit(directory: Directory, shard: int) -> ShardCommit | None:
     return ShardCommit.from_json(directory.read(name), where=f"{directory}/{name}")
 
 
-def committed(directory: Directory) -> dict[int, ShardCommit]:
-    """The records of all committed shards, by shard, in order."""
+def committed(directory: Directory, broken: list[str] | None = None) -> dict[int, ShardCommit]:
+    """The records of all committed shards, by shard, in order.
+
+    One that cannot be read is refused, or told in a line of `broken` where that is given.
+    """
     names = [f"{COMMITS}/{name}" for name in directory.names(COMMITS) if re.fullmatch(r"\d{6,}\.json", name)]
     contents = directory.read_all(names)
-    commits = [ShardCommit.from_json(contents[name], where=f"{directory}/{name}") for name in names]
-    return {commit.shard: commit for commit in sorted(commits, key=lambda commit: commit.shard)}
-
-
-def verify(directory: Directory) -> list[str]:
-    """What is wrong with the committed files: one line for each that is missing or not as it was written."""
-    commits = committed(directory).values()
-    return [problem for commit in commits for problem in _problems(directory, commit)]
-
-
-def _problems(directory: Directory, commit: ShardCommit) -> Iterator[str]:
-    for record in commit.files.values():
-        remedy = f"delete {directory}/{record_file(commit.shard)} and run the same command again"
+    commits: list[ShardCommit] = []
+    for name in names:
         try:
-            size = directory.size(record.path)
-        except FileNotFoundError:
-            yield f"{directory}/{record.path}: missing; {remedy}"
-            continue
-        if size != record.bytes:
-            yield f"{directory}/{record.path}: {size} bytes, {record.bytes} were written; {remedy}"
-            continue
-        with directory.open(record.path) as file:
-            if file_checksum(file) != record.checksum:
-                yield f"{directory}/{record.path}: the content is not what was written; {remedy}"
+            commits.append(ShardCommit.from_json(contents[name], where=f"{directory}/{name}"))
+        except BacklensError as error:
+            if broken is None:
+                raise
+            broken.append(str(error))
+    return {commit.shard: commit for commit in sorted(commits, key=lambda commit: commit.shard)}

@@ -83,11 +83,18 @@ class Directory:
 
     def read_all(self, names: list[str]) -> dict[str, bytes]:
         """Several small files, fetched at the same time where the store allows it."""
-        paths = {self.path(name): name for name in names}
-        if not paths:
+        if not names:
             return {}
-        contents = cast(dict[str, bytes], self._ask(names[0], self.fs.cat, list(paths)))
-        return {paths[path]: content for path, content in contents.items()}
+        contents = self._ask(names[0], self._contents, [self.path(name) for name in names])
+        return dict(zip(names, contents, strict=True))
+
+    def _contents(self, paths: list[str]) -> list[bytes]:
+        # Not `cat`, which reads `[`, `*` and `?` in the names of folders as a pattern.
+        found = self.fs.cat_ranges(paths, None, None)
+        for content in found:
+            if isinstance(content, Exception):
+                raise content
+        return found
 
     def size(self, name: str) -> int:
         return self._ask(name, self.fs.info, self.path(name))["size"]
@@ -101,9 +108,20 @@ class Directory:
         self._forget_listing()
         try:
             found = self._ask(name, self.fs.ls, self.path(name), False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(posixpath.basename(path.rstrip("/")) for path in found)
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """Bytes by name of the files in a folder of this directory; none if it does not exist."""
+        self._forget_listing()
+        try:
+            found = self._ask(name, self.fs.ls, self.path(name), True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {
+            posixpath.basename(each["name"]): each["size"] for each in found if each["type"] != "directory"
+        }
 
     def makedirs(self, name: str = "") -> None:
         """Object stores have no folders: a name is made with its file, and a bucket is its owner's to make."""
@@ -111,6 +129,8 @@ class Directory:
             return
         try:
             self._ask(name, self.fs.makedirs, self.path(name), True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise BacklensError(f"out: {self.given} is a file, or lies in one; choose a directory") from error
         except OSError as error:
             if error.errno in FULL:
                 raise self._full(name, error) from error

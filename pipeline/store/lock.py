@@ -50,27 +50,35 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 class DriverLock:
     """`with DriverLock(directory): …`; refused with a BacklensError while another process holds it.
 
-    A directory that it made is gone again if the block raised before anything was written there.
+    Directories that it made are gone again if the block raised before anything was written there.
     """
 
     def __init__(self, directory: Directory) -> None:
         self.directory = directory
-        self._made = False
+        self._made: list[str] = []
         self._lock: _FileLock | _Lease = _FileLock(directory) if directory.is_local else _Lease(directory)
 
     def __enter__(self) -> "DriverLock":
-        self._made = self.directory.is_local and not os.path.isdir(self.directory.path(""))
+        self._made = _missing_folders(self.directory.path("")) if self.directory.is_local else []
         self.directory.makedirs()
-        self._lock.acquire()
+        try:
+            self._lock.acquire()
+        except BaseException:
+            self._remove_made()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lock.release()
-        if self._made and error is not None:
-            with contextlib.suppress(OSError):  # it holds something: the error came later
-                os.rmdir(self.directory.path(""))
+        if error is not None:
+            self._remove_made()
+
+    def _remove_made(self) -> None:
+        with contextlib.suppress(OSError):  # it holds something: the error came later
+            for folder in self._made:
+                os.rmdir(folder)
 
     @property
     def lost(self) -> bool:
@@ -84,6 +92,15 @@ class DriverLock:
                 f"out: {self.directory} was taken over by another backlens run while this one was out of reach; "
                 "let that one finish, or stop it and run the same command again"
             )
+
+
+def _missing_folders(path: str) -> list[str]:
+    """The folders that have to be made for this one, itself first."""
+    missing: list[str] = []
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return missing
 
 
 class _FileLock:
@@ -221,15 +238,21 @@ def find_holder(directory: Directory) -> Holder | None:
 
 
 def _held_file(directory: Directory) -> bytes | None:
-    """What the lock file says while it is locked; a file that a killed driver left is not."""
+    """What the lock file says while it is locked; a file that a killed driver left is not.
+
+    Where the file system has no locks nobody holds one, for no driver works there. A file that may not be read says
+    nothing either.
+    """
     try:
         descriptor = os.open(directory.path(LOCK_FILE), os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except OSError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return os.pread(descriptor, 4096, 0)
+    except OSError:
+        return None
     finally:
         os.close(descriptor)
     return None
@@ -240,7 +263,11 @@ def _held_lease(directory: Directory) -> bytes | None:
         content = directory.read(LOCK_FILE)
     except FileNotFoundError:
         return None
-    return content if float(json.loads(content)["refreshed_at"]) + STALE_SECONDS > time.time() else None
+    try:
+        ends = float(json.loads(content)["refreshed_at"]) + STALE_SECONDS
+    except (ValueError, TypeError, KeyError):
+        return None
+    return content if ends > time.time() else None
 
 
 def _holder(since: str, **fields: str | float) -> bytes:

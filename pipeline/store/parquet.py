@@ -134,7 +134,8 @@ def writer_options(table: Table) -> dict[str, Any]:
 
 def _write_parquet(rows: pa.Table, table: Table, file: IO[bytes]) -> None:
     with pq.ParquetWriter(file, table.schema, **writer_options(table)) as writer:
-        writer.write_table(rows.replace_schema_metadata(table.schema.metadata), _row_group_rows(rows))
+        if rows.num_rows:  # a row group of 0 rows is what `datasets` cannot read; a file of no groups it can
+            writer.write_table(rows.replace_schema_metadata(table.schema.metadata), _row_group_rows(rows))
 
 
 def _leaf(field: pa.Field) -> tuple[str, pa.DataType]:

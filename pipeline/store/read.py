@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import BacklensError
 from pipeline.store.commit import committed
 from pipeline.store.files import Directory
+from pipeline.store.verify import every_loss
 from pipeline.store.vocab import VOCAB_FILE
 from schemas.tables import TABLES
 
@@ -36,9 +37,15 @@ def read_table(directory: Directory, table: str, columns: Sequence[str] | None =
     paths = [directory.path(name) for name in names]
     wanted = None if columns is None else list(columns)
     try:
-        return pq.read_table(paths, columns=wanted, filesystem=directory.fs).unify_dictionaries()
-    except FileNotFoundError as error:
-        raise BacklensError(
-            f"out: {directory} misses a committed file ({error}); "
-            "delete its record in _commits and run the same command again"
-        ) from error
+        # No partitioning: a folder's name such as `layer=3` is not a column.
+        rows = pq.read_table(
+            paths,
+            columns=wanted,
+            filesystem=directory.fs,
+            partitioning=None,  # pyright: ignore[reportArgumentType]
+        )
+        return rows.unify_dictionaries()
+    except (OSError, pa.ArrowException) as error:
+        for loss in every_loss(directory, list(committed(directory).values()), [table]):
+            raise BacklensError(f"out: {loss}") from error
+        raise

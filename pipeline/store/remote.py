@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import BacklensError, Interrupted
 
@@ -48,6 +49,9 @@ def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
     Raises BacklensError where fsspec knows no such protocol or lacks its package.
     """
+    if "://" not in url:  # `url_to_fs` would read a name with `::` in it as a chain of file systems
+        local = LocalFileSystem()
+        return local, local._strip_protocol(url)
     options = _s3_options() if split_protocol(url)[0] in ("s3", "s3a") else {}
     try:
         return url_to_fs(url, **options)

@@ -5,6 +5,8 @@ ours. A run that is opened again goes on with the plan it was made with, but its
 """
 
 import json
+import os
+import posixpath
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -13,9 +15,10 @@ from typing import Any, Literal
 from pipeline.errors import BacklensError
 from pipeline.plain import json_text
 from pipeline.store.card import dataset_card
-from pipeline.store.commit import committed
+from pipeline.store.commit import COMMITS, committed
 from pipeline.store.files import Directory, is_temporary
 from pipeline.store.lock import LOCK_FILE
+from pipeline.store.vocab import VOCAB_FILE
 from schemas.tables import SCHEMA_VERSION
 
 RUN_FILE = "run.json"
@@ -23,6 +26,14 @@ CONFIG_FILE = "config.yaml"
 CARD_FILE = "README.md"
 
 FingerprintValue = str | int | float | bool | None
+Kind = Literal["run", "sweep"]
+
+CALLED: Mapping[Kind, str] = {"run": "a run", "sweep": "an edit sweep"}
+GIVE: Mapping[Kind | None, str] = {
+    "run": "give the --out of a `backlens run`",
+    "sweep": "give the directory of a `backlens edit sweep`",
+    None: "give the --out of a `backlens run`, or the directory of a `backlens edit sweep`",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +62,11 @@ class RunRecord:
     created_at: str = ""
     finished_at: str | None = None
 
+    @property
+    def kind(self) -> Kind:
+        """A sweep is of edits and has no table but `edits`."""
+        return "sweep" if "edits" in self.fingerprint else "run"
+
     def to_json(self) -> bytes:
         return (json_text(asdict(self), indent=2) + "\n").encode()
 
@@ -59,9 +75,28 @@ class RunRecord:
         try:
             fields = json.loads(content)
             fields["plan"] = Plan(**fields["plan"])
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError) as error:
-            raise BacklensError(f"{where}: not a record that this backlens can read ({error})") from error
+            record = cls(**fields)
+            _check_types(record)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BacklensError(
+                f"{where}: not a record that this backlens can read ({error}); copy it again"
+            ) from error
+        if record.schema_version > SCHEMA_VERSION:
+            raise BacklensError(
+                f"{where}: its tables are of schema version {record.schema_version}, this backlens reads up to "
+                f"{SCHEMA_VERSION}; use a newer one"
+            )
+        return record
+
+
+def _check_types(record: RunRecord) -> None:
+    """Raises TypeError for values that would fail far from here."""
+    for name in ("config", "fingerprint", "model", "versions"):
+        if not isinstance(getattr(record, name), dict):
+            raise TypeError(f"{name} is no object")
+    for number in (*asdict(record.plan).values(), record.schema_version):
+        if not isinstance(number, int):
+            raise TypeError(f"{number!r} is no whole number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +152,40 @@ def finish(run: RunDirectory) -> RunDirectory:
     return replace(run, record=record)
 
 
-def load_run(directory: Directory) -> RunRecord:
-    """The record of a run that must be there."""
+def load_run(directory: Directory, kind: Kind | None = None) -> RunRecord:
+    """The record of a run or sweep that must be there, and of this kind if one is given."""
     record = find_run(directory)
     if record is None:
         raise BacklensError(
-            f"out: {directory} is not a run directory (it has no {RUN_FILE}); "
-            "give the --out of a `backlens run`"
+            f"out: {directory} is not a run directory ({_instead_of_a_run(directory)}); {GIVE[kind]}"
         )
+    if kind is not None:
+        refuse_other_kind(directory, record, kind)
     return record
+
+
+def refuse_other_kind(directory: Directory, record: RunRecord, kind: Kind) -> None:
+    """Raises BacklensError for a sweep where a run is needed, or a run where a sweep is."""
+    if record.kind == kind:
+        return
+    instead = f" (of a sweep: backlens query {directory} --sql, backlens plot edits {directory})"
+    raise BacklensError(
+        f"out: {directory} is {CALLED[record.kind]}, and this needs {CALLED[kind]}; {GIVE[kind]}"
+        f"{instead if record.kind == 'sweep' else ''}"
+    )
+
+
+def _instead_of_a_run(directory: Directory) -> str:
+    if not directory.exists():
+        return "there is no such directory"
+    if directory.is_local and os.path.isfile(directory.path()):
+        return "it is a file"
+    names = directory.names()
+    if not names:
+        return "it is empty"
+    if COMMITS in names or posixpath.dirname(VOCAB_FILE) in names:
+        return f"its {RUN_FILE} is missing; copy that too"
+    return f"it has no {RUN_FILE}"
 
 
 def find_run(directory: Directory) -> RunRecord | None:
@@ -145,6 +205,11 @@ def _refuse_foreign_files(directory: Directory) -> None:
 
 
 def _refuse_differences(directory: Directory, standing: RunRecord, given: RunRecord) -> None:
+    if standing.kind != given.kind:
+        raise BacklensError(
+            f"out: {directory} is {CALLED[standing.kind]}, and this makes {CALLED[given.kind]}; "
+            "choose another directory"
+        )
     before = {"schema version": standing.schema_version, **standing.fingerprint}
     now = {"schema version": given.schema_version, **given.fingerprint}
     differing = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
@@ -169,7 +234,8 @@ def _flag(name: str) -> str:
 
 def _write_card(directory: Directory, record: RunRecord) -> None:
     commits = list(committed(directory).values())
-    card = dataset_card(record.model, record.config, commits, record.status)
+    has_vocab = record.kind == "run" and directory.exists(VOCAB_FILE)
+    card = dataset_card(record.model, record.config, commits, record.status, record.kind, has_vocab)
     directory.write_atomically(CARD_FILE, card.encode())
 
 

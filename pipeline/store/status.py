@@ -9,7 +9,8 @@ from pipeline.store.card import count_rows
 from pipeline.store.commit import ShardCommit, committed
 from pipeline.store.files import Directory
 from pipeline.store.lock import Holder, find_holder
-from pipeline.store.rundir import load_run
+from pipeline.store.rundir import Kind, load_run
+from pipeline.store.verify import losses
 
 State = Literal["done", "running", "stopped"]
 
@@ -39,6 +40,10 @@ class RunStatus:
     """Of the driver at work now; None until it has committed shards at two moments."""
     seconds_left: float | None
     driver: Holder | None
+    kind: Kind = "run"
+    """Of an edit sweep, prompts are its edits."""
+    missing: Sequence[str] = ()
+    """Committed files that are not there or have another size, one line each: a copy may be partial."""
 
 
 def run_status(out: str, now: datetime | None = None) -> RunStatus:
@@ -46,7 +51,8 @@ def run_status(out: str, now: datetime | None = None) -> RunStatus:
     directory = Directory.at(out)
     record = load_run(directory)
     holder = find_holder(directory)
-    commits = list(committed(directory).values())
+    broken: list[str] = []
+    commits = list(committed(directory, broken).values())
     rows = count_rows(commits)
     complete = record.status == "done" and len(commits) == record.plan.shards
     rate = None
@@ -59,7 +65,7 @@ def run_status(out: str, now: datetime | None = None) -> RunStatus:
         shards=record.plan.shards,
         shards_committed=len(commits),
         prompts=record.plan.prompts,
-        prompts_done=rows.get("prompts", 0),
+        prompts_done=rows.get("edits" if record.kind == "sweep" else "prompts", 0),
         prompts_failed=rows.get("failures", 0),
         rows=rows,
         bytes=sum(file.bytes for commit in commits for file in commit.files.values()),
@@ -67,6 +73,8 @@ def run_status(out: str, now: datetime | None = None) -> RunStatus:
         prompts_per_second=rate,
         seconds_left=left / rate if rate else None,
         driver=holder,
+        kind=record.kind,
+        missing=[*broken, *map(str, losses(directory, commits))],
     )
 
 

@@ -50,7 +50,7 @@ def test_an_edit_is_typed(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["edit", "--method", "forward-shfit"], "did you mean 'forward-shift'"),
+        (["edit", "--method", "forward-shfit"], "did you mean forward-shift?"),
         (["edit", "--limit", "1"], "--lr: forward-shift has no rate"),
         (["edit", "--limit", "1", "--method", "rome"], "--text"),
         (["edit", "--limit", "1", "--lr", "1", "--layer", "9"], "layers 0 to 7"),

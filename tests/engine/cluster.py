@@ -28,15 +28,18 @@ SMALLEST_STORE = 80_000_000
 
 
 @contextmanager
-def one_node_cluster(cpus: int = 3, job_server: int | None = None) -> Iterator[tuple[str, int]]:
+def one_node_cluster(
+    cpus: int = 3, job_server: int | None = None, token: str | None = None
+) -> Iterator[tuple[str, int]]:
     """A cluster's address and the id of its head process. It is gone afterwards, whatever happened.
 
-    With a port for it the head runs Ray's dashboard, which is the job server.
+    With a port for it the head runs Ray's dashboard, which is the job server; with a token it asks for that.
     """
     # Sockets lie in this folder and their paths must be short. Ports are all our own: another cluster may run here.
     folder = tempfile.mkdtemp(prefix="r")
     ports = free_ports(len(PORTS))
     log = Path(folder, "head.log")
+    secret = {} if token is None else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     binaries = Path(sys.executable).parent
     dashboard = "--include-dashboard=false" if job_server is None else f"--dashboard-port={job_server}"
     with log.open("w") as stream:
@@ -48,7 +51,7 @@ def one_node_cluster(cpus: int = 3, job_server: int | None = None) -> Iterator[t
                 *(f"--num-cpus={cpus}", "--num-gpus=0", "--min-worker-port=0", "--max-worker-port=0"),
                 *(f"--{name}={port}" for name, port in zip(PORTS, ports, strict=True)),
             ],
-            env=environment() | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
+            env=environment() | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"} | secret,
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,

@@ -42,6 +42,7 @@ def some_prompts(count: int, seed: int = 0, longest: int = 24) -> list[dict[str,
     for number in range(count):
         subject = "".join(draw.choices("abcdefgh", k=draw.randint(1, 4)))
         rest = "".join(draw.choices("ijklmnop ,.", k=draw.randint(1, longest - 4)))
+        rest = "," + rest[1:]  # the subject is a word by itself
         target = " " + "".join(draw.choices("qrstuv", k=draw.randint(1, 3)))
         prompts.append({"id": f"p{number}", "prompt": subject + rest, "subject": subject, "target": target})
     return prompts

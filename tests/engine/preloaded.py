@@ -35,7 +35,7 @@ def fork(log: Path, *arguments: object) -> ForkServerProcess:
 
 
 def _main(log: str, arguments: list[str]) -> None:
-    from pipeline.cli.main import main
+    from pipeline.cli.entry import main
 
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):

@@ -191,6 +191,94 @@ def test_on_error_fail_runs_to_the_end_when_nothing_is_bad(model: Path, tmp_path
     assert_complete(tmp_path / "out", 3)
 
 
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.json", "prompts.csv"])
+def test_a_column_of_another_name_is_refused_before_the_model_loads(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / name, tmp_path / "out"
+    record = {"text": "a", "answer": " y"}
+    csv = "text,answer\n" + "a, y\n" * 3
+    path.write_text(
+        csv if name.endswith("csv") else json.dumps([record] * 3) if name.endswith("json") else ""
+    )
+    if name.endswith("jsonl"):
+        write_jsonl(path, [record] * 3)
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    for command in ("run", "plan"):
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.engine.worker.load_model", load)
+            options = ("--executor", "local") if command == "run" else ()
+            done = called(command, "--model", model, "--prompts", path, "--out", out, *options)
+        assert done.status == 2
+        line = error_line(done)
+        assert line == (
+            f"{name}: in every record, no field 'prompt' (found: text, answer); "
+            "name it with --prompt-field text"
+        )
+        assert not out.exists()
+    assert _run(model, path, out, "--prompt-field", "text", "--target-field", "answer").status == 0
+    assert_complete(out, 3)
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"prompt": "a", "target": ""}\noops\n', b'{"prompt": "~", "target": " y"}']
+)
+def test_when_every_prompt_failed_that_is_said_first_and_nothing_is_recommended(
+    content: bytes, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.jsonl").write_bytes(content)
+    done = _run(model, tmp_path / "p.jsonl", tmp_path / "out")
+    assert done.status == 1
+    assert done.stdout.startswith("every prompt failed: ")
+    assert "Next" not in done.stdout
+    planned = called("plan", "--model", model, "--prompts", tmp_path / "p.jsonl")
+    assert planned.status == 2
+    assert error_line(planned).startswith("prompts: none of ")
+    assert "p.jsonl:1: " in error_line(planned)
+
+
+def test_a_plan_goes_on_to_the_first_prompt_that_can_be_processed(model: Path, tmp_path: Path) -> None:
+    lines = [_line(prompt="", target=" y")] * 600 + [_line(prompt="a", target=" y")] * 2
+    (tmp_path / "p.jsonl").write_bytes(b"\n".join(lines))
+    done = called("plan", "--model", model, "--prompts", tmp_path / "p.jsonl")
+    assert done.status == 0, done.stderr
+    assert "600 of 602 prompts cannot be read" in done.stdout
+
+
+def test_a_prompt_that_has_rows_is_recommended(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"\n".join([_line(prompt="", target=" y"), b"oops", _line(prompt="a", target=" y")]))
+    done = _run(model, path, tmp_path / "out")
+    assert f"backlens query {tmp_path / 'out'} --prompt 2" in done.stdout
+
+
+def test_subjects_that_prompts_do_not_name_are_counted(model: Path, tmp_path: Path) -> None:
+    prompts = ["Dana is", "Dan is", "Dan and Dan", "no Dan~", "Danish"]
+    path = write_jsonl(
+        tmp_path / "p.jsonl", [{"prompt": p, "target": " y", "subject": "Dan"} for p in prompts]
+    )
+    done = _run(model, path, tmp_path / "out", "--positions", "subject+last")
+    assert done.status == 0, done.stderr
+    starts = read(tmp_path / "out", "prompts")["subject_start"].to_pylist()
+    assert starts == [None, 0, 8, 3, None]
+    absent = (
+        "prompts that do not name their subject in whole words: 2 (subject_start is null; "
+        "--positions subject+last: only their last position has rows in tokens)"
+    )
+    repeated = "prompts that name their subject several times: 1 "
+    assert absent in done.stderr
+    assert absent in done.stdout
+    assert repeated in done.stdout
+    planned = called("plan", "--model", model, "--prompts", path, "--positions", "subject+last")
+    assert absent in planned.stdout
+    assert repeated in planned.stdout
+    clean = _run(model, path, tmp_path / "out2", "--limit", 2, "--positions", "all")
+    assert "whole words: 1 (subject_start is null)" in clean.stdout
+
+
 @pytest.mark.parametrize("target_mode", ["first", "all"])
 @pytest.mark.parametrize("length", [CONTEXT - 1, CONTEXT, CONTEXT + 1])
 def test_a_prompt_that_just_fits_the_context_is_processed(

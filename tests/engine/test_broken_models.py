@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from tests.engine.command import called, error_line
@@ -53,6 +55,15 @@ class OddModel(LlamaForCausalLM):
 '''
 
 
+OWN = {
+    "matrix": {
+        "model.layers.1.mlp.adapter.weight": torch.ones(4, MODERN["hidden_size"]),
+        "model.layers.1.mlp.adapter.bias": torch.ones(4),
+    },
+    "norm": {"model.norm.size": torch.ones(1)},
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("odd")
@@ -64,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def odd(folder: Path, flaw: str) -> Path:
-    """The sound model's weights under code of its own."""
+    """The sound model's weights under code of its own, and those that this adds."""
     model = folder / flaw
     shutil.copytree(folder / "sound", model)
     config = json.loads((model / "config.json").read_text())
@@ -72,6 +83,8 @@ def odd(folder: Path, flaw: str) -> Path:
     config |= {"model_type": "odd", "architectures": ["OddModel"], "auto_map": code, "flaw": flaw}
     (model / "config.json").write_text(json.dumps(config))
     (model / "modeling_odd.py").write_text(CODE)
+    weights = load_file(model / "model.safetensors")
+    save_file(weights | OWN.get(flaw, {}), model / "model.safetensors", {"format": "pt"})
     return model
 
 
@@ -112,8 +125,8 @@ def test_an_unknown_architecture_is_sent_to_the_doctor(folder: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("layout", "says"),
     [
-        ("matrices: {mlp.upp: mlp.up_proj}", "unknown module 'mlp.upp'; did you mean 'mlp.up'?"),
-        ("matrixes: {}", "unknown key 'matrixes'; did you mean 'matrices'?"),
+        ("matrices: {mlp.upp: mlp.up_proj}", "unknown module 'mlp.upp'; did you mean mlp.up?"),
+        ("matrixes: {}", "unknown key 'matrixes'; did you mean matrices?"),
         ("[1, 2]", "a mapping is expected"),
         ("matrices: {attn.q: {path: attn.c_attn, groups: 1, pieces: 3, start: 2, stop: 2}}", "start < stop"),
         ("matrices: {attn.q: {path: attn.c_attn, groups: 1}}", "attn.q: give path, and the whole numbers"),

@@ -9,6 +9,7 @@ import pytest
 from transformers import LlamaConfig
 
 from tests.engine.command import called, peak_memory
+from tests.families import CONFIGS
 from tests.tiny import LLAMA_SHAPE, byte_tokenizer, random_model
 
 LENGTH = 1500
@@ -70,3 +71,25 @@ def test_positions_limit_the_rows_of_tokens(folder: Path) -> None:
     positions = {row["position"] for row in rows}
     assert positions == {4, 5, 6, LENGTH - 1}
     assert len(rows) == 4 * 3
+
+
+def test_a_prompt_longer_than_an_mpt_reads_is_a_failure_of_that_prompt(tmp_path: Path) -> None:
+    """Its configuration has a name of its own for the context, beyond which it has no positions."""
+    model = random_model(CONFIGS["mpt"])
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    records = [{"prompt": "x" * length, "target": "y"} for length in (64, 65)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    where = (
+        "--model",
+        tmp_path / "model",
+        "--prompts",
+        tmp_path / "prompts.jsonl",
+        "--out",
+        tmp_path / "out",
+    )
+    done = called("run", *where, "--executor", "local")
+    assert done.status == 1, done.stderr
+    failures = pyarrow.dataset.dataset(tmp_path / "out" / "failures").to_table().to_pylist()
+    assert [(row["prompt_id"], row["error"]) for row in failures] == [(1, "too-long")]
+    assert "the model reads at most 64" in failures[0]["message"]

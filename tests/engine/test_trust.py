@@ -11,9 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import BacklensError
-from pipeline.models import load
-from pipeline.models.load import ModelSource, model_files
 from tests.engine.command import Finished, assert_same_run, backlens, called, error_line
 
 
@@ -147,30 +144,6 @@ def test_broken_safetensors_are_one_line(gpt2: Path, prompts_file: Path, tmp_pat
     assert refused.stderr.splitlines()[-1].startswith(
         f"backlens: model: {tmp_path / 'model'} cannot be loaded: "
     )
-
-
-def test_a_hub_model_is_fetched_without_its_pickles(
-    monkeypatch: pytest.MonkeyPatch, gpt2: Path, tmp_path: Path
-) -> None:
-    wanted: list[list[str]] = []
-    folder = tmp_path / "snapshot"
-    folder.mkdir()
-
-    def fetched(_name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        wanted.append(allow_patterns)
-        return str(folder)
-
-    monkeypatch.setattr(load, "snapshot_download", fetched)
-    with pytest.raises(BacklensError, match=r"^model: 'owner/name' has no safetensors .* --allow-pickle"):
-        model_files(ModelSource("owner/name"))
-    assert model_files(ModelSource("owner/name", allow_pickle=True)) == folder
-    shutil.copy(gpt2 / "model.safetensors", folder)
-    assert model_files(ModelSource("owner/name")) == folder
-    assert [any(pattern.endswith(".bin") for pattern in patterns) for patterns in wanted] == [
-        False,
-        True,
-        False,
-    ]
 
 
 # Python code

@@ -7,8 +7,11 @@ import io
 import json
 import random
 import tracemalloc
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import datasets
 import fsspec
@@ -23,6 +26,7 @@ from pipeline.config import PromptFields
 from pipeline.errors import BacklensError
 from pipeline.prompts.read import read_prompts
 from pipeline.prompts.record import Prompt, Rejected
+from pipeline.prompts.subject import SubjectPlace
 from tests.prompts.inputs import (
     PARIS,
     ROME,
@@ -101,6 +105,163 @@ def test_meta_is_strict_json_whatever_the_columns_hold(tmp_path: Path):
         "ü": "é",
     }
     meta.encode("utf-8")
+
+
+IDS = {
+    "decimal": (pa.array([Decimal("10.50")]), "10.50"),
+    "uuid": (pa.array([UUID(int=7).bytes], pa.uuid()), "00000000-0000-0000-0000-000000000007"),
+    "fixed bytes": (pa.array([b"0123"], pa.binary(4)), "30313233"),
+    "bytes": (pa.array([b"q1"]), "q1"),
+    "date": (pa.array([datetime.date(2024, 2, 12)]), "2024-02-12"),
+    "far date": (pa.array([10_000_000], pa.date32()), "29349-01-26"),
+    "bool": (pa.array([True]), "true"),
+    "float": (pa.array([1.5]), "1.5"),
+    "list": (pa.array([[1, 2]]), "[1, 2]"),
+    "object": (pa.array([{"b": 1, "a": "é"}]), '{"a": "é", "b": 1}'),
+    "dictionary": (pa.array(["q1"]).dictionary_encode(), "q1"),
+    "null": (pa.array([None]), None),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("fields", [PromptFields(), PromptFields(id="id")])
+def test_an_id_of_any_type_is_kept_as_text(tmp_path: Path, name: str, fields: PromptFields):
+    column, expected = IDS[name]
+    pq.write_table(pa.table({"prompt": ["a"], "target": ["b"], "id": column}), tmp_path / "p.parquet")
+    prompt = only_prompt(tmp_path / "p.parquet", fields)
+    assert (prompt.id, prompt.meta) == (expected, None)
+
+
+NOT_UTF8 = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
+OTHERS = {
+    "date": (pa.array([10_000_000], pa.date32()), "29349-01-26"),
+    "zone": (pa.array([1], pa.timestamp("us", "Mars/Phobos")), "1970-01-01 00:00:00.000001Z"),
+    "time": (pa.array([2**60], pa.timestamp("us", "UTC")), f"<value out of range: {2**60}>"),
+    "duration": (pa.array([2**62], pa.duration("s")), str(2**62)),
+    "nested": (pa.array([[10_000_000] * 9], pa.list_(pa.date32())), f"[{','.join(['29349-01-26'] * 9)}]"),
+    "decimal": (pa.array([Decimal("1.50")], pa.decimal256(60, 2)), "1.50"),
+    "map": (pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int8())), [["k", 1]]),
+    "dictionary": (pa.array([b"a"]).dictionary_encode(), "a"),
+    "binary": (pa.array([b"\xff\x00"]), "ff00"),
+    "not UTF-8": (NOT_UTF8, "fffe"),
+    "half": (pa.array([1.5], pa.float16()), 1.5),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_parquet_column_that_nobody_asked_for_becomes_json(tmp_path: Path, name: str):
+    column, expected = OTHERS[name]
+    table = pa.table({"prompt": ["a", "c"], "target": ["b", "d"], "x": pa.concat_arrays([column] * 2)})
+    pq.write_table(table, tmp_path / "p.parquet")
+    assert [json.loads(getattr(each, "meta", "")) for each in read(tmp_path / "p.parquet")] == [
+        {"x": expected}
+    ] * 2
+
+
+def test_an_object_with_one_field_twice_becomes_text(tmp_path: Path):
+    twice = pa.StructArray.from_arrays([pa.array([17]), pa.array([18])], names=["a", "a"])
+    pq.write_table(pa.table({"prompt": ["a"], "target": ["b"], "x": twice}), tmp_path / "p.parquet")
+    text = json.loads(only_prompt(tmp_path / "p.parquet").meta or "")["x"]
+    assert "17" in text
+    assert "18" in text
+
+
+def test_a_value_does_not_change_the_text_of_its_neighbours(tmp_path: Path):
+    days = pa.array([10_000_000, 1], pa.date32())
+    pq.write_table(pa.table({"prompt": ["a", "c"], "target": ["b", "d"], "x": days}), tmp_path / "p.parquet")
+    _, near = read(tmp_path / "p.parquet")
+    assert isinstance(near, Prompt)
+    assert near.meta == '{"x": "1970-01-02"}'
+
+
+def test_an_array_of_objects_is_read_like_json_lines(tmp_path: Path):
+    records = [{**ROME, "year": 1946}, PARIS, 5, {"prompt": "a"}]
+    (tmp_path / "p.json").write_text("\ufeff\n " + json.dumps(records, indent=1), encoding="utf-8")
+    lines = read(write_jsonl(tmp_path / "p.jsonl", records))
+    array = read(tmp_path / "p.json")
+    assert [type(record) for record in array] == [Prompt, Prompt, Rejected, Rejected]
+    assert [getattr(record, "where", "p.json[2]") for record in array[:3]] == [
+        f"p.json[{n}]" for n in range(3)
+    ]
+    for one, other in zip(array, lines, strict=True):
+        if isinstance(one, Prompt):
+            assert one == replace(other, where=one.where)  # pyright: ignore
+        else:
+            assert one.error == getattr(other, "error", None)
+    fields = PromptFields(prompt="q", target="a")
+    (tmp_path / "q.json").write_text('[{"q": "2 + 2 =", "a": " 4"}]')
+    assert only_prompt(tmp_path / "q.json", fields).target == " 4"
+
+
+def test_json_lines_may_be_named_json(tmp_path: Path):
+    assert read(write_jsonl(tmp_path / "p.json", [PARIS, {}, ROME])) == [
+        replace(record, message=record.message.replace("p.jsonl", "p.json"))
+        if isinstance(record, Rejected)
+        else replace(record, where=record.where.replace("p.jsonl", "p.json"))
+        for record in read(write_jsonl(tmp_path / "p.jsonl", [PARIS, {}, ROME]))
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "json"])
+def test_a_template_is_filled_with_its_subject(tmp_path: Path, suffix: str):
+    record = {"prompt": "What the Jordan means to {} is {}", "target": " b", "subject": "Jordan"}
+    path = tmp_path / f"p.{suffix}"
+    if suffix == "csv":
+        write_csv(path, [list(record), list(record.values())])
+    elif suffix == "parquet":
+        write_parquet(path, [record])
+    else:
+        path.write_text(json.dumps([record] if suffix == "json" else record))
+    prompt = only_prompt(path)
+    assert prompt.prompt == "What the Jordan means to Jordan is {}"
+    assert prompt.subject_place() == SubjectPlace(25, 31)
+
+
+def test_braces_without_a_subject_are_text(tmp_path: Path):
+    prompt = only_prompt(write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x = {}", "target": "\n"}]))
+    assert (prompt.prompt, prompt.subject_place()) == ("x = {}", None)
+
+
+def test_where_the_subject_stood_is_content(tmp_path: Path):
+    filled_in = {"prompt": "Dan met Dan in", "target": " b", "subject": "Dan"}
+    digests = {
+        surveyed(write_jsonl(tmp_path / "p.jsonl", [{**filled_in, "prompt": prompt}])).digest
+        for prompt in ("Dan met Dan in", "{} met Dan in", "Dan met {} in")
+    }
+    assert len(digests) == 3
+
+
+def test_subjects_that_are_absent_or_repeated_are_counted(tmp_path: Path):
+    prompts = ["Dana is", "Dan is", "Dan and Dan", "Dan and {}", "DAN is", "no"]
+    records = [{"prompt": prompt, "target": " b", "subject": "Dan"} for prompt in prompts]
+    found = surveyed(write_jsonl(tmp_path / "p.jsonl", [*records, PARIS]))
+    assert (found.subjects_absent, found.subjects_repeated) == (2, 1)
+
+
+@pytest.mark.parametrize("count", [1, 3, 1001])
+def test_an_input_whose_records_all_lack_a_field_is_refused(tmp_path: Path, count: int):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"text": "a", "answer": " b"}] * count)
+    words = "the first 1,000 records" if count > 1000 else "every record"
+    with pytest.raises(
+        BacklensError,
+        match=rf"^p\.jsonl: in {words}, no field 'prompt' \(found: text, answer\); .*--prompt-field text$",
+    ):
+        surveyed(path)
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [{"text": "a"}] * 999 + [PARIS],
+        [{"prompt": "a"}, {"target": "b"}],
+        [{"prompt": None, "target": "b"}],
+        [{"prompt": "", "target": "b"}, {"target": "b"}],
+    ],
+)
+def test_records_that_fail_for_several_reasons_are_no_matter_of_a_name(
+    tmp_path: Path, records: list[dict[str, Any]]
+):
+    assert surveyed(write_jsonl(tmp_path / "p.jsonl", records)).prompts == len(records)
 
 
 def test_dates_and_bytes_become_strings_in_meta(tmp_path: Path):

@@ -1,8 +1,12 @@
 """Records and files that are no prompts: each is said where it stands, and costs only itself."""
 
+import bz2
 import gzip
 import json
+import lzma
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -37,6 +41,8 @@ from tests.prompts.inputs import (
         (b'{"prompt": "a", "target": "b", "id": "\\udfff"}', "not-utf8", "field 'id'"),
         (b'{"prompt": "a"}', "missing-field", "no field 'target' (found: prompt); name it with --target-"),
         (b'{"prompt": null, "target": "b"}', "missing-field", "field 'prompt' is null"),
+        (b'{"prompt": "a", "target": "b", "target": "c"}', "broken-json", "has the key 'target' twice"),
+        (b'{"prompt": "a", "target": "b", "x": [{"y": 1, "y": 2}]}', "broken-json", "has the key 'y' twice"),
         (b'{"prompt": "a", "target": 4}', "not-text", "field 'target' is a number, not text"),
         (b'{"prompt": ["a"], "target": "b"}', "not-text", "field 'prompt' is a list, not text"),
         (b'{"prompt": " \\n", "target": "b"}', "empty-prompt", "field 'prompt' is empty"),
@@ -174,9 +180,21 @@ def test_bad_lines_anywhere_are_each_found_and_the_ordinals_stay(lines: list[byt
     [
         ("p.json", b'[{"src": "a", "answers": ["b"]},\n {]', r"p\.json:2: broken JSON at column 3"),
         ("p.json", b'[{"src": "a", "answers": ["b"]},\n "\xff"]', r"p\.json:2: not UTF-8"),
-        ("p.json", b'[{"prompt": "a"}]', r"neither CounterFact .* nor zsRE"),
-        ("p.json", b'{"prompt": "a", "target": "b"}\n', r"one object per line and name it \.jsonl"),
-        ("p.json", b"", r"neither CounterFact"),
+        ("p.json", b'{\n"data": [{"prompt": "a", "target": "b"}]}', r"object of several lines .* an array"),
+        ("p.json", b'{"prompt": "a", "target": "b"}, {', r"object of several lines .*--format jsonl"),
+        ("p.json", b'"prompt"', r"neither a JSON array of records nor one record per line"),
+        ("p.json", b" \n", r"is empty"),
+        ("p.json", b'[{"prompt": "a", "target": "b", "prompt": "c"}]', r"has the key 'prompt' twice"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "target": "b"}'.encode("utf-16"),
+            r"p\.jsonl: is UTF-16.* save .* UTF-8",
+        ),
+        ("p.csv", "prompt,target\na,b\n".encode("utf-16"), r"p\.csv: is UTF-16"),
+        ("p.jsonl.bz2", bz2.compress(b"{}\n") + b"{}\n", r"p\.jsonl\.bz2:\d+: the file is damaged"),
+        ("p.jsonl.xz", lzma.compress(b"{}\n") + b"{}\n", r"p\.jsonl\.xz:\d+: the file is damaged"),
+        ("p.jsonl.gz", gzip.compress(b"{}\n") + b"{}\n", r"p\.jsonl\.gz:\d+: the file is damaged"),
+        ("p.jsonl.zip", b"PK not really", r"p\.jsonl\.zip: cannot be opened"),
         ("p.parquet", b"PAR1 not really", r"p\.parquet: not a readable Parquet file"),
         ("p.csv", b"prompt,\xff\n", r"p\.csv:1: the header cannot be read"),
         ("p.csv", b"prompt,target,prompt\na,b,c\n", r"p\.csv:1: the header has 'prompt' twice"),
@@ -186,7 +204,7 @@ def test_bad_lines_anywhere_are_each_found_and_the_ordinals_stay(lines: list[byt
             r"p\.jsonl\.gz:\d+: the file is damaged",
         ),
         ("p.jsonl.gz", b"plain text", r"p\.jsonl\.gz:1: the file is damaged"),
-        ("p.txt", b"hello", r"cannot tell the format .*\.jsonl.*--format \(jsonl, csv"),
+        ("p.txt", b"hello", r"cannot tell the format .*\.jsonl.*--format \(jsonl, json, csv"),
     ],
 )
 def test_a_file_that_is_broken_as_a_whole_is_said_in_one_line(
@@ -198,7 +216,44 @@ def test_a_file_that_is_broken_as_a_whole_is_said_in_one_line(
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("format", ["auto", "jsonl", "csv", "parquet", "counterfact", "zsre"])
+@pytest.mark.parametrize("names", [[], ["a.jsonl", "b.jsonl"]])
+def test_a_zip_that_does_not_hold_one_file_is_refused_with_their_names(tmp_path: Path, names: list[str]):
+    with zipfile.ZipFile(tmp_path / "p.jsonl.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, json.dumps(PARIS))
+    with pytest.raises(BacklensError, match=rf"p\.jsonl\.zip: .*{len(names)} files \({', '.join(names)}\)"):
+        read(tmp_path / "p.jsonl.zip")
+
+
+def test_a_zip_of_one_file_is_read_whatever_macos_puts_beside_it(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "p.jsonl.zip", "w") as archive:
+        archive.mkdir("folder")
+        archive.writestr("folder/p.jsonl", json.dumps(PARIS))
+        archive.writestr("__MACOSX/folder/._p.jsonl", b"\x00")
+    assert only_prompt(tmp_path / "p.jsonl.zip").target == " Paris"
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_compressed_files_one_after_another_are_read_whole(tmp_path: Path, suffix: str, compress: Any):
+    path, lines = (
+        tmp_path / f"p.jsonl.{suffix}",
+        [json.dumps(each).encode() + b"\n" for each in (PARIS, ROME)],
+    )
+    path.write_bytes(b"".join(compress(line * 50_000) for line in lines))
+    assert len(read(path)) == 100_000
+    path.write_bytes(compress(lines[0] * 50_000)[:-9])
+    with pytest.raises(BacklensError, match="the file is damaged or incomplete"):
+        read(path)
+
+
+def test_a_parquet_column_that_is_there_twice_is_refused_by_name(tmp_path: Path):
+    columns = [["a"], ["b"], ["c"]]
+    pq.write_table(pa.table(columns, ["prompt", "target", "prompt"]), tmp_path / "p.parquet")
+    with pytest.raises(BacklensError, match=r"^p\.parquet: has the column 'prompt' twice; rename"):
+        read(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize("format", ["auto", "jsonl", "json", "csv", "parquet", "counterfact", "zsre"])
 def test_a_missing_file_is_refused_before_anything_is_read(tmp_path: Path, format: PromptFormat):
     with pytest.raises(BacklensError, match=r"missing\.jsonl: no such file"):
         read_prompts(str(tmp_path / "missing.jsonl"), format, PromptFields(), None)

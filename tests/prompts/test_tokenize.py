@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
 
 from pipeline.errors import BacklensError
 from pipeline.prompts.record import Prompt, Rejected
+from pipeline.prompts.subject import SubjectPlace
 from pipeline.prompts.tokenize import Example, context_length, tokenize
 
 CORPUS = [
@@ -274,18 +276,19 @@ def test_the_subject_is_the_shortest_run_of_tokens_that_spells_it(
     assert spelled(tokenizer, ids[start:end]).strip() == subject
     assert subject not in spelled(tokenizer, ids[start + 1 : end])
     assert subject not in spelled(tokenizer, ids[start : end - 1])
-    assert subject not in spelled(tokenizer, ids[: end - 1])  # the first occurrence
+    assert subject not in spelled(tokenizer, ids[start + 1 :])  # the last occurrence
 
 
 @every_tokenizer
 def test_a_subject_that_does_not_occur_has_no_positions(tokenizer: PreTrainedTokenizerBase):
-    for subject in (None, "Peru", "france"):
+    for subject in (None, "Peru", "Franc", "ital"):
         found = example(prompt("The capital of France is", subject=subject), tokenizer)
         assert (found.subject_start, found.subject_end) == (None, None)
 
 
 def test_a_subject_inside_a_token_is_that_token():
-    found = example(prompt("The capital of", subject="apit"), BYTES)
+    one = replace(prompt("The capital of"), slot=SubjectPlace(5, 9))
+    found = example(one, BYTES)
     assert spelled(BYTES, found.token_ids[found.subject_start : found.subject_end]) == " capital"
 
 
@@ -297,9 +300,10 @@ letters = st.text(st.sampled_from("abcdé東 ▁\n.Paris"), min_size=1, max_size
 def test_subject_positions_agree_with_counting_bytes(before: str, subject: str, after: str):
     text = before + subject + after + "."  # white space at the end could go to the target
     alphabet = {letter: byte for byte, letter in bytes_to_letters().items()}  # as the tokens are written
-    first_byte = len(text[: text.find(subject)].encode())
+    first_byte = len(before.encode())
     last_byte = first_byte + len(subject.encode())
-    found = example(prompt(text, subject=subject), BYTES)
+    place = SubjectPlace(len(before), len(before + subject))
+    found = example(replace(prompt(text), slot=place), BYTES)
     pieces = [
         bytes(alphabet[letter] for letter in token)
         for token in BYTES.convert_ids_to_tokens(list(found.token_ids))

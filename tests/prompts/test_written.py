@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.errors import BacklensError
 from pipeline.prompts.record import Prompt, Rejected
+from pipeline.prompts.subject import filled
 from pipeline.prompts.tokenize import Example, PrependBos, tokenize
 from tests.prompts.test_tokenize import BYTES, byte_level, metaspace, spelled
 
@@ -94,6 +95,21 @@ def test_the_subject_is_looked_for_in_the_users_message_alone(make: Any, templat
         assert spelled(tokenizer, found.token_ids[: found.subject_end]).endswith(f"that is {subject}")
     found = asked(tokenizer, "The capital of France is", subject="assistant")
     assert (found.subject_start, found.subject_end) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "template", [*TEMPLATES.values(), "{{ messages[0].content | replace('France', 'FRANCE') }}"]
+)
+def test_a_slot_is_found_in_a_template_too(template: str):
+    text, place = filled("  What France means to {} is ", "France")
+    one = Prompt(0, text, " much", "p.jsonl:1", subject="France", slot=place)
+    tokenizer = chatty(template)
+    (found,) = tokenize(
+        [one], tokenizer, prepend_bos="auto", target_mode="first", context=None, chat_template=True
+    )
+    assert isinstance(found, Example)
+    before = spelled(tokenizer, found.token_ids[: found.subject_end])
+    assert before.lower().endswith("what france means to france")
 
 
 @pytest.mark.parametrize(("bos", "count"), [("auto", 1), ("true", 1), ("false", 0)])

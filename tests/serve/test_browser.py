@@ -3,12 +3,15 @@
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.engine.command import called
 from tests.serve.test_command import served
 from tests.store.examples import ExampleRun
 
@@ -150,3 +153,90 @@ def test_the_explorer_is_dark_where_the_system_is_and_works_without_script(addre
         assert len(opened.find_elements("css selector", ".heat td[tabindex='0']")) > 3
     finally:
         opened.quit()
+
+
+LOOKS = """
+const shown = (element) => {
+  const style = getComputedStyle(element);
+  return [element.tagName, element.textContent, style.color, style.backgroundColor, style.visibility, style.opacity];
+};
+return [...arguments[0].querySelectorAll("th, td, td > bdi, td > a, td > .t")].map(shown);
+"""
+"""What a reader sees of a row: each cell's words, with their colour and the one behind them."""
+
+EVERY_STEP = """
+document.querySelectorAll(".heat td[tabindex]:not(.zero)").forEach((cell, n) => (cell.className = `h${n % 10}`));
+"""
+"""Cells of all the colours that there are, as the norms of a random run are much alike."""
+
+
+def point_at(page: webdriver.Chrome, element: WebElement) -> None:
+    page.execute_script("arguments[0].scrollIntoView({block: 'center', inline: 'center'})", element)
+    webdriver.ActionChains(page).move_to_element(element).perform()
+    until(page, lambda page: page.execute_script("return arguments[0].matches(':hover')", element))
+
+
+@pytest.fixture(scope="module")
+def exported(example: ExampleRun, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of prompt 1 as a file of its own."""
+    path = tmp_path_factory.mktemp("exported") / "prompt.html"
+    assert called("export-html", example.out, "--prompt", 1, "--to", path).status == 0
+    return path.as_uri()
+
+
+@pytest.fixture(params=["light", "dark"])
+def coloured(page: webdriver.Chrome, request: pytest.FixtureRequest) -> Iterator[webdriver.Chrome]:
+    def prefer(scheme: str) -> None:
+        wish = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", wish)
+
+    prefer(request.param)
+    yield page
+    prefer("")
+
+
+@pytest.mark.parametrize("of", ["serve", "export-html"])
+def test_a_row_of_a_heatmap_looks_the_same_under_the_pointer(
+    of: Literal["serve", "export-html"], coloured: webdriver.Chrome, address: str, exported: str
+):
+    page = coloured
+    page.get(f"{address}/prompt/1" if of == "serve" else exported)
+    page.execute_script(EVERY_STEP)
+    for row in page.find_elements("css selector", ".heat tbody tr"):
+        point_at(page, page.find_element("css selector", "h1"))
+        before = page.execute_script(LOOKS, row)
+        for cell in row.find_elements("css selector", "td[tabindex]"):
+            point_at(page, cell)
+            assert page.execute_script(LOOKS, row) == before
+            more = cell.find_element("css selector", ".more")
+            assert more.is_displayed()
+            assert more.text.startswith("layer ")
+            assert more.value_of_css_property("color") != more.value_of_css_property("background-color")
+        for shown in before:
+            assert_is_visible(shown)
+
+
+def assert_is_visible(shown: list[Any]) -> None:
+    tag, text, colour, background, visibility, opacity = shown
+    assert (visibility, opacity) == ("visible", "1"), text
+    if tag == "TD" and text:
+        assert colour != background, text
+
+
+@pytest.mark.parametrize("of", ["serve", "export-html"])
+def test_words_and_links_of_other_tables_stay_under_the_pointer(
+    of: Literal["serve", "export-html"], coloured: webdriver.Chrome, address: str, exported: str
+):
+    page = coloured
+    page.get(f"{address}/prompt/1" if of == "serve" else exported)
+    rows = page.find_elements("css selector", "table:not(.heat) tbody tr")
+    assert rows
+    for row in rows[:3]:
+        point_at(page, page.find_element("css selector", "h1"))
+        before = page.execute_script(LOOKS, row)
+        for cell in row.find_elements("css selector", "td"):
+            point_at(page, cell)
+            under = page.execute_script(LOOKS, row)
+            assert [shown[:2] for shown in under] == [shown[:2] for shown in before]
+            for shown in under:
+                assert_is_visible(shown)

@@ -94,6 +94,7 @@ def test_a_finished_run_says_so_until_a_shard_is_missing(directory: Directory):
 
 def test_the_card_has_a_config_for_each_table_and_true_numbers(directory: Directory):
     example = example_run(directory)
+    assert all(example.rows.values())
     card = directory.read("README.md").decode()
     _, front_matter, text = card.split("---\n", 2)
     configs = {config["config_name"]: config for config in yaml.safe_load(front_matter)["configs"]}
@@ -102,6 +103,16 @@ def test_the_card_has_a_config_for_each_table_and_true_numbers(directory: Direct
     assert f"| `tokens` | {len(example.rows['tokens'])} |" in text
     assert "7 prompts" in text
     assert "neither negated" in text
+
+
+def test_the_card_offers_only_what_can_be_loaded(directory: Directory):
+    run = open_with(directory, plan=Plan(prompts=4, shards=1, shard_prompts=4))
+    commit_shard(directory, 0, {}, first_prompt=0, prompts=4)
+    finish(run)
+    card = directory.read("README.md").decode()
+    assert "config_name" not in card
+    assert "load_dataset" not in card
+    assert "| `failures` | 0 |" in card
 
 
 def test_an_unfinished_run_says_so_on_its_card(directory: Directory):

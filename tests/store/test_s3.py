@@ -63,6 +63,20 @@ def _fetched(server: S3Server, name: str, folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["exp?/layers=[0,1]", "a*b"])
+def test_a_run_on_a_store_is_read_by_its_own_name(
+    name: str, server: S3Server, command: tuple[object, ...]
+) -> None:
+    out = f"s3://{BUCKET}/names/{name}"
+    for where in (f"s3://{BUCKET}/names/aXb", out, out):  # the third resumes
+        done = called(*command, "--out", where, "--executor", "local", "--limit", 4)
+        assert done.status == 0, done.stderr
+    counted = called("query", out, "--sql", "SELECT count(*) AS n FROM prompts", "--json")
+    assert (counted.status, counted.stdout) == (0, '{"n": 4}\n')
+    assert called("status", out).status == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["local", "ray"])
 def test_a_run_on_a_failing_store_gives_the_tables_of_a_local_run(
     executor: str, server: S3Server, command: tuple[object, ...], local: Path, tmp_path: Path

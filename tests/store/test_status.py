@@ -1,5 +1,6 @@
 """What `status` says of a run is what its directory holds."""
 
+import errno
 import json
 import os
 import subprocess
@@ -74,6 +75,22 @@ def test_a_lock_file_that_a_killed_driver_left_means_nothing(tmp_path: Path) -> 
     left = {"host": "here", "pid": os.getpid(), "since": "2026-01-01T00:00:00+00:00"}
     (tmp_path / "run" / "_driver.lock").write_text(json.dumps(left))
     assert run_status(str(tmp_path / "run")).state == "stopped"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_run_on_a_file_system_without_locks_has_a_status(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = example_run(directory(tmp_path), shards=3, committed=1)
+    (tmp_path / "run" / "_driver.lock").write_text("{}")
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert call(["status", example.out, "--json"]) == 0
+    fields = json.loads(capsys.readouterr().out)
+    assert (fields["state"], fields["driver"], fields["shards_committed"]) == ("stopped", None, 1)
 
 
 def test_looking_on_does_not_keep_a_driver_out(tmp_path: Path) -> None:
