@@ -1,14 +1,15 @@
 """The tables of `OUT/atlas/`: derived from a run's by `backlens atlas`, and rebuilt at will.
 
 The counts in them are of list entries: one token in the top or bottom list of one kept neuron for one prompt.
-Only kept neurons are counted, so a neuron that is missing for a prompt was below the cut-off, and not zero.
+Only kept neurons are counted, so a neuron that is missing for a prompt was below the cut-off, and not zero. Summaries
+count no list of a vector shorter than the run's `norm_floor` (in `run.json`): the final norm's bias leads such lists.
 """
 
 import pyarrow as pa
 
 from schemas.tables import KEYS, MODULE, NEURONS, POSITION, SCORES, TOKEN_IDS, TOKENS, Column, Table, list_of
 
-ATLAS_VERSION = 3
+ATLAS_VERSION = 4
 """Raised when a table here changes; an atlas of another version is not read but built again."""
 
 PROMPT_ID, LAYER, MODULE_COLUMN, EXPERT = KEYS
@@ -19,7 +20,7 @@ NEURON = Column(
 GRAD_NORM = Column("grad_norm", pa.float32(), "L2 norm of the neuron's gradient vector for that prompt.")
 COUNTS = list_of(pa.int64())
 DOUBLES = list_of(pa.float64())
-NO_TOKENS = "null if all its vectors are zero"
+NO_TOKENS = "null if no list of its is counted"
 
 ENTRY = (
     PROMPT_ID,
@@ -56,16 +57,24 @@ def _side_columns(side: str, of: str) -> tuple[Column, ...]:
             True,
         ),
         Column(
-            f"{side}_entropy",
-            pa.float64(),
-            f"Entropy of the tokens in its {of} lists, in bits; {NO_TOKENS}.",
+            f"{side}_own_ids",
+            TOKEN_IDS,
+            f"Up to 10 tokens of its own: they stand in more of its {of} lists than chance among the lists of its "
+            "layer's module explains, the largest log odds first; null if there is none.",
+            True,
+        ),
+        Column(f"{side}_own_counts", COUNTS, f"In how many prompts each of `{side}_own_ids` does.", True),
+        Column(
+            f"{side}_own_log_odds",
+            DOUBLES,
+            f"Smoothed log odds, in bits, of each of `{side}_own_ids` in its lists against those of its layer's "
+            "module.",
             True,
         ),
         Column(
-            f"{side}_specificity",
+            f"{side}_entropy",
             pa.float64(),
-            f"Kullback-Leibler divergence of the tokens in its {of} lists from those of its layer's module, in "
-            f"bits: the mean of log2 lift; {NO_TOKENS}.",
+            f"Entropy of the tokens in its {of} lists, in bits; {NO_TOKENS}.",
             True,
         ),
     )
@@ -156,6 +165,12 @@ NEURON_SUMMARY = Table(
             "The prompt_ids of up to 5 prompts with the largest norms, largest first.",
         ),
         Column("strongest_norms", SCORES, "The gradient norms in `strongest_prompts`."),
+        Column(
+            "lists",
+            pa.int64(),
+            "In how many of those prompts its lists are counted below: its vector is neither zero nor shorter than "
+            "the run's `norm_floor`.",
+        ),
         Column(
             "entries_norm",
             pa.float64(),

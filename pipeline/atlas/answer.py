@@ -1,5 +1,7 @@
 """What `Atlas` answers with: an Arrow table that a notebook shows as a static HTML table."""
 
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from html import escape
 from typing import Any
 
@@ -14,15 +16,23 @@ SHOWN_ROWS = 50
 class Answer:
     """The rows of an answer. It has what `pyarrow.Table` has, which cannot itself be derived from.
 
-    Where a real table is asked for, `answer.table` is it; what takes Arrow data by its protocol (`pyarrow.table`,
-    DuckDB, Polars, pandas 3) takes the answer itself.
+    Where a real table is asked for (`polars.from_arrow`), `answer.table` is it; what takes Arrow data by its protocol
+    (`pyarrow.table`, DuckDB, `polars.DataFrame`) or rows (`pandas.DataFrame`) takes the answer itself.
     """
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, count: Callable[[], int] | None = None) -> None:
+        """`count` says how many rows there are, if these are perhaps not all."""
         self.table = table
+        self._count = count
+
+    @cached_property
+    def total(self) -> int:
+        """How many rows there are without a limit; they are counted when this is first asked for."""
+        rows = self.table.num_rows
+        return rows if self._count is None else max(rows, self._count())
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "table":
+        if name.startswith("_") or name == "table":
             raise AttributeError(name)
         return getattr(self.table, name)
 
@@ -35,6 +45,11 @@ class Answer:
     def __len__(self) -> int:
         return self.table.num_rows
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rows."""
+        for batch in self.table.to_batches():
+            yield from batch.to_pylist()
+
     def __eq__(self, other: object) -> bool:
         return self.table.equals(other.table if isinstance(other, Answer) else other)
 
@@ -44,10 +59,10 @@ class Answer:
         return repr(self.table)
 
     def _repr_html_(self) -> str:
-        return table_html(self.table)
+        return table_html(self.table, self.total)
 
 
-def table_html(rows: pa.Table) -> str:
+def table_html(rows: pa.Table, total: int | None = None) -> str:
     """A table without script or style sheet. Tokens are escaped, their spaces visible, each in its own direction."""
     names = shown_columns(rows)
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
@@ -55,8 +70,11 @@ def table_html(rows: pa.Table) -> str:
         f"<tr>{''.join(map(_cell, row.values()))}</tr>"
         for row in rows.select(names).slice(0, SHOWN_ROWS).to_pylist()
     )
+    total = rows.num_rows if total is None else total
+    limited = f", {rows.num_rows:,} of them here (limit)" if total > rows.num_rows else ""
     shown = f"the first {SHOWN_ROWS} of " if rows.num_rows > SHOWN_ROWS else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{shown}{rows.num_rows:,} rows</p>"
+    said = f"{shown}{total:,} rows{limited}"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{said}</p>"
 
 
 def _cell(value: Any) -> str:

@@ -7,16 +7,17 @@
     atlas.sql("SELECT module, avg(grad_norm) FROM layers GROUP BY module", limit=100)
 
 All of them return Arrow tables (`Answer`: notebooks show them as HTML) and see the shards that were committed when the
-run was opened. They read the tables that `backlens atlas` wrote if those are of just these shards, and derive them on
-the way if not: slower, the same. Only what neurons' own weights say takes an atlas, for it comes from the model.
+run was opened. An answer has every row there is, but where `limit` is given; then `answer.total` says how many there
+are. They read the tables that `backlens atlas` wrote if those are of just these shards, and derive them on the way if
+not: slower, the same. Only what neurons' own weights say takes an atlas, for it comes from the model.
 "promoted" counts bottom lists, for an update subtracts gradients, and "demoted" top lists; both count kept neurons
 only (`cut_off`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, Self
 
 import duckdb
 import pyarrow as pa
@@ -27,12 +28,11 @@ from pipeline.atlas.answer import Answer, table_html
 from pipeline.atlas.database import MEMORY_LIMIT, Database, connection
 from pipeline.atlas.manifest import CutOff
 from pipeline.atlas.snapshot import Snapshot
-from pipeline.atlas.sql import run_select
+from pipeline.atlas.sql import count_rows, run_select
 from pipeline.errors import BacklensError
 from pipeline.store.files import Directory
 
 SECONDS = 60.0
-LIMIT = 100
 COLUMNS = ("relation", "subject", "target")
 """Columns of `prompts` that `groups` can go by; other words are keys of its `meta`."""
 
@@ -45,6 +45,17 @@ class Atlas:
         self.snapshot = Snapshot.open(out)
         self.seconds = seconds
         self.memory = memory
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back what questions keep open; a later question opens it anew."""
+        if (opened := self.__dict__.pop("_database", None)) is not None:
+            opened.close()
 
     def _repr_html_(self) -> str:
         """The run in a few rows, for notebooks."""
@@ -80,7 +91,7 @@ class Atlas:
         return str(manifest.weights) if manifest.weights.digest is None else None
 
     def by_token(
-        self, token: str, limit: int = LIMIT, layer: int | None = None, module: str | None = None
+        self, token: str, limit: int | None = None, layer: int | None = None, module: str | None = None
     ) -> Answer:
         """The neurons and positions in whose top or bottom lists `token` stands, the most prominent first.
 
@@ -89,35 +100,39 @@ class Atlas:
         return self._of_token(questions.TOKEN_PLACES, token, limit=limit, layer=layer, module=module)
 
     def token_neurons(
-        self, token: str, limit: int = LIMIT, layer: int | None = None, module: str | None = None
+        self, token: str, limit: int | None = None, layer: int | None = None, module: str | None = None
     ) -> Answer:
         """The neurons that gradients push toward `token` (promoted) or away from it, most often first."""
         return self._of_token(questions.TOKEN_NEURONS, token, limit=limit, layer=layer, module=module)
 
     def token_layers(
-        self, token: str, limit: int = LIMIT, layer: int | None = None, module: str | None = None
+        self, token: str, limit: int | None = None, layer: int | None = None, module: str | None = None
     ) -> Answer:
         """How often each layer's modules are pushed toward `token` and away from it, and in which neurons."""
         return self._of_token(questions.TOKEN_LAYERS, token, limit=limit, layer=layer, module=module)
 
-    def by_neuron(self, neuron: str | Neuron, limit: int = LIMIT) -> Answer:
+    def by_neuron(self, neuron: str | Neuron, limit: int | None = None) -> Answer:
         """What each prompt's gradient says to one neuron, the strongest first."""
         return self._of_neuron(questions.NEURON_PROMPTS, neuron, limit=limit)
 
-    def neuron_tokens(self, neuron: str | Neuron, limit: int = LIMIT) -> Answer:
+    def neuron_tokens(self, neuron: str | Neuron, limit: int | None = None) -> Answer:
         """The tokens in a neuron's lists: in how many prompts it is pushed toward them or away."""
         return self._of_neuron(questions.NEURON_TOKENS, neuron, limit=limit)
 
-    def neuron_summary(self, neuron: str | Neuron, limit: int = LIMIT) -> Answer:
+    def neuron_summary(self, neuron: str | Neuron, limit: int | None = None) -> Answer:
         """One row: how often it is kept, how strongly, what all prompts together say to it, and its own weights."""
         return self._of_neuron(questions.NEURON_SUMMARY, neuron, limit=limit)
 
-    def similar_neurons(self, neuron: str | Neuron, limit: int = LIMIT) -> Answer:
+    def similar_neurons(self, neuron: str | Neuron, limit: int | None = None) -> Answer:
         """The neurons of all layers that are told the same: by the cosine of their counts by side and token."""
         return self._of_neuron(questions.SIMILAR_NEURONS, neuron, limit=limit)
 
     def specific_neurons(
-        self, limit: int = LIMIT, layer: int | None = None, module: str | None = None, min_prompts: int = 5
+        self,
+        limit: int | None = None,
+        layer: int | None = None,
+        module: str | None = None,
+        min_prompts: int = 5,
     ) -> Answer:
         """The neurons whose tokens differ most from those of their layer's module, in bits.
 
@@ -139,7 +154,7 @@ class Atlas:
         return self._of_prompt(questions.HEATMAP, prompt_id, limit=limit, layer=layer, module=module)
 
     def prompt_neurons(
-        self, prompt_id: int, limit: int = LIMIT, layer: int | None = None, module: str | None = None
+        self, prompt_id: int, limit: int | None = None, layer: int | None = None, module: str | None = None
     ) -> Answer:
         """The neurons that are kept for a prompt, the strongest first."""
         return self._of_prompt(questions.PROMPT_NEURONS, prompt_id, limit=limit, layer=layer, module=module)
@@ -159,7 +174,7 @@ class Atlas:
     def prominent_tokens(
         self,
         prompt_id: int | None = None,
-        limit: int = LIMIT,
+        limit: int | None = None,
         layer: int | None = None,
         module: str | None = None,
     ) -> Answer:
@@ -198,14 +213,14 @@ class Atlas:
             snapshot.require_run()
         with connection(self.snapshot.database(self.memory, beside), self.seconds) as opened:
             names.check_place(self.snapshot, opened, layer, module)
-            given = {"limit": limit, "layer": layer, "module": module}
+            given = {"limit": None, "layer": layer, "module": module}
             rows = _select(opened, questions.COMPARE_RUNS, given)
             if rows.num_rows == 0:
                 raise BacklensError(
                     f"compare: {self.snapshot.directory} and {beside.directory} have no prompt in common at the "
                     "same layer and module; they must be of the same prompts (targets may differ)"
                 )
-            return Answer(rows)
+            return Answer(rows if limit is None else rows.slice(0, limit), lambda: rows.num_rows)
 
     def groups(
         self,
@@ -243,10 +258,19 @@ class Atlas:
         """Norms, ranks and entropies by layer, module and kind of position."""
         return self._ask(questions.LAYER_CURVES, limit=limit, layer=layer, module=module)
 
-    def sql(self, statement: str, limit: int = 1000) -> Answer:
-        """At most `limit` rows of one SELECT over the tables; nothing else is run."""
+    def sql(self, statement: str, limit: int | None = None, as_text: bool = False) -> Answer:
+        """The rows of one SELECT over the tables; nothing else is run.
+
+        `as_text` gives dates, intervals, blobs and what else JSON has no word for as DuckDB writes them.
+        """
+
+        def count() -> int:
+            with connection(self.snapshot.database(self.memory), self.seconds) as again:
+                return count_rows(again, statement)
+
         with connection(self.snapshot.database(self.memory), self.seconds) as opened:
-            return Answer(run_select(opened, statement, limit))
+            rows = run_select(opened, statement, limit, as_text)
+            return Answer(rows, count if limit is not None and rows.num_rows == limit else None)
 
     @cached_property
     def _database(self) -> Database:
@@ -267,20 +291,21 @@ class Atlas:
     def _of_token(self, question: str, token: str, **given: Any) -> Answer:
         with self.question() as opened:
             names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
-            return _answer(opened, question, given | {"ids": names.token_ids(opened, token)})
+            return _answer(opened, question, given | {"ids": names.token_ids(opened, token)}, self.question)
 
-    def _of_neuron(self, question: str, neuron: str | Neuron, limit: int) -> Answer:
+    def _of_neuron(self, question: str, neuron: str | Neuron, limit: int | None) -> Answer:
         wanted = parse_neuron(neuron) if isinstance(neuron, str) else neuron
         given = {"layer": wanted.layer, "module": wanted.module, "index": wanted.index}
         with self.question() as opened:
             names.check_neuron(self.snapshot, opened, wanted)
-            return _answer(opened, question, given | {"expert": wanted.expert, "limit": limit})
+            return _answer(opened, question, given | {"expert": wanted.expert, "limit": limit}, self.question)
 
     def _of_prompt(self, question: str, prompt_id: int, **given: Any) -> Answer:
-        with self._prompt_question(prompt_id) as opened:
+        asking = partial(self._prompt_question, prompt_id)
+        with asking() as opened:
             names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
             known = prompt_id if names.is_prompt_number(prompt_id) else None
-            answer = _answer(opened, question, given | {"prompt_id": known})
+            answer = _answer(opened, question, given | {"prompt_id": known}, asking)
             if answer.num_rows == 0:  # only now, for to look it up takes as long as half an answer
                 names.check_prompt(self.snapshot, opened, prompt_id)
             return answer
@@ -288,11 +313,25 @@ class Atlas:
     def _ask(self, question: str, **given: Any) -> Answer:
         with self.question() as opened:
             names.check_place(self.snapshot, opened, given.get("layer"), given.get("module"))
-            return _answer(opened, question, given)
+            return _answer(opened, question, given, self.question)
 
 
-def _answer(opened: duckdb.DuckDBPyConnection, question: str, given: Mapping[str, Any]) -> Answer:
-    return Answer(names.with_texts(opened, _select(opened, question, given)))
+Asking = Callable[[], AbstractContextManager[duckdb.DuckDBPyConnection]]
+"""Opens a run for one question."""
+
+
+def _answer(
+    opened: duckdb.DuckDBPyConnection, question: str, given: Mapping[str, Any], again: Asking
+) -> Answer:
+    """The answer; if there may be more rows than its limit, they are counted `again` when that is asked for."""
+    rows = names.with_texts(opened, _select(opened, question, given))
+
+    def count() -> int:
+        with again() as asked:
+            counted = f"SELECT count(*) AS rows FROM ({question})"
+            return _select(asked, counted, {**given, "limit": None})["rows"][0].as_py()
+
+    return Answer(rows, count if given.get("limit") == rows.num_rows else None)
 
 
 def _select(opened: duckdb.DuckDBPyConnection, question: str, given: Mapping[str, Any]) -> pa.Table:

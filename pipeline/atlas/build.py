@@ -44,6 +44,7 @@ from pipeline.atlas.piece import (
     recorded,
     view,
 )
+from pipeline.atlas.snapshot import norm_floor
 from pipeline.atlas.weights import NONE, NoWeights, WeightSource, find_weights
 from pipeline.errors import BacklensError
 from pipeline.store.commit import ShardCommit, committed
@@ -128,7 +129,7 @@ def build_atlas(
             for table in FACTS
         }
         model = weights if isinstance(weights, WeightSource) else None
-        work = Work(directory, facts, source, options.memory, model)
+        work = Work(directory, facts, source, options.memory, model, norm_floor(record))
         plan = _plan_line(len(commits), record.plan.shards, standing)
         files = _build(work, commits.values(), options, progress, plan)
         manifest = Manifest(

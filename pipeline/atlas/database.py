@@ -76,6 +76,7 @@ class Database:
         other: tuple[Directory, Files] | None = None,
         derived: Sequence[str] = tuple(ATLAS_TABLES),
         is_kept: bool = False,
+        norm_floor: float = 0.0,
     ) -> None:
         """`derived` are the tables of the atlas that will be asked for: to bind all takes longer than many a question.
 
@@ -102,6 +103,7 @@ class Database:
                 for name, table in TABLES.items():
                     is_loaded = is_kept and name == "vocab"
                     self._create(schema, name, table, tables.get(name), is_loaded=is_loaded)
+            self._opened.execute(lens_table(norm_floor))
             for name in derived:
                 self._create(MAIN, name, ATLAS_TABLES[name], files.get(name), DEFINITIONS.get(name))
             self._opened.execute("SET GLOBAL lock_configuration = true")
@@ -210,6 +212,11 @@ def _create_lost(opened: duckdb.DuckDBPyConnection, name: str, table: Table, los
     failing = f"error({sql_text(loss)})"
     selected = ", ".join(f'{failing}::{kind} AS "{column}"' for column, kind in columns)
     opened.execute(f"CREATE VIEW {name} AS SELECT {selected} FROM range(1) WHERE {failing} IS NULL")
+
+
+def lens_table(norm_floor: float) -> str:
+    """Makes the table `lens`, of one row, that definitions and questions read."""
+    return f"CREATE TABLE lens AS SELECT {norm_floor!r}::DOUBLE AS norm_floor"
 
 
 def read_parquet(paths: Sequence[str]) -> str:

@@ -2,8 +2,10 @@
 
 Without a current atlas a connection has them as views; `backlens atlas` writes what they select to files. So a
 question reads the same with and without an atlas, and its answer is the same. Only `neuron_weights` is not here:
-it comes from the model.
+it comes from the model. They read a table `lens` of one row besides, which holds the run's `norm_floor`.
 """
+
+from pipeline.atlas.evidence import TOLD, base, enough, evidence, log_odds
 
 PLACES = 5
 """How many prompts, or neurons, a summary names."""
@@ -51,13 +53,16 @@ FROM neurons
 def _spoken(side: str, name: str) -> str:
     """The columns of one side of `neuron_summary`."""
     first = f"FILTER (side = '{side}' AND nth <= {TOKENS})"
+    own = f"FILTER (side = '{side}' AND is_own AND own_nth <= {TOKENS})"
     whole = f"FILTER (side = '{side}')"
     return f"""
         list(token_id ORDER BY nth) {first} AS {name}_ids,
         list(entries ORDER BY nth) {first} AS {name}_counts,
         list(share / base ORDER BY nth) {first} AS {name}_lifts,
-        abs(sum(share * log2(share)) {whole}) AS {name}_entropy,
-        sum(share * log2(share / base)) {whole} AS {name}_specificity
+        list(token_id ORDER BY own_nth) {own} AS {name}_own_ids,
+        list(entries ORDER BY own_nth) {own} AS {name}_own_counts,
+        list(log_odds ORDER BY own_nth) {own} AS {name}_own_log_odds,
+        abs(sum(share * log2(share)) {whole}) AS {name}_entropy
     """
 
 
@@ -79,28 +84,50 @@ WITH ordered AS (
     FROM ordered GROUP BY layer, module, expert, neuron
 ), counted AS (
     SELECT layer, module, expert, neuron, side, token_id, count(*) AS entries
-    FROM neuron_topk GROUP BY layer, module, expert, neuron, side, token_id
+    FROM neuron_topk WHERE {TOLD} GROUP BY layer, module, expert, neuron, side, token_id
+), heard AS (
+    SELECT layer, module, expert, neuron, count(*) AS lists
+    FROM neuron_topk WHERE {TOLD} AND side = 'top' AND place = 0 GROUP BY layer, module, expert, neuron
+), units AS (
+    SELECT layer, module, sum(lists) AS unit_lists, count(*) AS unit_neurons FROM heard GROUP BY layer, module
 ), bases AS (
-    SELECT layer, module, side, token_id, entries / sum(entries) OVER (PARTITION BY layer, module, side) AS base
+    SELECT
+        layer, module, side, token_id,
+        entries / sum(entries) OVER (PARTITION BY layer, module, side) AS base,
+        {base("entries", "unit_lists")} AS list_base,
+        {enough("unit_neurons * count(*) OVER (PARTITION BY layer, module)")} AS enough
     FROM (
         SELECT layer, module, side, token_id, sum(entries) AS entries
         FROM counted GROUP BY layer, module, side, token_id
-    )
+    ) JOIN units USING (layer, module)
+), compared AS (
+    SELECT
+        counted.*, lists, base, {log_odds("entries", "lists", "list_base")} AS log_odds,
+        {evidence("entries", "lists", "list_base")} >= enough AS is_own
+    FROM counted JOIN bases USING (layer, module, side, token_id)
+    JOIN heard
+    ON counted.layer = heard.layer AND counted.module = heard.module AND counted.neuron = heard.neuron
+        AND counted.expert IS NOT DISTINCT FROM heard.expert
 ), shares AS (
     SELECT
-        counted.*, base,
+        *,
         entries / sum(entries) OVER (PARTITION BY layer, module, expert, neuron, side) AS share,
         row_number() OVER (
             PARTITION BY layer, module, expert, neuron, side ORDER BY entries DESC, token_id
-        ) AS nth
-    FROM counted JOIN bases USING (layer, module, side, token_id)
+        ) AS nth,
+        row_number() OVER (
+            PARTITION BY layer, module, expert, neuron, side, is_own ORDER BY log_odds DESC, entries DESC, token_id
+        ) AS own_nth
+    FROM compared
 ), spoken AS (
     SELECT
-        layer, module, expert, neuron, sqrt(sum(entries * entries)::DOUBLE) AS length,
+        layer, module, expert, neuron, any_value(lists) AS lists, sqrt(sum(entries * entries)::DOUBLE) AS length,
         {_spoken("bottom", "promoted")}, {_spoken("top", "demoted")}
     FROM shares GROUP BY layer, module, expert, neuron
 )
-SELECT kept.*, coalesce(length, 0) AS entries_norm, spoken.* EXCLUDE (layer, module, expert, neuron, length)
+SELECT
+    kept.*, coalesce(lists, 0) AS lists, coalesce(length, 0) AS entries_norm,
+    spoken.* EXCLUDE (layer, module, expert, neuron, lists, length)
 FROM kept LEFT JOIN spoken
 ON kept.layer = spoken.layer AND kept.module = spoken.module AND kept.neuron = spoken.neuron
     AND kept.expert IS NOT DISTINCT FROM spoken.expert
@@ -118,7 +145,7 @@ def _pushed(side: str, name: str) -> str:
 TOKEN_SUMMARY = f"""
 WITH counted AS (
     SELECT token_id, layer, module, expert, neuron, side, count(*) AS entries
-    FROM token_topk GROUP BY token_id, layer, module, expert, neuron, side
+    FROM token_topk WHERE {TOLD} GROUP BY token_id, layer, module, expert, neuron, side
 ), ordered AS (
     SELECT *, row_number() OVER (
         PARTITION BY token_id, layer, module, expert, side ORDER BY entries DESC, neuron
@@ -134,7 +161,7 @@ WITH counted AS (
     FROM ordered GROUP BY token_id, layer, module, expert
 ), prompted AS (
     SELECT token_id, layer, module, expert, count(DISTINCT prompt_id) AS prompts
-    FROM token_topk GROUP BY token_id, layer, module, expert
+    FROM token_topk WHERE {TOLD} GROUP BY token_id, layer, module, expert
 )
 SELECT summed.*, prompts
 FROM summed JOIN prompted

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.plain import json_text
 from pipeline.store.commit import ShardCommit
 from pipeline.store.files import Directory
 from pipeline.store.parquet import FileRecord
@@ -84,7 +85,7 @@ class Manifest:
         return {table: sum(file.bytes for file in files) for table, files in self.files.items()}
 
     def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
+        return (json_text(asdict(self), indent=1) + "\n").encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> "Manifest":

@@ -18,11 +18,12 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.atlas.database import LiteralPaths, first_line, read_parquet, sql_text
+from pipeline.atlas.database import LiteralPaths, first_line, lens_table, read_parquet, sql_text
 from pipeline.atlas.derive import DEFINITIONS
 from pipeline.atlas.losses import find_loss
 from pipeline.atlas.manifest import ATLAS
 from pipeline.errors import BacklensError
+from pipeline.plain import json_text
 from pipeline.store.files import Directory
 from pipeline.store.parquet import ROW_GROUP_ROWS, FileRecord, file_checksum, writer_options
 from schemas.atlas import ATLAS_TABLES, PROMPT_TABLES
@@ -70,6 +71,7 @@ class Work:
     source: str
     memory: str
     weights: "WeightSource | None"
+    norm_floor: float = 0.0
     threads: int | None = None
     """DuckDB's, in each process; None for one a core."""
 
@@ -120,7 +122,7 @@ def build_pieces(
         else:
             made = _derived_files(work, piece, files)
         content = {**asdict(piece), "files": {table: asdict(record) for table, record in made.items()}}
-        work.directory.write_atomically(work.record(piece), json.dumps(content, indent=1).encode())
+        work.directory.write_atomically(work.record(piece), json_text(content, indent=1).encode())
         yield piece, made
 
 
@@ -227,6 +229,7 @@ def connected(work: Work) -> Iterator[duckdb.DuckDBPyConnection]:
         opened.execute("SET preserve_insertion_order = false")
         with _spilling(work.directory) as folder:
             opened.execute(f"SET temp_directory = {sql_text(folder)}")
+            opened.execute(lens_table(work.norm_floor))
             yield opened
     except duckdb.OutOfMemoryException as error:
         raise BacklensError(f"atlas: {first_line(error)}; give it more with --memory") from error

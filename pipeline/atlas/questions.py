@@ -1,5 +1,7 @@
 """The SELECTs behind the questions of `Atlas`. Values are bound, `$name`; ties are settled by the keys."""
 
+from pipeline.atlas.evidence import TOLD, base, enough, evidence, log_odds
+
 FILTER = """
 ($layer IS NULL OR layer = $layer) AND ($module IS NULL OR module = $module)
 """
@@ -26,16 +28,42 @@ ORDER BY {PROMINENCE}
 """
 
 TOKEN_NEURONS = f"""
+WITH mine AS (
+    SELECT
+        layer, module, expert, neuron,
+        count(*) FILTER (side = 'bottom') AS promoted,
+        count(*) FILTER (side = 'top') AS demoted,
+        count(DISTINCT prompt_id) AS prompts,
+        min(place) AS best_place
+    FROM token_topk
+    WHERE {THE_TOKEN} AND {TOLD} AND {FILTER}
+    GROUP BY layer, module, expert, neuron
+), units AS (
+    SELECT layer, module, sum(lists) AS unit_lists, count(*) AS unit_neurons
+    FROM neuron_summary WHERE {FILTER} GROUP BY layer, module
+), bases AS (
+    SELECT
+        layer, module, {base("sum(promoted)", "any_value(unit_lists)")} AS promoted_base,
+        {base("sum(demoted)", "any_value(unit_lists)")} AS demoted_base,
+        {enough("2 * any_value(unit_neurons)")} AS enough
+    FROM mine JOIN units USING (layer, module) GROUP BY layer, module
+), compared AS (
+    SELECT
+        mine.*, lists,
+        CASE WHEN {evidence("least(promoted, lists)", "lists", "promoted_base")} >= enough
+        THEN {log_odds("least(promoted, lists)", "lists", "promoted_base")} END AS promoted_log_odds,
+        CASE WHEN {evidence("least(demoted, lists)", "lists", "demoted_base")} >= enough
+        THEN {log_odds("least(demoted, lists)", "lists", "demoted_base")} END AS demoted_log_odds
+    FROM mine JOIN bases USING (layer, module)
+    JOIN neuron_summary s
+    ON mine.layer = s.layer AND mine.module = s.module AND mine.neuron = s.neuron
+        AND mine.expert IS NOT DISTINCT FROM s.expert
+)
 SELECT
-    layer, module, expert, neuron,
-    count(*) FILTER (side = 'bottom') AS promoted,
-    count(*) FILTER (side = 'top') AS demoted,
-    count(DISTINCT prompt_id) AS prompts,
-    min(place) AS best_place
-FROM token_topk
-WHERE {THE_TOKEN} AND {FILTER}
-GROUP BY layer, module, expert, neuron
-ORDER BY promoted + demoted DESC, layer, module, expert, neuron
+    layer, module, expert, neuron, promoted, demoted, compared.prompts, lists, best_place,
+    greatest(promoted_log_odds, demoted_log_odds) AS log_odds
+FROM compared
+ORDER BY log_odds DESC NULLS LAST, promoted + demoted DESC, layer, module, expert, neuron
 LIMIT $limit
 """
 
@@ -81,7 +109,7 @@ WITH counted AS (
         count(*) FILTER (side = 'top') AS demoted,
         min(place) AS best_place,
         count(DISTINCT prompt_id) AS prompts
-    FROM neuron_topk WHERE {THE_NEURON}
+    FROM neuron_topk WHERE {THE_NEURON} AND {TOLD}
     GROUP BY token_id
 )
 SELECT token_id, token, promoted, demoted, prompts, best_place
@@ -106,12 +134,13 @@ SIMILAR_NEURONS = f"""
 WITH mine AS (
     SELECT
         token_id, count(*) FILTER (side = 'top') AS top, count(*) FILTER (side = 'bottom') AS bottom
-    FROM neuron_topk WHERE {THE_NEURON} GROUP BY token_id
+    FROM neuron_topk WHERE {THE_NEURON} AND {TOLD} GROUP BY token_id
 ), products AS (
     -- An entry a row on their side, so that nothing is counted before the sum: counts are many, neurons few.
     SELECT
         layer, module, expert, neuron, sum(CASE WHEN side = 'top' THEN top ELSE bottom END)::DOUBLE AS product
     FROM token_topk JOIN mine USING (token_id)
+    WHERE {TOLD}
     GROUP BY layer, module, expert, neuron
 ), nearest AS (
     SELECT
@@ -127,7 +156,7 @@ WITH mine AS (
 ), shared AS (
     SELECT n.layer, n.module, n.expert, n.neuron, count(DISTINCT token_id) AS shared_tokens
     FROM neuron_topk s JOIN mine USING (token_id) JOIN nearest n ON {SAME_NEURON}
-    WHERE CASE WHEN side = 'top' THEN top ELSE bottom END > 0
+    WHERE CASE WHEN side = 'top' THEN top ELSE bottom END > 0 AND s.{TOLD}
     GROUP BY n.layer, n.module, n.expert, n.neuron
 ), counted AS (
     SELECT n.*, shared_tokens FROM nearest n JOIN shared s ON {SAME_NEURON}
@@ -142,11 +171,12 @@ ORDER BY similarity DESC, n.layer, n.module, n.expert, n.neuron
 SPECIFIC_NEURONS = f"""
 SELECT
     layer, module, expert, neuron,
-    greatest(promoted_specificity, demoted_specificity) AS specificity,
-    prompts, grad_norm_mean, promoted_ids, promoted_counts, promoted_lifts, demoted_ids, demoted_counts,
-    demoted_lifts
+    greatest(promoted_own_log_odds[1], demoted_own_log_odds[1]) AS specificity,
+    prompts, lists, grad_norm_mean, promoted_own_ids AS promoted_ids, promoted_own_counts AS promoted_counts,
+    promoted_own_log_odds AS promoted_log_odds, demoted_own_ids AS demoted_ids,
+    demoted_own_counts AS demoted_counts, demoted_own_log_odds AS demoted_log_odds
 FROM neuron_summary
-WHERE prompts >= $min_prompts AND entries_norm > 0 AND {FILTER}
+WHERE prompts >= $min_prompts AND (promoted_own_ids IS NOT NULL OR demoted_own_ids IS NOT NULL) AND {FILTER}
 ORDER BY specificity DESC, layer, module, expert, neuron
 LIMIT $limit
 """
@@ -184,7 +214,10 @@ LIMIT $limit
 PROMINENT_IN_PROMPT = f"""
 WITH listed AS (
     SELECT layer, unnest(['top', 'bottom']) AS side, unnest([top_ids, bottom_ids]) AS ids
-    FROM prompt_tokens WHERE prompt_id = $prompt_id AND {FILTER}
+    FROM prompt_tokens
+    WHERE prompt_id = $prompt_id AND {FILTER}
+        AND CASE WHEN module IN ('mlp.down', 'attn.o') THEN vjp_norm ELSE input_norm END
+            >= (SELECT norm_floor FROM lens)
 ), places AS (
     SELECT layer, side, unnest(ids) AS token_id, generate_subscripts(ids, 1) - 1 AS place FROM listed
 )
@@ -198,15 +231,39 @@ LIMIT $limit
 """
 
 PROMINENT_TOKENS = f"""
+WITH counted AS (
+    -- By prompts, not lists: the lists of one prompt's neurons are much alike.
+    SELECT token_id, layer, module, least(sum(prompts), (SELECT count(*) FROM prompts)) AS found
+    FROM token_summary GROUP BY token_id, layer, module
+), bases AS (
+    SELECT
+        token_id,
+        {base("sum(found)", "(SELECT count(DISTINCT (layer, module)) FROM counted) * (SELECT count(*) FROM prompts)")}
+        AS base
+    FROM counted GROUP BY token_id
+), compared AS (
+    SELECT
+        token_id, layer, module,
+        CASE WHEN {evidence("found", "all_prompts", "base")} >= {enough("(SELECT count(*) FROM counted)")}
+        THEN {log_odds("found", "all_prompts", "base")} END AS log_odds
+    FROM counted JOIN bases USING (token_id) CROSS JOIN (SELECT count(*) AS all_prompts FROM prompts)
+), strongest AS (
+    SELECT
+        token_id, max(log_odds) AS log_odds,
+        first(layer ORDER BY log_odds DESC NULLS LAST, layer, module) AS most_layer,
+        first(module ORDER BY log_odds DESC NULLS LAST, layer, module) AS most_module
+    FROM compared WHERE {FILTER} GROUP BY token_id
+)
 SELECT
     token_id, token,
     sum(promoted)::BIGINT AS promoted, sum(demoted)::BIGINT AS demoted,
     count(DISTINCT layer) AS layers, min(layer) AS first_layer, max(layer) AS last_layer,
-    max(promoted + demoted) AS most_in_a_module
-FROM token_summary LEFT JOIN vocab USING (token_id)
+    max(promoted + demoted) AS most_in_a_module, any_value(log_odds) AS log_odds, any_value(most_layer) AS most_layer,
+    any_value(most_module) AS most_module
+FROM token_summary JOIN strongest USING (token_id) LEFT JOIN vocab USING (token_id)
 WHERE {FILTER}
 GROUP BY token_id, token
-ORDER BY most_in_a_module DESC, token_id
+ORDER BY log_odds DESC NULLS LAST, most_in_a_module DESC, token_id
 LIMIT $limit
 """
 

@@ -86,7 +86,9 @@ class Snapshot:
     ) -> Database:
         """These tables, and those of `other` in the schema `other`."""
         beside = None if other is None else (other.directory, other.files)
-        return Database(self.directory, self.files, memory, beside, is_kept=is_kept)
+        return Database(
+            self.directory, self.files, memory, beside, is_kept=is_kept, norm_floor=norm_floor(self.record)
+        )
 
     def prompt_database(self, prompt_id: int, memory: str = MEMORY_LIMIT) -> Database:
         """What questions about one prompt read where there is no atlas: the tables of its shard.
@@ -100,4 +102,11 @@ class Snapshot:
             if table != "vocab"
         }
         files = own | {"vocab": self.files["vocab"]} if own["prompts"] else self.files
-        return Database(self.directory, files, memory, derived=PROMPT_TABLES)
+        return Database(
+            self.directory, files, memory, derived=PROMPT_TABLES, norm_floor=norm_floor(self.record)
+        )
+
+
+def norm_floor(record: RunRecord) -> float:
+    """The L2 norm below which a vector's lists are led by the final norm's bias; 0 where a run does not say."""
+    return float(record.model.get("norm_floor") or 0.0)

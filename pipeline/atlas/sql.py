@@ -13,6 +13,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+from duckdb.sqltypes import DuckDBPyType
 
 from pipeline.errors import BacklensError
 from schemas.atlas import ATLAS_TABLES
@@ -37,11 +38,66 @@ TABLE_FUNCTIONS = {
 }
 """What may stand in FROM besides tables. None of them opens a file or takes SQL as a string."""
 
+PLAIN_TYPES = {
+    *("boolean", "tinyint", "smallint", "integer", "bigint", "hugeint"),
+    *("utinyint", "usmallint", "uinteger", "ubigint", "float", "double", "varchar", "enum", "null"),
+}
+"""Those that JSON has; `uhugeint` is not among them, for Arrow has no integer that holds it."""
+DIGITS_OF_A_DOUBLE = 15
+"""Decimal digits that every double gives back."""
 
-def run_select(opened: duckdb.DuckDBPyConnection, statement: str, limit: int) -> pa.Table:
-    """At most `limit` rows of a stranger's SELECT."""
-    # As a subquery: there DuckDB itself refuses what writes.
-    return opened.sql(checked_query(opened, statement)).limit(limit).to_arrow_table()
+
+def run_select(
+    opened: duckdb.DuckDBPyConnection, statement: str, limit: int | None = None, as_text: bool = False
+) -> pa.Table:
+    """The rows of a stranger's SELECT, at most `limit`; `as_text` as `text_columns` has it."""
+    # As a subquery: there DuckDB itself refuses what writes, and names apart columns of one name.
+    rows = opened.sql(f"FROM ({checked_query(opened, statement)})")
+    rows = rows.project(text_columns(rows)) if as_text else rows
+    return (rows if limit is None else rows.limit(limit)).to_arrow_table()
+
+
+def count_rows(opened: duckdb.DuckDBPyConnection, statement: str) -> int:
+    """How many rows a stranger's SELECT has."""
+    ((rows,),) = opened.sql(f"SELECT count(*) FROM ({checked_query(opened, statement)})").fetchall()
+    return rows
+
+
+def text_columns(rows: duckdb.DuckDBPyRelation) -> str:
+    """The columns for a SELECT from `rows` in the types that JSON has: no value is lost in Arrow or Python then.
+
+    Dates, times, intervals, blobs, bits and the like are DuckDB's own text; so are decimals that no double holds.
+    """
+    columns = [
+        f"CAST({name} AS {_text_type(of)}) AS {name}" if _text_type(of) != str(of) else name
+        for name, of in zip(map(_quoted, rows.columns), rows.types, strict=True)
+    ]
+    return ", ".join(columns)
+
+
+def _text_type(of: DuckDBPyType) -> str:
+    """The type that a value of this one is shown in."""
+    if of.id in PLAIN_TYPES:
+        return str(of)
+    parts: dict[str, Any] = (
+        dict(of.children) if of.id in ("decimal", "list", "array", "struct", "map") else {}
+    )
+    if of.id == "decimal":
+        if parts["scale"] == 0:
+            return "HUGEINT"
+        return "DOUBLE" if parts["precision"] <= DIGITS_OF_A_DOUBLE else "VARCHAR"
+    if of.id == "list":
+        return f"{_text_type(parts['child'])}[]"
+    if of.id == "array":
+        return f"{_text_type(parts['child'])}[{parts['size']}]"
+    if of.id == "struct":
+        fields = ", ".join(f"{_quoted(name)} {_text_type(part)}" for name, part in parts.items())
+        return f"STRUCT({fields})"
+    return f"MAP(VARCHAR, {_text_type(parts['value'])})" if of.id == "map" else "VARCHAR"
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 def checked_query(opened: duckdb.DuckDBPyConnection, statement: str) -> str:

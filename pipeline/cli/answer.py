@@ -1,13 +1,13 @@
 """`backlens query`: one question, answered as a table, JSON lines or CSV."""
 
-import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.csv
-from rich.console import Console
 from rich.table import Table
 
 from pipeline.atlas.address import Neuron, parse_neuron
@@ -16,9 +16,14 @@ from pipeline.atlas.atlas import Atlas
 from pipeline.atlas.database import MEMORY_LIMIT, TooLarge
 from pipeline.atlas.text import cell_text, shown_columns, visible
 from pipeline.cli.bounded import bounded_memory, bytes_of
+from pipeline.cli.terminal import WIDE, console, say, say_json
 from pipeline.errors import BacklensError, nearest
+from pipeline.plain import json_text
 
 Style = Literal["table", "json", "csv"]
+ROWS = 20
+"""Of a table, where no --limit is given; JSON and CSV have all."""
+BATCH = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,7 @@ class Question:
     module: str | None = None
     position: int | None = None
     min_prompts: int = 5
-    limit: int = 20
+    limit: int | None = None
     memory: str = MEMORY_LIMIT
 
 
@@ -52,10 +57,12 @@ SHOWS = {
 def print_answer(out: str, question: Question, style: Style) -> int:
     """Answer the one question that is asked and return the exit status."""
     kind = _kind(question)
+    if style == "table" and question.limit is None:
+        question = replace(question, limit=ROWS)
     bytes_of(question.memory)
     atlas = Atlas(out, memory=question.memory)
     if atlas.note:
-        print(atlas.note, file=sys.stderr)
+        say(atlas.note, stderr=True)
     show = _show(question, kind)
     try:
         answer = _answer(atlas, question, kind, show)  # first, so that nothing is printed before a refusal
@@ -65,11 +72,11 @@ def print_answer(out: str, question: Question, style: Style) -> int:
         _print_prompt(atlas.prompt(question.prompt).to_pylist()[0])
         if question.compare is not None:
             _print_prompt(atlas.prompt(_prompt_number(question.compare)).to_pylist()[0])
-    _print(answer.table, style)
+    _print(answer, style)
     if style == "table" and _is_of_neurons(kind, show):
-        print(atlas.cut_off)
+        say(atlas.cut_off)
     if style == "table" and show == "summary" and atlas.weights_note:
-        print(atlas.weights_note)
+        say(atlas.weights_note)
     return 0
 
 
@@ -91,7 +98,7 @@ def _kind(question: Question) -> str:
         )
     if question.sql is not None and (question.layer is not None or question.module is not None):
         raise BacklensError("--layer, --module: do not go with --sql; say it in the SELECT")
-    if question.limit < 1:
+    if question.limit is not None and question.limit < 1:
         raise BacklensError(f"--limit {question.limit}: give 1 or more")
     kind = "run" if of_run else named[0].removeprefix("--")
     if question.compare is not None and kind not in ("prompt", "run"):
@@ -121,7 +128,7 @@ def _answer(atlas: Atlas, question: Question, kind: str, show: str) -> Answer:
     within = {"limit": question.limit, "layer": question.layer, "module": question.module}
     if question.sql is not None:
         with bounded_memory(question.memory):
-            return atlas.sql(question.sql, question.limit)
+            return atlas.sql(question.sql, question.limit, as_text=True)
     if question.token is not None:
         return _of_token(atlas, question.token, show, within)
     if question.neuron is not None:
@@ -156,7 +163,7 @@ def _refuse_contradiction(question: Question, neuron: Neuron) -> None:
             )
 
 
-def _of_neuron(atlas: Atlas, neuron: str, show: str, limit: int) -> Answer:
+def _of_neuron(atlas: Atlas, neuron: str, show: str, limit: int | None) -> Answer:
     if show == "tokens":
         return atlas.neuron_tokens(neuron, limit)
     if show == "summary":
@@ -186,42 +193,57 @@ def _is_of_neurons(kind: str, show: str) -> bool:
     return kind == "neuron" or show in ("neurons", "layers", "specific") or (kind, show) == ("run", "tokens")
 
 
-def _print(answer: pa.Table, style: Style) -> None:
+def _print(answer: Answer, style: Style) -> None:
     if style == "json":
-        for row in answer.to_pylist():
-            print(json.dumps(row, ensure_ascii=False, default=_as_json))
+        for batch in answer.table.to_batches(max_chunksize=BATCH):
+            for row in batch.to_pylist(maps_as_pydicts="strict"):
+                say_json(row)
     elif style == "csv":
-        flat = [[_cell_text(value) for value in column.to_pylist()] for column in answer.columns]
-        pyarrow.csv.write_csv(pa.table(dict(zip(answer.column_names, flat, strict=True))), sys.stdout.buffer)
+        _print_csv(answer.table)
     else:
         _print_table(answer)
 
 
-def _print_table(answer: pa.Table) -> None:
-    names = shown_columns(answer)
+def _print_csv(answer: pa.Table) -> None:
+    """In UTF-8, as it is in the tables; on a terminal, with its control characters escaped."""
+    written = BytesIO() if sys.stdout.isatty() else sys.stdout.buffer
+    flat = pa.schema([(field.name, _in_one_cell(field.type)) for field in answer.schema])
+    with pyarrow.csv.CSVWriter(written, flat) as writer:
+        for batch in answer.to_batches(max_chunksize=BATCH):
+            columns = list(_flattened(batch))
+            writer.write_batch(pa.record_batch(columns, flat))
+    if isinstance(written, BytesIO):
+        say(written.getvalue().decode(), end="")
+
+
+def _in_one_cell(of: pa.DataType) -> pa.DataType:
+    return pa.string() if pa.types.is_nested(of) or pa.types.is_dictionary(of) else of
+
+
+def _flattened(batch: pa.RecordBatch) -> Iterator[pa.Array]:
+    """The columns, those of lists and structs as JSON."""
+    for column in batch.columns:
+        if pa.types.is_nested(column.type):
+            values = column.to_pylist(maps_as_pydicts="strict")
+            yield pa.array([None if value is None else json_text(value) for value in values], pa.string())
+        else:
+            yield column.cast(_in_one_cell(column.type))
+
+
+def _print_table(answer: Answer) -> None:
+    names = shown_columns(answer.table)
     table = Table(*names)
     for column in table.columns:
         column.overflow = "fold"
-    for row in answer.select(names).to_pylist():
+    for row in answer.table.select(names).to_pylist():
         table.add_row(*(cell_text(value) for value in row.values()))
-    # Off a terminal there is no width to fit into: a narrow default would fold every cell.
-    width = None if sys.stdout.isatty() else 400
-    Console(width=width, markup=False, highlight=False).print(table)
-    print(f"{answer.num_rows:,} rows")
+    console(wide=WIDE).print(table)
+    rows, total = answer.table.num_rows, answer.total
+    say(f"{rows:,} rows" if rows >= total else f"{rows:,} of {total:,} rows (--limit)")
 
 
 def _print_prompt(row: dict[str, Any]) -> None:
-    print(f"prompt {row['prompt_id']}: {visible(row['prompt'])} → {visible(row['target'])}")
-    print(
+    say(f"prompt {row['prompt_id']}: {visible(row['prompt'])} → {visible(row['target'])}")
+    say(
         f"loss {row['loss']:.3f}, target probability {row['target_prob']:.3g}, target rank {row['target_rank']}"
     )
-
-
-def _cell_text(value: Any) -> Any:
-    return (
-        json.dumps(value, ensure_ascii=False, default=_as_json) if isinstance(value, list | dict) else value
-    )
-
-
-def _as_json(value: Any) -> Any:
-    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)

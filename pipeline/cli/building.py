@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -13,6 +12,7 @@ from pipeline.atlas.build import BuildOptions, build_atlas
 from pipeline.atlas.build import Progress as ProgressProtocol
 from pipeline.atlas.manifest import ATLAS, Manifest
 from pipeline.cli.sizes import human_bytes
+from pipeline.cli.terminal import WIDE, console, say
 from pipeline.store.files import Directory
 
 
@@ -22,7 +22,7 @@ def print_atlas(out: str, options: BuildOptions, as_json: bool) -> int:
     with _shown_progress() as progress:
         manifest = build_atlas(directory, progress, options)
     if as_json:
-        print(manifest.to_json().decode(), end="")
+        say(manifest.to_json().decode(), end="")
     else:
         _print(directory, manifest)
     return 0
@@ -35,7 +35,7 @@ def _shown_progress() -> Iterator[ProgressProtocol]:
         yield _Lines()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=console(stderr=True)) as bar:
         yield _Bar(bar)
 
 
@@ -44,7 +44,7 @@ class _Bar:
         self._bar = bar
 
     def planned(self, text: str, pieces: int) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(text, highlight=False)
         self._task = self._bar.add_task("layers", total=pieces)
 
     def finished(self, piece: str, pieces: int, kept: bool) -> None:
@@ -54,17 +54,17 @@ class _Bar:
 class _Lines:
     def planned(self, text: str, pieces: int) -> None:
         self._done = 0
-        print(text, file=sys.stderr, flush=True)
+        say(text, stderr=True)
 
     def finished(self, piece: str, pieces: int, kept: bool) -> None:
         self._done += 1
         before = " (done before)" if kept else ""
-        print(f"{self._done} of {pieces} pieces: {piece}{before}", file=sys.stderr, flush=True)
+        say(f"{self._done} of {pieces} pieces: {piece}{before}", stderr=True)
 
 
 def _print(directory: Directory, manifest: Manifest) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 400, highlight=False, markup=False)
-    console.print(f"{directory}/{ATLAS}: of {manifest.shards:,} shards, built in {manifest.seconds:.1f} s")
+    shown = console(wide=WIDE)
+    shown.print(f"{directory}/{ATLAS}: of {manifest.shards:,} shards, built in {manifest.seconds:.1f} s")
     table = Table("table", "rows", "size", "files")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -72,10 +72,10 @@ def _print(directory: Directory, manifest: Manifest) -> None:
     for name, rows in manifest.rows.items():
         table.add_row(name, f"{rows:,}", human_bytes(sizes[name]), str(len(manifest.files[name])))
     table.add_row("all", f"{sum(manifest.rows.values()):,}", human_bytes(sum(sizes.values())), "")
-    console.print(table)
-    console.print(str(manifest.cut_off))
-    console.print(str(manifest.weights), soft_wrap=True)
-    console.print("Next:")
+    shown.print(table)
+    shown.print(str(manifest.cut_off))
+    shown.print(str(manifest.weights), soft_wrap=True)
+    shown.print("Next:")
     out = shlex.quote(str(directory))
-    console.print(f"  backlens query {out} --show specific", soft_wrap=True)
-    console.print(f"  backlens query {out} --show curves --module mlp.down", soft_wrap=True)
+    shown.print(f"  backlens query {out} --show specific", soft_wrap=True)
+    shown.print(f"  backlens query {out} --show curves --module mlp.down", soft_wrap=True)

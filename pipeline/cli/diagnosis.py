@@ -1,18 +1,18 @@
 """What `backlens doctor` prints: its table, or the blocks that it does not know and a description to edit."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.cli.terminal import WIDE, console, say, say_json
 from pipeline.config import RunConfig
 from pipeline.doctor.check import Check
 from pipeline.doctor.examine import Diagnosis, Note, examine
 from pipeline.models.draft import SeenBlock
+from pipeline.plain import printable
 
 COLOURS = {"pass": "green", "FAIL": "bold red", "info": "cyan", "skip": "dim"}
 
@@ -22,7 +22,7 @@ def print_diagnosis(config: RunConfig, as_json: bool) -> int:
     with _shown_notes() as note:
         diagnosis = examine(config, note)
     if as_json:
-        print(json.dumps(diagnosis.as_json(), ensure_ascii=False, indent=2))
+        say_json(diagnosis.as_json(), indent=2)
     else:
         _print(diagnosis)
     return 0 if diagnosis.healthy else 1
@@ -32,27 +32,24 @@ def print_diagnosis(config: RunConfig, as_json: bool) -> int:
 def _shown_notes() -> Iterator[Note]:
     """On standard error: the last one beside a spinner on a terminal, a line each elsewhere."""
     if not sys.stderr.isatty():
-        yield lambda text: print(text, file=sys.stderr, flush=True)
+        yield lambda text: say(text, stderr=True)
         return
-    with Console(stderr=True).status("loading the model") as status:
-        yield status.update
+    with console(stderr=True).status("loading the model") as status:
+        yield lambda text: status.update(Text(printable(text)))
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    # Off a terminal there is no width to fit into: a narrow default would fold every cell.
-    console = Console(width=None if sys.stdout.isatty() else 400, highlight=False)
-    console.print(
-        f"{diagnosis.model}: {diagnosis.family}, on {diagnosis.device}", markup=False, soft_wrap=True
-    )
-    console.print(_table(diagnosis.checks))
+    shown = console(wide=WIDE)
+    shown.print(f"{diagnosis.model}: {diagnosis.family}, on {diagnosis.device}", soft_wrap=True)
+    shown.print(_table(diagnosis.checks))
     if diagnosis.draft is not None:
         for block in diagnosis.blocks:
-            print(_block(block))
-        print("\nA description to edit:\n")
-        print(diagnosis.draft.text)
-        print(f"Then: backlens doctor --model {diagnosis.model} --anatomy FILE")
+            say(_block(block))
+        say("\nA description to edit:\n")
+        say(diagnosis.draft.text)
+        say(f"Then: backlens doctor --model {diagnosis.model} --anatomy FILE")
     failed = [check.name for check in diagnosis.checks if check.passed is False]
-    print(f"failed: {', '.join(failed)}" if failed else "nothing failed")
+    say(f"failed: {', '.join(failed)}" if failed else "nothing failed")
 
 
 def _table(checks: tuple[Check, ...]) -> Table:
@@ -67,7 +64,7 @@ def _table(checks: tuple[Check, ...]) -> Table:
             Text(check.status, style=COLOURS[check.status]),
             _number(check.measured),
             _number(check.limit),
-            Text(check.detail + remedy),
+            printable(check.detail + remedy),
         )
     return table
 

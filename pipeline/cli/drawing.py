@@ -1,8 +1,7 @@
 """`backlens plot`: one figure of a run to a file."""
 
-import sys
-
 from pipeline.atlas import Atlas
+from pipeline.cli.terminal import say
 from pipeline.errors import BacklensError, nearest
 from pipeline.plot.canvas import check_target, missing_letters, require_matplotlib, save
 
@@ -23,7 +22,7 @@ def draw(out: str, figure: str | None, prompt: int | None, module: str | None, t
     is_vector = target.suffix.lower() == ".svg"
     atlas = Atlas(out)
     if atlas.note:
-        print(atlas.note, file=sys.stderr)
+        say(atlas.note, stderr=True)
     from pipeline.plot.heatmap import draw_heatmap, read_heatmap
     from pipeline.plot.lines import draw_curves, draw_ranks
 
@@ -38,9 +37,9 @@ def draw(out: str, figure: str | None, prompt: int | None, module: str | None, t
         drawn = draw_heatmap(heatmap, is_vector, "norms" if kind == "norms" else "tokens")
         note = missing_letters(heatmap.texts, is_vector)
     if note is not None:
-        print(note, file=sys.stderr)
+        say(note, stderr=True)
     save(drawn, target)
-    print(target)
+    say(target)
     return 0
 
 

@@ -1,13 +1,13 @@
 """What `backlens edit` prints and saves."""
 
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.cli.terminal import console, say
 from pipeline.editing.compare import TrialScore, best_trials, trial_scores
 from pipeline.editing.delta import Delta, described, merged, save_deltas
 from pipeline.editing.drive import Swept
@@ -26,7 +26,7 @@ CONTINUATION = 24
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    return console(wide=200)
 
 
 def print_edit(
@@ -51,11 +51,11 @@ def print_edit(
     if save_delta is not None:
         facts = [{"prompt": r.prompt, "target_new": r.target_new} for r in requests]
         save_deltas(save_delta, deltas, described({**about, "edits": facts}))
-    console = _console()
+    shown = _console()
     where = ", ".join(f"{d.layer}.{d.module} (rank {len(d.u)}, norm {d.norm():.3g})" for d in deltas)
-    console.print(f"{about['method']}: {where}")
-    console.print(_table(requests, before, after))
-    console.print(f"before: {text_before}\nafter:  {text_after}", soft_wrap=True)
+    shown.print(f"{about['method']}: {where}")
+    shown.print(_table(requests, before, after))
+    shown.print(f"before: {text_before}\nafter:  {text_after}", soft_wrap=True)
 
 
 def save_edited(loaded: LoadedModel, folder: str) -> None:
@@ -65,7 +65,7 @@ def save_edited(loaded: LoadedModel, folder: str) -> None:
         loaded.tokenizer.save_pretrained(folder)
     except OSError as error:
         raise BacklensError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    print(folder)
+    say(folder)
 
 
 def _continued(loaded: LoadedModel, request: Request) -> str:
@@ -98,18 +98,18 @@ def _percent(share: float | None) -> str:
 
 
 def print_sweep(swept: Swept) -> None:
-    console = _console()
+    shown = _console()
     if swept.before:
-        console.print(f"{swept.before:,} shards were done before")
-    console.print(f"{swept.cases:,} cases in {swept.shards:,} shards")
+        shown.print(f"{swept.before:,} shards were done before")
+    shown.print(f"{swept.cases:,} cases in {swept.shards:,} shards")
     if swept.deaths:
-        console.print(f"workers that died and were replaced: {swept.deaths}")
-    console.print(_trials_table(best_trials(trial_scores(swept.out))))
-    console.print("Next:")
+        shown.print(f"workers that died and were replaced: {swept.deaths}")
+    shown.print(_trials_table(best_trials(trial_scores(swept.out))))
+    shown.print("Next:")
     sql = "SELECT method, layer, lr, avg(efficacy) FROM edits GROUP BY ALL ORDER BY ALL"
     out = shlex.quote(swept.out)
-    console.print(f'  backlens query {out} --sql "{sql}"', soft_wrap=True)
-    console.print(f"  backlens plot edits {out}", soft_wrap=True)
+    shown.print(f'  backlens query {out} --sql "{sql}"', soft_wrap=True)
+    shown.print(f"  backlens plot edits {out}", soft_wrap=True)
 
 
 def _trials_table(scores: Sequence[TrialScore]) -> Table:
@@ -136,17 +136,17 @@ def print_explanation(loaded: LoadedModel, request: Request, methods: Mapping[st
     deltas: dict[str, tuple[Delta, ...]] = {name: method(loaded, request) for name, method in methods.items()}
     places: dict[str, Place] = {name: getattr(method, "place", "last") for name, method in methods.items()}
     found = explain(loaded, request, deltas, places)
-    console = _console()
-    console.print(f"{request.prompt!r} → {request.target_new!r} (was {request.target_true!r})")
-    console.print(_added_table(found.added))
+    shown = _console()
+    shown.print(f"{request.prompt!r} → {request.target_new!r} (was {request.target_true!r})")
+    shown.print(_added_table(found.added))
     norms = Table("position", "token", "‖x D‖ by layer: " + ", ".join(map(str, found.layers)))
     for position, (token, sizes) in enumerate(zip(found.tokens, found.norms, strict=True)):
         norms.add_row(str(position), repr(token), "  ".join(f"{size:8.3f}" for size in sizes))
-    console.print(norms)
+    shown.print(norms)
     cosines = Table("change of", "layer", "module", "compared with", "cosine")
     for row in found.cosines:
         cosines.add_row(row.method, str(row.layer), row.module, row.other, f"{row.cosine:+.4f}")
-    console.print(cosines)
+    shown.print(cosines)
 
 
 def _added_table(added: Sequence[Added]) -> Table:

@@ -1,11 +1,11 @@
 """`backlens edit`: one edit or a file of them, sweeps, and what an edit is made of."""
 
-import sys
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from pipeline.cli.terminal import say
 from pipeline.config import WHOLE, WHOLE_OR_AUTO
 from pipeline.editing.options import EditOptions, MendOptions, MethodName, parse_method
 from pipeline.errors import BacklensError
@@ -208,7 +208,7 @@ def train_mend(editor: str, /, *, training: MendOptions = MEND_DEFAULTS, debug: 
     made.save(
         editor, {"model": model_digest(loaded), "edits": str(len(requests)), "steps": str(training.steps)}
     )
-    print(editor)
+    say(editor)
     return 0
 
 
@@ -225,7 +225,7 @@ class _Losses:
             edit, locality = self._edit / self._every, self._locality / self._every
             self._edit = self._locality = 0.0
             text = f"step {step} of {self._steps}: edit {edit:.4f}, unrelated {locality:.5f} (nats)"
-            print(text, file=sys.stderr, flush=True)
+            say(text, stderr=True)
 
 
 @app.command
@@ -249,7 +249,7 @@ def plot(out: str, /, *, to: str = "edits.png", debug: Debug = False) -> int:
     from pipeline.plot.edits import draw_edits
 
     save(draw_edits(trial_scores(out)), target)
-    print(target)
+    say(target)
     return 0
 
 
@@ -350,8 +350,8 @@ def _demo() -> str:
 
 
 def _told(done: int, shards: int) -> None:
-    print(f"{done} of {shards} shards", file=sys.stderr, flush=True)
+    say(f"{done} of {shards} shards", stderr=True)
 
 
 def _noted(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text, stderr=True)

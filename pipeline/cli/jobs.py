@@ -1,16 +1,15 @@
 """`backlens submit` and `backlens jobs`: commands that run on a Ray cluster, driver and all."""
 
-import json as json_format
-import sys
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
 from rich.table import Column, Table
 
+from pipeline.cli.terminal import console, say, say_json
 from pipeline.errors import BacklensError
 
 if TYPE_CHECKING:
@@ -21,6 +20,9 @@ Address = Annotated[
     Parameter(help="The job server, e.g. http://head:8265. Default: $RAY_API_SERVER_ADDRESS, else here."),
 ]
 Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
+
+COLOURS = re.compile("\x1b\\[[0-9;]*m")
+"""What Ray colours the lines of workers with."""
 
 app = App(name="jobs", help="Jobs that were submitted to a Ray cluster: status, logs, stop.")
 
@@ -43,7 +45,7 @@ def status(
     found = [_Line.of(job) for job in job_details(identity, address)]
     if json:
         for line in found:
-            print(json_format.dumps(line.as_json(), ensure_ascii=False))
+            say_json(line.as_json())
         return 0
     longest = max((len(line.id) for line in found), default=0)
     out = Column("out", overflow="fold")
@@ -51,10 +53,10 @@ def status(
     for line in found:
         ended = "" if line.exit_status is None else str(line.exit_status)
         table.add_row(line.id, line.state, line.started or "", line.ended or "", ended, line.out or "")
-    Console(highlight=False, soft_wrap=True).print(table)
+    console().print(table, soft_wrap=True)
     for line in found if identity is not None else ():
         if line.message:
-            print(line.message)
+            say(line.message)
     return 0
 
 
@@ -74,8 +76,7 @@ def logs(
     from pipeline.engine.jobs import job_logs
 
     for part in job_logs(identity, address, follow):
-        sys.stdout.write(part)
-        sys.stdout.flush()
+        say(COLOURS.sub("", part), end="")
     return 0
 
 
@@ -93,7 +94,7 @@ def stop(
     """
     from pipeline.engine.jobs import stop_job
 
-    print(f"{identity}: {stop_job(identity, address).status.value.lower()}")
+    say(f"{identity}: {stop_job(identity, address).status.value.lower()}")
     return 0
 
 
@@ -108,10 +109,10 @@ def submit_file(path: str, address: str | None, parse: Callable[[list[str]], Any
         raise BacklensError(f"{path}: {' '.join(str(error).split())}") from error
     submitted = submit(job, address)
     if submitted.left_out:
-        print(f"not sent: {', '.join(submitted.left_out)} (run directories and models)", file=sys.stderr)
-    print(submitted.identity)
+        say(f"not sent: {', '.join(submitted.left_out)} (run directories and models)", stderr=True)
+    say(submitted.identity)
     where = "" if address is None else f" --address {address}"
-    print(f"backlens jobs logs {submitted.identity} --follow{where}", file=sys.stderr)
+    say(f"backlens jobs logs {submitted.identity} --follow{where}", stderr=True)
     return 0
 
 

@@ -1,6 +1,5 @@
 """What a command says on standard error: text for people, or one JSON object a line for programs."""
 
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -8,6 +7,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Literal
 
+from pipeline.cli.terminal import json_for, say
 from pipeline.engine.events import LOGGER, emit
 
 LogFormat = Literal["text", "json"]
@@ -25,7 +25,7 @@ class JsonFormatter(logging.Formatter):
             line |= {"event": "log", "logger": record.name, "message": record.getMessage()}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json_for(sys.stderr, line)
 
 
 class NoteHandler(logging.Handler):
@@ -33,7 +33,7 @@ class NoteHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.getMessage() == "note":
-            print(getattr(record, "fields", {}).get("text", ""), file=sys.stderr, flush=True)
+            say(getattr(record, "fields", {}).get("text", ""), stderr=True)
 
 
 def log_format(tokens: Sequence[str]) -> LogFormat:
@@ -69,7 +69,7 @@ def say_error(message: str, format: LogFormat) -> None:
     if format == "json":
         emit("error", level=logging.ERROR, message=message)
     else:
-        print(f"backlens: {message}", file=sys.stderr)
+        say(f"backlens: {message}", stderr=True)
 
 
 def say_interrupted(format: LogFormat) -> None:

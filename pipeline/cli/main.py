@@ -18,6 +18,7 @@ from pipeline.cli.jobs import app as jobs_app
 from pipeline.cli.logs import LogFormat, log_format, logging_as, say_error, say_interrupted
 from pipeline.cli.mistakes import explained
 from pipeline.cli.serving import export_html, serve
+from pipeline.cli.terminal import escape_what_cannot_be_shown
 from pipeline.config import RunConfig, flag, read_yaml
 from pipeline.doctor.options import DoctorOptions
 from pipeline.errors import BacklensError
@@ -165,7 +166,7 @@ def query(
     module: str | None = None,
     position: int | None = None,
     min_prompts: int = 5,
-    limit: int = 20,
+    limit: int | None = None,
     memory: str = "4GB",
     json: Annotated[bool, Parameter(negative=())] = False,
     csv: Annotated[bool, Parameter(negative=())] = False,
@@ -207,13 +208,13 @@ def query(
     min_prompts
         For specific: neurons that are kept for fewer prompts are left out.
     limit
-        Rows to show.
+        Rows at most. By default a table shows 20 and says of how many; --json and --csv have all.
     memory
         What the question may take: a query of --sql that takes more is stopped.
     json
-        JSON lines instead of a table.
+        JSON lines instead of a table. NaN and infinities, for which JSON has no word, are null.
     csv
-        CSV instead of a table.
+        CSV, in UTF-8, instead of a table; lists and structs are JSON in it.
     """
     from pipeline.cli.answer import Question, print_answer
 
@@ -330,6 +331,7 @@ app.command(export_html)
 
 def call(tokens: list[str]) -> int:
     """Run one command line and return its exit status."""
+    escape_what_cannot_be_shown()
     format = log_format(tokens)
     with logging_as(format):
         try:

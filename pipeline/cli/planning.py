@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from pipeline.cli.sizes import human_bytes, human_seconds
+from pipeline.cli.terminal import console
 from pipeline.planning.outlook import Outlook
 from pipeline.planning.pilot import Pilot
 from pipeline.prompts.subject import subject_lines
@@ -13,32 +13,31 @@ from pipeline.prompts.subject import subject_lines
 
 def print_outlook(outlook: Outlook) -> None:
     """The plan's size, rows and bytes, operations, devices, and time."""
-    console = Console(highlight=False)
+    shown = console()
     plan, expected = outlook.plan, outlook.expected
     facts = plan.model_facts
-    console.print(
+    shown.print(
         f"{facts['name']}: {facts['family']}, {facts['layers']} layers, d_model {facts['d_model']}, "
         f"vocabulary {facts['vocabulary']:,}",
-        markup=False,
         soft_wrap=True,
     )
     for remark in plan.remarks:
-        console.print(remark, markup=False, soft_wrap=True)
+        shown.print(remark, soft_wrap=True)
     if plan.survey.rejected:
-        console.print(f"{plan.survey.rejected:,} of {plan.survey.prompts:,} prompts cannot be read")
+        shown.print(f"{plan.survey.rejected:,} of {plan.survey.prompts:,} prompts cannot be read")
     survey = plan.survey
     for line in subject_lines(survey.subjects_absent, survey.subjects_repeated, plan.config.positions):
-        console.print(line, soft_wrap=True)
-    console.print(
+        shown.print(line, soft_wrap=True)
+    shown.print(
         f"{expected.prompts:,} prompts, about {expected.tokens:,} tokens, in {plan.shards.shards:,} shards "
         f"of {plan.shards.shard_prompts:,}"
     )
-    console.print(_tables(outlook))
-    console.print(_measured_on(expected.pilot), soft_wrap=True)
+    shown.print(_tables(outlook))
+    shown.print(_measured_on(expected.pilot), soft_wrap=True)
     for table in (_work(outlook), _devices(outlook), _times(outlook)):
-        console.print(table)
+        shown.print(table)
     for line in _summary(outlook):
-        console.print(line, soft_wrap=True, markup=False)
+        shown.print(line, soft_wrap=True)
 
 
 def _tables(outlook: Outlook) -> Table:

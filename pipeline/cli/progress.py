@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pipeline.cli.durations import duration
 from pipeline.cli.logs import LogFormat
+from pipeline.cli.terminal import console, say
 from pipeline.engine.driver import Progress as ProgressProtocol
 from pipeline.engine.events import emit
 from pipeline.engine.executors import Standing
@@ -29,7 +29,7 @@ def shown_progress(format: LogFormat) -> Iterator[ProgressProtocol]:
         yield PlainProgress()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
-    with Progress(*columns, TextColumn("{task.fields[pace]}"), console=Console(stderr=True)) as bar:
+    with Progress(*columns, TextColumn("{task.fields[pace]}"), console=console(stderr=True)) as bar:
         yield BarProgress(bar)
 
 
@@ -66,7 +66,7 @@ class BarProgress:
         self._bar.update(self._task, advance=commit.prompts, pace=self._pace.after(commit, standing))
 
     def note(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(text)
 
 
 class PlainProgress:
@@ -88,7 +88,7 @@ class PlainProgress:
             self.note(f"{self._pace.done:,} of {self._pace.total:,} prompts, {pace}")
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text, stderr=True)
 
 
 class _Pace:

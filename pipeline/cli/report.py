@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.cli.terminal import console
 from pipeline.engine.driver import Report
 from pipeline.prompts.subject import subject_lines
 
@@ -22,31 +23,31 @@ STAGES = {
 
 def print_report(report: Report) -> None:
     """Prompts, rows, speed, where the time went, and what to do next."""
-    console = Console(highlight=False)
+    shown = console()
     none_done = _none_done(report)
     if none_done:
-        _print_failures(console, report)
+        _print_failures(shown, report)
     if report.prompts:
-        console.print(
+        shown.print(
             f"{report.prompts:,} prompts in {report.shards:,} shards in {report.seconds:.1f} s "
             f"({report.seconds_to_start:.1f} s to plan and load): {report.prompts_per_second:,.1f} prompts/s"
         )
     else:
-        console.print(f"nothing to do: {report.out} is complete", markup=False)
+        shown.print(f"nothing to do: {report.out} is complete")
     if report.prompts and report.resumed_prompts:
-        console.print(f"{report.resumed_prompts:,} more were done before")
+        shown.print(f"{report.resumed_prompts:,} more were done before")
     for line in _troubles(report):
-        console.print(line, soft_wrap=True)
-    console.print(_rows_table(report))
+        shown.print(line, soft_wrap=True)
+    shown.print(_rows_table(report))
     if report.prompts:
-        console.print(_stages_table(report))
+        shown.print(_stages_table(report))
     if none_done:
         return
     if report.rows.get("failures"):
-        _print_failures(console, report)
-    console.print("Next:")
+        _print_failures(shown, report)
+    shown.print("Next:")
     for command in next_commands(report.out, report.first_done):
-        console.print(f"  {command}", soft_wrap=True, markup=False)
+        shown.print(f"  {command}", soft_wrap=True)
 
 
 def _none_done(report: Report) -> bool:
@@ -54,16 +55,16 @@ def _none_done(report: Report) -> bool:
     return bool(report.rows.get("failures")) and not report.rows.get("prompts")
 
 
-def _print_failures(console: Console, report: Report) -> None:
+def _print_failures(shown: Console, report: Report) -> None:
     which = "every prompt failed: " if _none_done(report) else ""
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in report.failures.items())
-    console.print(
+    shown.print(
         f"{which}{report.rows['failures']:,} prompts could not be processed ({kinds}); "
         "the reasons are in the table `failures`:",
         soft_wrap=True,
     )
     command = f'backlens query {shlex.quote(report.out)} --sql "SELECT * FROM failures"'
-    console.print(f"  {command}", soft_wrap=True, markup=False)
+    shown.print(f"  {command}", soft_wrap=True)
 
 
 def _troubles(report: Report) -> Iterator[str]:

@@ -3,12 +3,12 @@
 import contextlib
 import os
 import socket
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from pipeline.cli.terminal import say
 from pipeline.errors import BacklensError
 
 Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
@@ -61,13 +61,13 @@ def serve(
     atlas = Atlas(out, seconds=SECONDS, memory=MEMORY)
     require_atlas(atlas, out)
     if atlas.note:
-        print(atlas.note, file=sys.stderr)
+        say(atlas.note, stderr=True)
     app = make_app(Served.of(atlas, out, sql), [*OWN_HOSTS, _in_url(host), *(allow_host or [])])
     with listening(host, port) as listener:
         bound = listener.getsockname()[1]
-        print(f"serving {out} on http://{_in_url(host)}:{bound}/ (Ctrl-C stops)", flush=True)
+        say(f"serving {out} on http://{_in_url(host)}:{bound}/ (Ctrl-C stops)")
         if host not in LOCAL:
-            print("whoever reaches this address can read the run: there is no password", file=sys.stderr)
+            say("whoever reaches this address can read the run: there is no password", stderr=True)
         config = uvicorn.Config(
             app, log_level="warning", server_header=False, lifespan="off", timeout_graceful_shutdown=2
         )
@@ -99,9 +99,9 @@ def export_html(out: str, /, *, prompt: int, to: str | None = None, debug: Debug
         raise BacklensError(f"--to {target}: there is no folder {target.parent}; make it first")
     atlas = Atlas(out, seconds=SECONDS, memory=MEMORY)
     if atlas.note:
-        print(atlas.note, file=sys.stderr)
+        say(atlas.note, stderr=True)
     _write(target, prompt_document(atlas, out, prompt))
-    print(target)
+    say(target)
     return 0
 
 

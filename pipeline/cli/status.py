@@ -1,14 +1,12 @@
 """`backlens status` and `verify`: how far a run is, and whether its files are whole."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from pipeline.cli.durations import duration
+from pipeline.cli.terminal import console, say, say_json
 from pipeline.store.status import RunStatus, run_status
 from pipeline.store.verify import verify
 
@@ -17,15 +15,15 @@ def print_status(out: str, as_json: bool) -> int:
     """Show the run at `out` and return the exit status."""
     status = run_status(out)
     if as_json:
-        print(json.dumps(asdict(status), ensure_ascii=False))
+        say_json(asdict(status))
         return 0
     table = Table(show_header=False)
     for name, value in _lines(status):
-        table.add_row(name, Text(value))  # not markup: names may hold brackets
-    Console(highlight=False, soft_wrap=True).print(table)
+        table.add_row(name, value)
+    console().print(table, soft_wrap=True)
     if status.missing:
         more = f" (and {len(status.missing) - 1:,} more files, see --json)" if len(status.missing) > 1 else ""
-        print(f"{status.missing[0]}{more}")
+        say(f"{status.missing[0]}{more}")
     return 0
 
 
@@ -33,13 +31,13 @@ def print_verified(out: str, every: bool, as_json: bool) -> int:
     """Compare the files at `out` with their records; the exit status is 1 if one differs."""
     found = verify(out, stop_at_first=not every)
     if as_json:
-        print(json.dumps(asdict(found), ensure_ascii=False))
+        say_json(asdict(found))
         return 1 if found.losses else 0
     for line in found.losses:
-        print(line)
+        say(line)
     if not found.losses:
         rows = ", ".join(f"{table} {count:,}" for table, count in found.rows.items()) or "no rows yet"
-        print(
+        say(
             f"{found.out}: {found.files:,} files of {found.shards:,} shards are as they were written ({rows})"
         )
     return 1 if found.losses else 0

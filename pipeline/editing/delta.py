@@ -1,6 +1,5 @@
 """A low-rank change of one weight matrix, and the file that holds several."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import BacklensError
+from pipeline.plain import json_text
 
 FORMAT = "backlens-deltas-1"
 
@@ -84,4 +84,4 @@ def load_deltas(path: str) -> tuple[tuple[Delta, ...], Mapping[str, str]]:
 
 def described(about: Mapping[str, object]) -> dict[str, str]:
     """Values as a safetensors header can hold them."""
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+    return {key: value if isinstance(value, str) else json_text(value) for key, value in about.items()}

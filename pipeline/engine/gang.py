@@ -36,6 +36,7 @@ from pipeline.engine.replica import References
 from pipeline.engine.work import Attempt
 from pipeline.engine.worker import Computed, Job, Worker
 from pipeline.models.zero3 import go_to_meeting, join, open_meeting
+from pipeline.plain import printable
 from pipeline.prompts.shards import Shard
 from pipeline.prompts.source import one_line
 from pipeline.prompts.tokenize import Example
@@ -66,7 +67,7 @@ class _Member(Worker):
             error = raised
         if error is not None:
             sys.stderr.write(
-                f"backlens: {one_line(str(error))}; this rank ends, its shards go to another gang\n"
+                f"backlens: {printable(one_line(str(error)))}; this rank ends, its shards go to another gang\n"
             )
             sys.stderr.flush()
             os._exit(1)

@@ -7,6 +7,7 @@ or when the run is, if the driver was killed in between.
 import json
 from collections.abc import Sequence
 
+from pipeline.plain import json_text
 from pipeline.store.commit import COMMITS
 from pipeline.store.files import Directory
 
@@ -15,7 +16,7 @@ SUFFIX = ".attempt"
 
 def note(directory: Directory, shard: int, prompt_ids: Sequence[int]) -> None:
     """Say that these prompts are computed next."""
-    directory.write_atomically(_name(shard), json.dumps({"in_flight": list(prompt_ids)}).encode())
+    directory.write_atomically(_name(shard), json_text({"in_flight": list(prompt_ids)}).encode())
 
 
 def noted(directory: Directory, shard: int) -> tuple[int, ...]:

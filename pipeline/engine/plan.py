@@ -1,12 +1,14 @@
 """A configuration resolved against the model's configuration and the prompts: what will run, and its fingerprint."""
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PretrainedConfig
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.config import RunConfig, parse_max_memory
 from pipeline.engine.extract import Wanted
@@ -49,6 +51,9 @@ class RunPlan:
     token_ids: tuple[int, ...] | None
     """The tokens in lists and ranks, ascending; None for every row of the unembedding."""
 
+    norm_floor: float = 0.0
+    """The length below which a vector's lists are led by the final norm's bias; 0 if it has none."""
+
     @property
     def rows(self) -> int:
         """Of the unembedding."""
@@ -69,6 +74,7 @@ class RunPlan:
             "d_model": int(config.hidden_size),
             "vocabulary": self.rows,
             "tokens": self.tokens,
+            "norm_floor": self.norm_floor,
             "revision": commit_of(self.source),
             "modules": list(self.wanted.modules),
             "not_covered": {path: what for block in self.blocks for path, what in block.not_covered.items()},
@@ -133,7 +139,8 @@ def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
     if config.chat_template:
         chat_template(load_tokenizer(source))
     layout = source.layout or layout_of(model_config)
-    blocks = describe_blocks(empty_model(source, model_config), layout)
+    model = empty_model(source, model_config)
+    blocks = describe_blocks(model, layout)
     problems = misfits(blocks, int(model_config.get_text_config().hidden_size))
     if problems:
         raise BacklensError(
@@ -169,7 +176,25 @@ def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
         found, wanted, matrices_of(blocks, wanted, model_config)
     )
     shards = ShardPlan(found.prompts, -(-found.prompts // size), size)
-    return RunPlan(config, source, model_config, found, shards, wanted, blocks, chosen)
+    floor = _norm_floor(model, blocks) if config.scaling == "raw" else 0.0  # a unit vector is long enough
+    return RunPlan(config, source, model_config, found, shards, wanted, blocks, chosen, floor)
+
+
+def _norm_floor(model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+    """sqrt(ε d): a shorter vector reaches the logits at less than 1/√2 of its size, the final norm's bias at all of it.
+
+    Without any bias behind the blocks there is none to lead the lists, which then do not depend on the length.
+    """
+    inside = {id(module) for block in blocks for module in block.module.modules()}
+    behind = [module for module in model.modules() if id(module) not in inside]
+    eps = [
+        getattr(module, name)
+        for module in behind
+        for name in ("eps", "variance_epsilon", "epsilon")
+        if isinstance(getattr(module, name, None), float)
+    ]
+    has_bias = any(isinstance(getattr(module, "bias", None), Tensor) for module in behind)
+    return math.sqrt(eps[-1] * int(model.config.get_text_config().hidden_size)) if eps and has_bias else 0.0
 
 
 def _survey(config: RunConfig) -> Survey:

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pipeline.engine.executors import AHEAD
 from pipeline.engine.faults import DeviceLost
 from pipeline.engine.work import Attempt, Readiness, Task
+from pipeline.plain import printable
 from pipeline.store.commit import ShardCommit
 
 References = Sequence[Any]
@@ -93,7 +94,9 @@ class WorkerProcess:
         try:
             return self._worker.run(attempt)
         except DeviceLost as error:
-            sys.stderr.write(f"backlens: {error}; this worker ends, its shards go to another\n")
+            sys.stderr.write(
+                f"backlens: {printable(str(error))}; this worker ends, its shards go to another\n"
+            )
             sys.stderr.flush()
             os._exit(1)
 

@@ -89,4 +89,4 @@ def _canonical(record: Prompt | Rejected, name: str) -> bytes:
         case Rejected():
             _, _, problem = record.message.removeprefix(name).partition(": ")
             content = [record.error, problem]
-    return json.dumps(content).encode("ascii") + b"\n"
+    return json.dumps(content, allow_nan=False).encode("ascii") + b"\n"

@@ -104,7 +104,7 @@ def _make(served: Served, address: Address, form: Form, request: Request) -> Res
     query = parse_qsl(
         request.scope["query_string"].decode("latin-1"), keep_blank_values=True, errors="replace"
     )
-    given = Parameters(query, (*address.parameters, *extra))
+    given = Parameters(query, (*address.parameters, *extra), is_for_programs=form != "html")
     page = address.make(served, request.path_params, given)
     if form == "csv":
         content = as_csv(page, given.text("table"))

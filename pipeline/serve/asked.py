@@ -11,9 +11,13 @@ import duckdb
 import pyarrow as pa
 
 from pipeline.atlas.address import Neuron, parse_neuron
+from pipeline.atlas.answer import Answer
 from pipeline.atlas.database import sql_text
+from pipeline.errors import BacklensError
 
 Row = Mapping[str, Any]
+MOST_OF_ALL = 250_000
+"""Rows of a table that has no limit; a server has no room for more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +31,24 @@ class Asked:
     """An expression over `atlas`."""
     sql: str
     """A SELECT with the same rows, by ids where the page has the tokens' texts."""
+    is_cut: bool = False
+    """Whether there are more rows than these."""
 
 
-def ask(name: str, method: Callable[..., pa.Table], question: str, *values: Any, **bound_too: Any) -> Asked:
+def ask(name: str, method: Callable[..., Answer], question: str, *values: Any, **bound_too: Any) -> Asked:
     """The answer of a method of `Atlas`; its SQL is `question`, where `bound_too` stand besides the arguments."""
     bound = inspect.signature(method).bind(*values)
     spelled = [f"{key}={value!r}" for key, value in list(bound.arguments.items())[1:]]
     subject = [repr(value) for value in list(bound.arguments.values())[:1]]
     python = f"atlas.{method.__name__}({', '.join([*subject, *spelled])})"
-    answer = method(*values)
     bound.apply_defaults()
     given = bound_too | bound.arguments
     if "neuron" in given:
         given |= neuron_values(parse_neuron(given["neuron"]))
-    return Asked(name, answer.column_names, answer.to_pylist(), python, with_values(question, given))
+    limit = bound.arguments["limit"]
+    bound.arguments["limit"] = _one_more(limit)
+    answer = method(*bound.args, **bound.kwargs)
+    return _asked(name, answer.table, limit, python, with_values(question, given))
 
 
 def together(*asking: Callable[[], Asked]) -> list[Asked]:
@@ -51,9 +59,27 @@ def together(*asking: Callable[[], Asked]) -> list[Asked]:
 
 def look_up(opened: duckdb.DuckDBPyConnection, name: str, question: str, **given: Any) -> Asked:
     """The answer to a SELECT of the explorer's own; values are bound."""
-    answer = opened.sql(question, params=given).to_arrow_table()
     statement = with_values(question, given)
-    return Asked(name, answer.column_names, answer.to_pylist(), f"atlas.sql({statement!r})", statement)
+    limit = given.get("limit")
+    asking = given | ({"limit": _one_more(limit)} if "limit" in given else {})
+    answer = opened.sql(question, params=asking).to_arrow_table()
+    return _asked(name, answer, limit, f"atlas.sql({statement!r})", statement)
+
+
+def _one_more(limit: int | None) -> int:
+    """So many rows show whether there are more than the limit."""
+    return (MOST_OF_ALL if limit is None else limit) + 1
+
+
+def _asked(name: str, answer: pa.Table, limit: int | None, python: str, sql: str) -> Asked:
+    """The rows within the limit."""
+    if limit is None and answer.num_rows > MOST_OF_ALL:
+        raise BacklensError(
+            f"{name}: more than {MOST_OF_ALL:,} rows, which is more than a page has room for; give limit, or ask "
+            "in Python or with `backlens query --json`"
+        )
+    kept = answer if limit is None else answer.slice(0, limit)
+    return Asked(name, answer.column_names, kept.to_pylist(), python, sql, kept.num_rows < answer.num_rows)
 
 
 def neuron_values(neuron: Neuron) -> dict[str, Any]:

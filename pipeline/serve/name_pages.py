@@ -32,7 +32,7 @@ def search_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
             return Page("search.html", "Search", (prompts,), {"q": ""})
         tokens = look_up(opened, "tokens", lookups.SEARCH_TOKENS, q=q, limit=limit)
     place = re.fullmatch(r"\s*(\d+\.[a-z]+\.[a-z]+\.(?:e\d+\.)?\d+)\s*", q, re.ASCII)
-    view = {"neuron": place[1] if place and _is_there(served, place[1]) else None, "limit": limit}
+    view = {"neuron": place[1] if place and _is_there(served, place[1]) else None}
     return Page("search.html", f"Search: {q}", (tokens, prompts), {"q": q}, view)
 
 
@@ -44,7 +44,7 @@ def token_page(served: Served, path: Mapping[str, str], given: Parameters) -> Pa
     with is_named_by_the_address(), served.atlas.question() as opened:
         ids = names.token_ids(opened, text)
     limit = given.limit(ROWS)
-    layers = ask("layers", atlas.token_layers, questions.TOKEN_LAYERS, text, 1000, ids=ids)
+    layers = ask("layers", atlas.token_layers, questions.TOKEN_LAYERS, text, given.most(1000), ids=ids)
     if show == "places":
         shown = ask("places", atlas.by_token, questions.TOKEN_PLACES, text, limit, ids=ids)
     else:
@@ -78,7 +78,9 @@ def neuron_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
     with served.atlas.question() as opened:
         near = look_up(opened, "near", lookups.NEAR_NEURONS, **values).rows[0]
         norms = look_up(opened, "histogram", lookups.HISTOGRAM, **values)
-    similar = partial(ask, "similar", atlas.similar_neurons, questions.SIMILAR_NEURONS, address, SIMILAR)
+    similar = partial(
+        ask, "similar", atlas.similar_neurons, questions.SIMILAR_NEURONS, address, given.most(SIMILAR)
+    )
     found = together(
         partial(ask, "tokens", atlas.neuron_tokens, questions.NEURON_TOKENS, address, limit),
         partial(ask, "prompts", atlas.by_neuron, questions.NEURON_PROMPTS, address, limit),

@@ -59,3 +59,7 @@ class Page:
     def rows(self, name: str) -> Sequence[Row]:
         """The rows of one of its tables; none if it was not asked for."""
         return next((asked.rows for asked in self.asked if asked.name == name), ())
+
+    def is_cut(self, name: str) -> bool:
+        """Whether one of its tables has not all rows."""
+        return any(asked.is_cut for asked in self.asked if asked.name == name)

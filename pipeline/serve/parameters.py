@@ -27,7 +27,11 @@ def is_named_by_the_address() -> Iterator[None]:
 class Parameters:
     """A query string's values; a name that the page does not know is refused, an empty value is none."""
 
-    def __init__(self, given: Iterable[tuple[str, str]], known: Sequence[str]) -> None:
+    def __init__(
+        self, given: Iterable[tuple[str, str]], known: Sequence[str], is_for_programs: bool = False
+    ) -> None:
+        """A page `is_for_programs` has every row, but where the request says `limit`."""
+        self._is_for_programs = is_for_programs
         self._values: dict[str, str] = {}
         for name, value in given:
             if name not in known:
@@ -49,12 +53,16 @@ class Parameters:
         value = self._values.get(name)
         return None if value is None else whole_number(name, value)
 
-    def limit(self, default: int) -> int:
-        """How many rows each table may have."""
+    def most(self, number: int) -> int | None:
+        """How many rows a table has whatever the request says: so many for people, all for programs."""
+        return None if self._is_for_programs else number
+
+    def limit(self, default: int) -> int | None:
+        """How many rows each table may have; None for all."""
         limit = self.number("limit")
         if limit is not None and not 1 <= limit <= MOST_ROWS:
             raise BacklensError(f"limit: {limit} rows; give 1 to {MOST_ROWS:,}")
-        return default if limit is None else limit
+        return self.most(default) if limit is None else limit
 
 
 def whole_number(name: str, text: str) -> int:

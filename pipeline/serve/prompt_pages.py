@@ -15,6 +15,7 @@ from pipeline.serve.page import Beside, Page, Served
 from pipeline.serve.parameters import Missing, Parameters, is_named_by_the_address, one_of, whole_number
 
 NEURONS = 20
+TOKENS = 12
 LINES = {
     "last": "last position",
     "subject_last": "subject, last token",
@@ -36,7 +37,14 @@ def prompt_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
             ask, "neurons", atlas.prompt_neurons, questions.PROMPT_NEURONS, prompt_id, limit, None, module
         ),
         partial(
-            ask, "tokens", atlas.prominent_tokens, questions.PROMINENT_IN_PROMPT, prompt_id, 12, None, module
+            ask,
+            "tokens",
+            atlas.prominent_tokens,
+            questions.PROMINENT_IN_PROMPT,
+            prompt_id,
+            given.most(TOKENS),
+            None,
+            module,
         ),
     )
     ids = [*row["token_ids"], row["target_ids"][0], row["predicted_id"]]

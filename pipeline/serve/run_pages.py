@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.atlas import questions
+from pipeline.atlas.evidence import PRIOR
 from pipeline.plot.heatmap import SHIFTS
 from pipeline.plot.lines import CLASSES
 from pipeline.serve import lookups
@@ -44,7 +45,9 @@ def layers_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
     module = one_of("module", given.text("module"), served.modules)
     by = given.text("by") or "relation"
     pointer = "/" + by.replace("~", "~0").replace("/", "~1")
-    groups = ask("groups", atlas.groups, questions.GROUPS, by, 1000, None, module, pointer=pointer)
+    groups = ask(
+        "groups", atlas.groups, questions.GROUPS, by, given.most(1000), None, module, pointer=pointer
+    )
     curves = ask("curves", atlas.layer_curves, questions.LAYER_CURVES, None, None, module)
     modules = list(dict.fromkeys(row["module"] for row in curves.rows))
     return Page(
@@ -65,7 +68,7 @@ def about_page(served: Served, path: Mapping[str, str], given: Parameters) -> Pa
     ]
     tables = [*TABLES.values(), *ATLAS_TABLES.values()]
     facts = {"sign_convention": SIGN_CONVENTION, "columns": columns}
-    return Page("about.html", "About", facts=facts, view={"tables": tables})
+    return Page("about.html", "About", facts=facts, view={"tables": tables, "prior": f"{PRIOR:g}"})
 
 
 def _facts(served: Served) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any
 
 from pipeline.atlas import Atlas
 from pipeline.atlas.database import connection
-from pipeline.atlas.sql import checked_query
+from pipeline.atlas.sql import checked_query, text_columns
 from pipeline.errors import BacklensError
-from pipeline.serve.plain import plain
+from pipeline.plain import json_text, plain
 
 SECONDS = 5.0
 START = 10.0
@@ -41,7 +41,7 @@ class Answer:
 
 def ask_sandbox(out: str, statement: str, limit: int, seconds: float = SECONDS) -> Answer:
     """The rows of one SELECT over the run `out`."""
-    question = json.dumps({"out": out, "statement": statement, "limit": limit, "seconds": seconds})
+    question = json_text({"out": out, "statement": statement, "limit": limit, "seconds": seconds})
     command = [sys.executable, "-P", "-m", "pipeline.serve.sandbox"]
     try:
         ran = subprocess.run(command, input=question.encode(), capture_output=True, timeout=START + seconds)
@@ -69,25 +69,16 @@ def answer(out: str, statement: str, limit: int, seconds: float) -> dict[str, An
     """The fields of an `Answer`, asked in this process."""
     with connection(Atlas(out).snapshot.database(), seconds) as opened:
         query = checked_query(opened, statement)
-        # Times with a zone are handed over as text: as objects they would take a package that is not needed here.
-        texts = opened.execute(
-            f"SELECT column_name FROM (DESCRIBE {query}) WHERE column_type LIKE '%TIME ZONE%'"
-        )
-        replaced = [f"{name}::VARCHAR AS {name}" for name in (_quoted(row[0]) for row in texts.fetchall())]
-        chosen = f"* REPLACE ({', '.join(replaced)})" if replaced else "*"
-        found = opened.execute(f"SELECT {chosen} FROM ({query}) LIMIT {limit + 1}")
-        columns = [name for name, *_ in found.description or ()]
+        columns = text_columns(opened.sql(f"FROM ({query})"))
+        found = opened.execute(f"SELECT {columns} FROM ({query}) LIMIT {limit + 1}")
+        names = [name for name, *_ in found.description or ()]
         rows: list[Any] = []
         size = 0
         while len(rows) <= limit and size < MOST_BYTES and (batch := plain(found.fetchmany(BATCH))):
             rows += batch
-            size += len(json.dumps(batch))
+            size += len(json_text(batch))
         is_cut = len(rows) > limit or size >= MOST_BYTES
-        return {"columns": columns, "rows": rows[:limit], "is_cut": is_cut}
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+        return {"columns": names, "rows": rows[:limit], "is_cut": is_cut}
 
 
 def main() -> None:
@@ -100,7 +91,7 @@ def main() -> None:
         said = {"refused": str(error)}
     except MemoryError:
         said = {"refused": "sql: it took more memory than is given to a query; narrow it"}
-    json.dump(said, sys.stdout)
+    sys.stdout.write(json_text(said, ascii_only=True))
 
 
 if __name__ == "__main__":

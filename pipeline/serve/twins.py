@@ -2,20 +2,19 @@
 
 import csv
 import io
-import json
 from typing import Any
 
 from pipeline.errors import BacklensError, nearest
+from pipeline.plain import json_text
 from pipeline.serve.asked import Asked
 from pipeline.serve.page import Page
-from pipeline.serve.plain import plain
 
 
 def as_json(page: Page, facts: dict[str, Any]) -> bytes:
     """One object: what the page is, and its tables by name, a list of rows each."""
     tables = {asked.name: [dict(row) for row in asked.rows] for asked in page.asked}
     document = {"title": page.title, **facts, **page.facts, "tables": tables}
-    return json.dumps(plain(document), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+    return json_text(document).encode("utf-8", "backslashreplace")
 
 
 def as_csv(page: Page, name: str | None) -> bytes:
@@ -26,7 +25,7 @@ def as_csv(page: Page, name: str | None) -> bytes:
     writer.writerow(asked.columns)
     for row in asked.rows:
         writer.writerow([_in_one_cell(row[column]) for column in asked.columns])
-    return written.getvalue().encode("utf-8", "replace")
+    return written.getvalue().encode("utf-8", "backslashreplace")
 
 
 def _table(page: Page, name: str | None) -> Asked:
@@ -43,5 +42,4 @@ def _table(page: Page, name: str | None) -> Asked:
 
 
 def _in_one_cell(value: Any) -> Any:
-    held = plain(value)
-    return json.dumps(held, ensure_ascii=False) if isinstance(held, list | dict) else held
+    return json_text(value) if isinstance(value, list | tuple | dict) else value

@@ -1,9 +1,9 @@
 """The README.md of a run directory: a dataset card that Hugging Face `datasets` and its viewer understand."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from pipeline.plain import json_text
 from pipeline.store.commit import ShardCommit
 from schemas.tables import SCHEMA_VERSION, SIGN_CONVENTION, TABLES
 
@@ -55,12 +55,12 @@ def _front_matter(title: str, offered: Sequence[str]) -> list[str]:
             *(["    default: true"] if table in ("prompts", "edits") else []),
             "    data_files:",
             "      - split: train",
-            f"        path: {json.dumps(table + '/*.parquet')}",
+            f"        path: {json_text(table + '/*.parquet')}",
         )
     ]
     return [
         "---",
-        f"pretty_name: {json.dumps(title, ensure_ascii=False)}",
+        f"pretty_name: {json_text(title)}",
         "tags:",
         "  - backlens",
         "  - interpretability",

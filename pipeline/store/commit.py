@@ -33,6 +33,7 @@ from datetime import UTC, datetime
 import pyarrow as pa
 
 from pipeline.errors import BacklensError
+from pipeline.plain import json_text
 from pipeline.store.files import Directory, Staged
 from pipeline.store.parquet import FileRecord, stage_table
 from schemas.tables import TABLES, declared_table
@@ -69,7 +70,7 @@ class ShardCommit:
         return {table: record.rows for table, record in self.files.items()}
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False).encode()
+        return json_text(asdict(self), indent=1).encode()
 
     @classmethod
     def from_json(cls, content: bytes, where: str) -> "ShardCommit":

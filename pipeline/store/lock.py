@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.errors import BacklensError, Interrupted
+from pipeline.plain import json_text
 from pipeline.store.files import Directory
 
 LOCK_FILE = "_driver.lock"
@@ -175,7 +176,7 @@ class _Lease:
         self.directory.create(LOCK_FILE, self._content())
         standing = self._read()
         if standing is None or standing["token"] != self.token:  # two drivers started at the same moment
-            raise BacklensError(_in_use(self.directory, json.dumps(standing or {}).encode()))
+            raise BacklensError(_in_use(self.directory, json_text(standing or {}).encode()))
         self._refreshing.start()
 
     def _outwait(self, standing: dict[str, Any]) -> None:
@@ -186,7 +187,7 @@ class _Lease:
             if now is None:
                 return
             if now != standing:
-                raise BacklensError(_in_use(self.directory, json.dumps(now).encode()))
+                raise BacklensError(_in_use(self.directory, json_text(now).encode()))
 
     def release(self) -> None:
         self._stopped.set()
@@ -271,7 +272,7 @@ def _held_lease(directory: Directory) -> bytes | None:
 
 def _holder(since: str, **fields: str | float) -> bytes:
     held = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-    return json.dumps(held | fields).encode()
+    return json_text(held | fields).encode()
 
 
 def _now() -> str:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pipeline.errors import BacklensError
+from pipeline.plain import json_text
 from pipeline.store.card import dataset_card
 from pipeline.store.commit import COMMITS, committed
 from pipeline.store.files import Directory, is_temporary
@@ -67,7 +68,7 @@ class RunRecord:
         return "sweep" if "edits" in self.fingerprint else "run"
 
     def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode()
+        return (json_text(asdict(self), indent=2) + "\n").encode()
 
     @classmethod
     def from_json(cls, content: bytes, where: str) -> "RunRecord":

@@ -265,6 +265,7 @@ def test_whatever_only_reads_is_run(example: ExampleRun, statement: str):
             plain.register("no_rows", TABLES[table].empty())
             plain.execute(f"CREATE TABLE {table} AS FROM no_rows")
             plain.unregister("no_rows")
+    plain.execute("CREATE TABLE lens AS SELECT 0.0::DOUBLE AS norm_floor")
     for table, definition in DEFINITIONS.items():
         plain.execute(f"CREATE VIEW {table} AS {definition}")
     plain.register("neuron_weights", ATLAS_TABLES["neuron_weights"].empty())

@@ -18,6 +18,7 @@ from pipeline.atlas.address import parse_neuron
 from pipeline.atlas.build import build_atlas
 from pipeline.errors import BacklensError
 from pipeline.store.files import Directory
+from tests.atlas.test_evidence import smoothed, surprise
 from tests.atlas.test_query import appearances, told
 from tests.store.examples import VOCAB, ExampleRun, example_run
 
@@ -158,7 +159,9 @@ def test_the_neurons_of_a_token_are_those_in_whose_lists_it_stands(example: Exam
         expected = [
             dict(zip(NEURON, keys, strict=True))
             | {"promoted": sides(found)["bottom"], "demoted": sides(found)["top"]}
-            | {"prompts": prompts_of(found), "best_place": min(row["place"] for row in found)}
+            | {"prompts": prompts_of(found), "lists": lists_of(example, keys)}
+            # so few prompts are no evidence of anything (test_evidence.py has runs with more)
+            | {"best_place": min(row["place"] for row in found), "log_odds": None}
             for keys, found in rows.items()
         ]
         expected.sort(key=lambda row: (-row["promoted"] - row["demoted"], order(key(row))))
@@ -193,6 +196,10 @@ def test_the_layers_of_a_token_count_its_lists(example: ExampleRun, atlas: Atlas
         assert_same(atlas.token_layers(VOCAB[token_id], ALL).to_pylist(), expected)
 
 
+def lists_of(example: ExampleRun, keys: tuple) -> int:
+    return sum(row["top_ids"] is not None for row in example.rows["neurons"] if key(row) == keys)
+
+
 def summary(example: ExampleRun, keys: tuple) -> Row:
     """One neuron's row of `neuron_summary`, with texts."""
     kept = [row for row in example.rows["neurons"] if key(row) == keys]
@@ -208,6 +215,7 @@ def summary(example: ExampleRun, keys: tuple) -> Row:
         "grad_norm_max": max(norms),
         "strongest_prompts": [row["prompt_id"] for row in kept[:5]],
         "strongest_norms": norms[:5],
+        "lists": lists_of(example, keys),
         "entries_norm": math.sqrt(sum(count**2 for count in counts.values())),
     }
     # what its own weights say takes the model (test_weights.py)
@@ -222,9 +230,10 @@ def summary(example: ExampleRun, keys: tuple) -> Row:
 
 def said(name: str, rows: list[Row], side: str, listed: list[Row], keys: tuple) -> Row:
     counts = Counter(row["token_id"] for row in rows)
-    parts = ("tokens", "counts", "lifts", "entropy", "specificity")
+    none = {f"{name}_own_{part}": None for part in ("tokens", "counts", "log_odds")}
+    parts = ("tokens", "counts", "lifts", "entropy")
     if not counts:
-        return {f"{name}_{part}": None for part in parts}
+        return none | {f"{name}_{part}": None for part in parts}
     unit = Counter(row["token_id"] for row in listed if row["side"] == side and key(row)[:2] == keys[:2])
     total, all_total = counts.total(), unit.total()
     lift = {token: counts[token] / total / (unit[token] / all_total) for token in counts}
@@ -234,9 +243,8 @@ def said(name: str, rows: list[Row], side: str, listed: list[Row], keys: tuple) 
         [counts[token] for token in first],
         [lift[token] for token in first],
         abs(sum(n / total * math.log2(n / total) for n in counts.values())),
-        float(sum(n / total * math.log2(lift[token]) for token, n in counts.items())),
     )
-    return {f"{name}_{part}": value for part, value in zip(parts, values, strict=True)}
+    return none | {f"{name}_{part}": value for part, value in zip(parts, values, strict=True)}
 
 
 def address(keys: tuple) -> str:
@@ -293,23 +301,6 @@ def test_similar_neurons_are_told_the_same_tokens(example: ExampleRun, atlas: At
 
 
 @on_random_runs
-def test_specific_neurons_are_those_whose_tokens_are_unlike_their_modules(example: ExampleRun, atlas: Atlas):
-    expected = {}
-    for keys in {key(row) for row in example.rows["neurons"]}:
-        row = summary(example, keys)
-        said = [row[f"{name}_specificity"] for name in ("promoted", "demoted")]
-        if row["prompts"] >= 2 and row["entries_norm"]:
-            expected[keys] = max(value for value in said if value is not None)
-    found = atlas.specific_neurons(ALL, min_prompts=2).to_pylist()
-    assert {key(row) for row in found} == set(expected)
-    assert all(
-        math.isclose(row["specificity"], expected[key(row)], rel_tol=1e-9, abs_tol=1e-9) for row in found
-    )
-    measured = [row["specificity"] for row in found]
-    assert measured == sorted(measured, reverse=True)
-
-
-@on_random_runs
 def test_a_prompts_neurons_are_its_rows_strongest_first(example: ExampleRun, atlas: Atlas):
     (prompt,) = [row for row in example.rows["prompts"] if row["prompt_id"] == 6]
     rows = [row for row in example.rows["neurons"] if row["prompt_id"] == 6 and row["layer"] == 2]
@@ -358,17 +349,48 @@ def test_prominent_tokens_of_a_prompt_are_counted_over_its_cells(example: Exampl
 
 
 @on_random_runs
-def test_prominent_tokens_of_a_run_are_counted_over_its_neurons(example: ExampleRun, atlas: Atlas):
+def test_prominent_tokens_of_a_run_are_those_that_a_module_has_in_more_prompts(
+    example: ExampleRun, atlas: Atlas
+):
+    listed = grouped(entries(example), UNIT)
+    prompts = len(example.rows["prompts"])
+    found: dict[tuple, dict[tuple, int]] = defaultdict(dict)
+    for (layer, module), every in grouped(entries(example), ("layer", "module")).items():
+        experts = {row["expert"] for row in every}
+        for (token_id,), rows in grouped(every, ("token_id",)).items():
+            kept = [prompts_of([row for row in rows if row["expert"] == expert]) for expert in experts]
+            found[(layer, module)][token_id] = min(prompts, sum(kept))
+    comparisons = sum(map(len, found.values()))
     expected = []
     for (token_id,), rows in grouped(entries(example), ("token_id",)).items():
         layers = {row["layer"] for row in rows}
-        most = max(len(found) for found in grouped(rows, UNIT).values())
+        base = sum(unit.get(token_id, 0) for unit in found.values()) / (len(found) * prompts + 1)
+        strong = {
+            keys: smoothed(unit[token_id], prompts, base)
+            for keys, unit in sorted(found.items())
+            if token_id in unit and surprise(unit[token_id], prompts, base) >= math.log(comparisons / 0.001)
+        }
+        most = (
+            max(strong, key=lambda keys: strong[keys])
+            if strong
+            else min(k for k in found if token_id in found[k])
+        )
         expected.append(
             {"token_id": token_id, "token": VOCAB[token_id]}
             | {"promoted": sides(rows)["bottom"], "demoted": sides(rows)["top"], "layers": len(layers)}
-            | {"first_layer": min(layers), "last_layer": max(layers), "most_in_a_module": most}
+            | {"first_layer": min(layers), "last_layer": max(layers)}
+            | {
+                "most_in_a_module": max(
+                    len([r for r in each if r["token_id"] == token_id]) for each in listed.values()
+                )
+            }
+            | {"log_odds": strong.get(most), "most_layer": most[0], "most_module": most[1]}
         )
-    expected.sort(key=lambda row: (-row["most_in_a_module"], row["token_id"]))
+    expected.sort(
+        key=lambda row: (
+            row["log_odds"] is None, -(row["log_odds"] or 0), -row["most_in_a_module"], row["token_id"],
+        )
+    )  # fmt: skip
     assert_same(atlas.prominent_tokens(limit=ALL).to_pylist(), expected)
 
 
