@@ -41,10 +41,10 @@ types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.package  ## write docs/tables.md
-	$(BIN)/python -m schemas.document
+	$(BIN)/python -m docs.write_tables
 
 docs-check: $(VENV)/.package
-	$(BIN)/python -m schemas.document --check
+	$(BIN)/python -m docs.write_tables --check
 
 check: lint types docs-check
 

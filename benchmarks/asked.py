@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.shape import word
-from pipeline.atlas import Atlas
+
+from backlens.atlas import Atlas
 
 TIMES = 8
 """Of each kind; in pages the last is to warm up with."""

@@ -23,16 +23,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-
 from benchmarks.asked import what_to_ask
 from benchmarks.explorer import time_pages
 from benchmarks.memory import peak_of
 from benchmarks.shape import VOCABULARY, word
-from pipeline.store.commit import commit_shard
-from pipeline.store.files import Directory
-from pipeline.store.rundir import Plan, finish, open_run
-from pipeline.store.vocab import write_vocab
-from schemas.tables import TABLES
+
+from backlens.store.commit import commit_shard, write_vocab
+from backlens.store.directory import Directory
+from backlens.store.run_record import Plan, finish, open_run
+from backlens.store.tables import TABLES
 
 LAYERS, MODULES, NEURONS, WIDTH, K = 12, ("mlp.up", "mlp.down"), 16, 3072, 10
 SHARD = 256
@@ -62,7 +61,7 @@ def main() -> None:
                 f"run written in {time.perf_counter() - started:.0f} s, {size_of(Path(folder))}", flush=True
             )
         if not Path(folder, "atlas/manifest.json").exists():
-            entry = [sys.executable, "-c", "from pipeline.cli.entry import main; main()", "atlas", folder]
+            entry = [sys.executable, "-c", "from backlens.cli.entry import main; main()", "atlas", folder]
             peak, seconds = peak_of([*entry, "--memory", options.memory])
             print(f"build: {seconds:.0f} s, peak {peak / 2**20:,.0f} MiB", flush=True)
         manifest = json.loads(Path(folder, "atlas/manifest.json").read_text())
@@ -219,7 +218,7 @@ def ask(folder: str) -> None:
     """What a server would: many questions to one opened run."""
     import resource
 
-    from pipeline.atlas import Atlas
+    from backlens.atlas import Atlas
 
     asked = what_to_ask(folder)
     prompts, common, rare = asked.prompts, asked.common, asked.rare

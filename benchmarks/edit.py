@@ -20,14 +20,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pipeline.demo import FACTS, MODEL
-from pipeline.editing.evaluate import Exam, ask, exam
-from pipeline.editing.forward import batches, logits_of
-from pipeline.editing.forward_shift import ForwardShift
-from pipeline.editing.request import read_requests
-from pipeline.editing.weights import add_deltas, edited
-from pipeline.models.anatomy import anatomy
-from pipeline.models.load import LoadedModel, ModelSource, load_model
+from backlens.demo import FACTS, MODEL
+from backlens.editing.delta import add_deltas, edited
+from backlens.editing.evaluate import Exam, ask, exam
+from backlens.editing.forward import batches, logits_of
+from backlens.editing.methods.forward_shift import ForwardShift
+from backlens.editing.request import read_requests
+from backlens.models.blocks import anatomy
+from backlens.models.load import LoadedModel, ModelSource, load_model
 
 
 def main() -> None:

@@ -104,7 +104,7 @@ class Server:
 @contextmanager
 def serving(folder: str) -> Iterator[Server]:
     """A server of its own."""
-    entry = [sys.executable, "-c", "from pipeline.cli.entry import main; main()"]
+    entry = [sys.executable, "-c", "from backlens.cli.entry import main; main()"]
     process = subprocess.Popen([*entry, "serve", folder, "--port", "0"], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -17,19 +17,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from benchmarks.shape import make_model, write_prompts
 from torch import Tensor
 
-from benchmarks.shape import make_model, write_prompts
-from pipeline.capture import capture, make_batch
-from pipeline.config import PromptFields
-from pipeline.engine.budget import ON_CPU
-from pipeline.engine.extract import Wanted, extract, sequence
-from pipeline.engine.packing import pack
-from pipeline.lens import make_lens
-from pipeline.models.load import LoadedModel, ModelSource, load_model
-from pipeline.prompts.read import read_prompts
-from pipeline.prompts.record import Prompt
-from pipeline.prompts.tokenize import Example, tokenize
+from backlens.capture.batch import make_batch
+from backlens.capture.hooks import capture
+from backlens.capture.packing import ON_CPU, pack
+from backlens.config import PromptFields
+from backlens.models.load import LoadedModel, ModelSource, load_model
+from backlens.projection.lens import make_lens
+from backlens.prompts.prompt import Prompt
+from backlens.prompts.read import read_prompts
+from backlens.prompts.tokenize import Example, tokenize
+from backlens.rows import Wanted, extract, sequence
 
 MODULES = ("mlp.up", "mlp.down")
 WIDTH = 2048

@@ -29,9 +29,8 @@ from typing import Any
 
 import pyarrow.dataset
 import torch
-from torch import Tensor
-
 from benchmarks.shape import make_model, write_prompts
+from torch import Tensor
 
 TOP_K, NEURONS = 10, 16
 Ids = dict[str, list[list[int]]]
@@ -83,7 +82,7 @@ def compare(folder: Path, rounds: int, prompts: int, peer_prompts: int) -> None:
 def ours(folder: Path, out: Path) -> float:
     command = ["run", "--model", folder / "model", "--prompts", folder / "prompts.jsonl", "--out", out]
     started = time.perf_counter()
-    entry = [sys.executable, "-c", "from pipeline.cli.entry import main; main()"]
+    entry = [sys.executable, "-c", "from backlens.cli.entry import main; main()"]
     subprocess.run(
         [*entry, *command, "--executor", "local"],
         check=True,

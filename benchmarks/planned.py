@@ -16,9 +16,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
 from benchmarks.shape import VOCABULARY, tokenizer, write_prompts
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 SETTINGS: dict[str, tuple[str, list[str]]] = {
     "GPT-2's width": ("gpt2", []),
@@ -68,9 +67,9 @@ def make_models(folder: Path) -> None:
 
 
 def compare(folder: Path, label: str, model: Path, arguments: list[str], threads: int) -> None:
-    from pipeline.cli.main import app
-    from pipeline.planning.options import PlanOptions
-    from pipeline.planning.outlook import look_ahead
+    from backlens.cli.main import app
+    from backlens.config import PlanOptions
+    from backlens.forecast.forecast import look_ahead
 
     out = folder / f"run of {label}"
     common = [
@@ -87,7 +86,7 @@ def compare(folder: Path, label: str, model: Path, arguments: list[str], threads
     entry = [
         sys.executable,
         "-c",
-        "from pipeline.cli.entry import main; main()",
+        "from backlens.cli.entry import main; main()",
         "run",
         "--executor",
         "local",

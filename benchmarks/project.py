@@ -18,9 +18,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from pipeline import screening, sieve
-from pipeline.lens import Lens, Norm
-from pipeline.projection import Vectors, project
+from backlens.models.final_norm import Norm
+from backlens.projection import candidates as sieve
+from backlens.projection import float32_bound as screening
+from backlens.projection.lens import Lens
+from backlens.projection.project import Vectors, project
 
 VOCABULARY, D_MODEL, NEURONS = 50_257, 768, 3_072
 PROMPTS, POSITIONS, K = 48, 11, 10

@@ -60,7 +60,7 @@ def points(axis: str, threads: int) -> list[tuple[str, int, list[str], int]]:
 def seconds_a_prompt(folder: Path, count: int, arguments: list[str], threads: int) -> float:
     prompts, out = folder / f"{count}.jsonl", folder / f"out-{time.monotonic_ns()}"
     write_prompts(prompts, count)
-    entry = [sys.executable, "-c", "from pipeline.cli.entry import main; main()", "run"]
+    entry = [sys.executable, "-c", "from backlens.cli.entry import main; main()", "run"]
     files = ["--model", str(folder / "model"), "--prompts", str(prompts), "--out", str(out)]
     command, environment = [*entry, *files, *arguments], os.environ | {"OMP_NUM_THREADS": str(threads)}
     if "ray" in arguments:

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import psutil
-
 from tests.engine.cluster import several_nodes
 from tests.engine.command import environment, write_jsonl
 from tests.engine.conftest import some_prompts
@@ -35,7 +34,7 @@ def main() -> None:
         folder = Path(name)
         model, out = save_tiny(folder / "model"), folder / "out"
         prompts = write_jsonl(folder / "prompts.jsonl", some_prompts(options.prompts, longest=12))
-        command = [sys.executable, "-c", "from pipeline.cli.entry import main; main()", "run"]
+        command = [sys.executable, "-c", "from backlens.cli.entry import main; main()", "run"]
         command += ["--model", str(model), "--prompts", str(prompts), "--out", str(out), "--neurons", "4"]
         with several_nodes(options.nodes) as nodes:
             command += ["--executor", "ray", "--address", nodes.address, "--replicas", str(options.nodes)]

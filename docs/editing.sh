@@ -8,12 +8,12 @@ try() {
     echo "\$ backlens edit sweep $*"
     backlens edit sweep "$@" 2>/dev/null
 }
-python -m pipeline.demo.probes --out probes
+python -m docs.demo_model.probes --out probes
 C="--text probes/text.txt --statistics covariance.safetensors"
 B="--untouched probes/untouched.jsonl --held-out probes/held-out.txt"
 SOLVE="--layers 7 --span 4 --lr 320 --ridge 1000 --passes 6"
 MEMIT="--methods memit --layers 6 --span 3 --ridge 300 --place last"
-DEMO="--model $(python -c 'from pipeline.demo import MODEL; print(MODEL)')"
+DEMO="--model $(python -c 'from backlens.demo import MODEL; print(MODEL)')"
 
 backlens edit train-mend editor.safetensors $DEMO --edits probes/mend-train.json --text probes/text.txt
 try mend --methods mend --layers 7 --editor editor.safetensors $DEMO --edits probes/mend-test.json --at-once 1,10,100 $B

@@ -8,12 +8,12 @@ python -m docs.write_models
 from pathlib import Path
 
 import torch
-
-from pipeline.models.anatomy import anatomy
-from pipeline.models.layout import MODULES
 from tests.agreement import measure
 from tests.families import CONFIGS
 from tests.tiny import random_model
+
+from backlens.models.blocks import anatomy
+from backlens.terms import MODULES
 
 PAGE = Path(__file__).with_name("models.md")
 

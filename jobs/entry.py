@@ -4,7 +4,7 @@ Ray puts the uploaded folder on the import path of this process and of every wor
 the code that was submitted, whatever the nodes have installed.
 """
 
-from pipeline.cli.entry import main
+from backlens.cli.entry import main
 
 if __name__ == "__main__":
     main()

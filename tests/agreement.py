@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.capture import Gradient, Side, capture, make_batch
-from pipeline.lens import lens_error, make_lens
-from pipeline.models.anatomy import anatomy
-from pipeline.models.load import LoadedModel
+from backlens.capture.batch import Side, make_batch
+from backlens.capture.hooks import Gradient, capture
+from backlens.models.blocks import anatomy
+from backlens.models.load import LoadedModel
+from backlens.projection.lens import lens_error, make_lens
 from tests.families import EXPERTS, columns_of, expert_gradient
 from tests.tiny import byte_tokenizer
 

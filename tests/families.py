@@ -1,7 +1,7 @@
 """A tiny model of every family that is known, and where its fused matrices keep q, k, v, gate and up.
 
 The columns of fused outputs are written out by plain loops, from the families' own attention code; nothing here
-is shared with `pipeline.models.layout`.
+is shared with `backlens.models.layout`.
 """
 
 from collections.abc import Callable

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from pipeline.capture import Gradient, Outcome, Side, capture, make_batch
-from pipeline.models.load import LoadedModel, ModelSource, load_model
+from backlens.capture.batch import Side, make_batch
+from backlens.capture.hooks import Gradient, capture
+from backlens.capture.loss import Outcome
+from backlens.models.load import LoadedModel, ModelSource, load_model
 from tests.oracle import Oracle
 from tests.tiny import CONFIGS, save_tiny
 

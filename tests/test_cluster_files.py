@@ -12,7 +12,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipeline.cli.main import app
+from backlens.cli.main import app
 from tests.kuberay import RAY_CLUSTER
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pipeline.errors import BacklensError
-from pipeline.lens import lens_tolerance, make_lens, verify_lens
-from pipeline.models.anatomy import anatomy
-from pipeline.models.layout import LAYOUTS
-from pipeline.models.load import ModelSource, load_model
+from backlens.errors import BacklensError
+from backlens.models.blocks import anatomy
+from backlens.models.layout import LAYOUTS
+from backlens.models.load import ModelSource, load_model
+from backlens.projection.lens import lens_tolerance, make_lens, verify_lens
 from tests.agreement import Agreement, captured, measure
 from tests.families import CONFIGS, MODERN
 from tests.tiny import byte_tokenizer, random_model

@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "schemas")
 
 CORE = (
-    "pipeline.models",
-    "pipeline.capture",
-    "pipeline.factors",
-    "pipeline.lens",
-    "pipeline.projection",
-    "pipeline.screening",
-    "pipeline.selection",
+    "backlens.models",
+    "backlens.capture.hooks",
+    "backlens.capture.factors",
+    "backlens.projection.lens",
+    "backlens.projection.project",
+    "backlens.projection.float32_bound",
+    "backlens.projection.topk",
 )
 
 
@@ -41,51 +41,58 @@ RULES = (
         CORE,
         (
             *("ray", "duckdb", "pyarrow", "cyclopts", "rich"),
-            *("pipeline.cli", "pipeline.doctor", "pipeline.engine", "pipeline.store", "pipeline.atlas"),
+            *("backlens.cli", "backlens.doctor", "backlens.engine", "backlens.store", "backlens.atlas"),
             "schemas",
         ),
         "the numerical core runs in a notebook and on a bare GPU machine",
     ),
-    Rule(("pipeline.models",), CORE[1:], "arrows point down: models is the lowest layer"),
-    Rule(("pipeline.capture",), CORE[2:], "arrows point down: capture only knows models"),
-    Rule(("pipeline.factors", "pipeline.lens"), ("pipeline.projection",), "arrows point down"),
-    Rule(("pipeline",), ("pipeline.cli",), "the command line is the top", allowed=("pipeline.cli",)),
+    Rule(("backlens.models",), CORE[1:], "arrows point down: models is the lowest layer"),
+    Rule(("backlens.capture.hooks",), CORE[2:], "arrows point down: capture only knows models"),
     Rule(
-        ("pipeline.store", "pipeline.atlas"),
+        ("backlens.capture.factors", "backlens.projection.lens"),
+        ("backlens.projection.project",),
+        "arrows point down",
+    ),
+    Rule(("pipeline",), ("backlens.cli",), "the command line is the top", allowed=("backlens.cli",)),
+    Rule(
+        ("backlens.store", "backlens.atlas"),
         ("torch", "ray", "transformers"),
         "tables are written and read without a model at hand",
-        allowed=("pipeline.atlas.weights", "pipeline.atlas.executors"),  # imported where they are asked for
+        allowed=(
+            "backlens.atlas.neuron_weights",
+            "backlens.atlas.build",
+        ),  # imported where they are asked for
     ),
     Rule(
-        ("pipeline.engine", "pipeline.store", "pipeline.atlas", "pipeline.prompts"),
-        ("pipeline.doctor",),
+        ("backlens.engine", "backlens.store", "backlens.atlas", "backlens.prompts"),
+        ("backlens.doctor",),
         "nothing depends on being diagnosed",
     ),
     Rule(
-        ("pipeline.doctor",),
-        ("ray", "duckdb", "pyarrow", "rich", "pipeline.store", "pipeline.atlas"),
+        ("backlens.doctor",),
+        ("ray", "duckdb", "pyarrow", "rich", "backlens.store", "backlens.atlas"),
         "the doctor looks at models, and leaves showing what it found to the command line",
     ),
-    Rule(("pipeline.store",), ("pipeline.engine", "pipeline.atlas"), "arrows point down"),
-    Rule(("pipeline.engine",), ("pipeline.planning",), "a run needs no forecast of itself"),
+    Rule(("backlens.store",), ("backlens.engine", "backlens.atlas"), "arrows point down"),
+    Rule(("backlens.engine",), ("backlens.forecast",), "a run needs no forecast of itself"),
     Rule(
-        ("pipeline.atlas",),
-        ("pipeline.engine",),
+        ("backlens.atlas",),
+        ("backlens.engine",),
         "finished runs are read without what made them",
-        allowed=("pipeline.atlas.executors",),  # the connection to Ray
+        allowed=("backlens.atlas.build",),  # the connection to Ray
     ),
     Rule(
-        ("pipeline.plot",),
-        ("torch", "ray", "transformers", "pipeline.engine"),
+        ("backlens.figures",),
+        ("torch", "ray", "transformers", "backlens.engine"),
         "figures are drawn from tables, without a model at hand",
     ),
-    Rule(("pipeline.atlas",), ("pipeline.plot", "matplotlib"), "answers need no figures"),
+    Rule(("backlens.atlas",), ("backlens.figures", "matplotlib"), "answers need no figures"),
     Rule(("schemas",), ("pipeline",), "the schemas stand alone"),
 )
 
 
 def module_name(file: Path) -> str:
-    """`pipeline/store/commit.py` is `pipeline.store.commit`."""
+    """`pipeline/backlens/store/commit.py` is `backlens.store.commit`."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -151,11 +158,13 @@ def loaded_by(modules: str, heavy: tuple[str, ...]) -> list[str]:
 
 def test_the_core_loads_without_tables_queries_or_ray():
     heavy = ("ray", "duckdb", "pyarrow.dataset", "datasets", "cyclopts", "rich")
-    assert not loaded_by("pipeline.projection, pipeline.capture, pipeline.factors", heavy)
+    assert not loaded_by(
+        "backlens.projection.project, backlens.capture.hooks, backlens.capture.factors", heavy
+    )
 
 
 def test_the_command_line_starts_without_torch_or_ray():
-    assert not loaded_by("pipeline.cli.main", ("torch", "ray", "transformers", "duckdb", "pyarrow"))
+    assert not loaded_by("backlens.cli.main", ("torch", "ray", "transformers", "duckdb", "pyarrow"))
 
 
 def test_no_file_is_a_drawer_for_anything():

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pipeline.errors import BacklensError
-from pipeline.lens import make_lens, probe_norm
-from pipeline.models.anatomy import anatomy
+from backlens.errors import BacklensError
+from backlens.models.blocks import anatomy
+from backlens.models.final_norm import probe_norm
+from backlens.projection.lens import make_lens
 from tests.tiny import CONFIGS, random_model
 
 CPU = torch.device("cpu")

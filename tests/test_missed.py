@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.capture import MatrixMissed, capture, make_batch, verify_capture
-from pipeline.models.load import LoadedModel, ModelSource, load_model
+from backlens.capture.batch import make_batch
+from backlens.capture.hooks import MatrixMissed, capture, verify_capture
+from backlens.models.load import LoadedModel, ModelSource, load_model
 from tests.families import CONFIGS
 from tests.tiny import byte_tokenizer, random_model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.demo import MODEL
+from backlens.demo import MODEL
 
 LAYERS = range(8)
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.lens import Lens, Norm
-from pipeline.projection import GROUP, Vectors, extremes, project
+from backlens.models.final_norm import Norm
+from backlens.projection.lens import Lens
+from backlens.projection.project import GROUP, Vectors, extremes, project
 
 finite = st.floats(min_value=-(2.0**100), max_value=2.0**100, width=32)
 

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
 
-from pipeline.capture import Gradient, capture, make_batch
-from pipeline.errors import BacklensError
-from pipeline.lens import lens_error, lens_tolerance, make_lens
-from pipeline.models.load import LoadedModel, ModelSource, load_model
-from pipeline.models.structure import verify_backward
+from backlens.capture.batch import make_batch
+from backlens.capture.hooks import Gradient, capture
+from backlens.errors import BacklensError
+from backlens.models.load import LoadedModel, ModelSource, load_model
+from backlens.models.module_tree import verify_backward
+from backlens.projection.lens import lens_error, lens_tolerance, make_lens
 from tests.engine.command import called
 from tests.tiny import LLAMA_SHAPE, byte_tokenizer, random_model
 

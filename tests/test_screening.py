@@ -16,10 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline import kernels, projection, screening, sieve
-from pipeline.lens import Lens, Norm
-from pipeline.projection import Selection, Vectors, project, spread_of
-from pipeline.screening import Exact, Precision, Screen, prepare
+from backlens.models.final_norm import Norm
+from backlens.projection import candidates as sieve
+from backlens.projection import cpu as kernels
+from backlens.projection import float32_bound as screening
+from backlens.projection import project as projection
+from backlens.projection.exact import Exact
+from backlens.projection.float32_bound import Precision, Screen, prepare
+from backlens.projection.lens import Lens
+from backlens.projection.project import Selection, Vectors, project, spread_of
 
 WORDS = ("normal", "near ties", "duplicates", "whole numbers", "all the same", "of every length", "denormal")
 SIZES = (1.0, 1e30, 1e-30, 1e-40)

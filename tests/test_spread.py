@@ -11,12 +11,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, PreTrainedModel
 
-from pipeline.capture import Gradient, capture, make_batch
-from pipeline.errors import BacklensError
-from pipeline.lens import make_lens, verify_lens
-from pipeline.models.anatomy import anatomy
-from pipeline.models.load import LoadedModel, ModelSource, empty_model, load_model
-from pipeline.models.spread import Device, Spread, lens_bytes, place
+from backlens.capture.batch import make_batch
+from backlens.capture.hooks import Gradient, capture
+from backlens.errors import BacklensError
+from backlens.models.blocks import anatomy
+from backlens.models.device_map import Device, Spread, lens_bytes, place
+from backlens.models.load import LoadedModel, ModelSource, empty_model, load_model
+from backlens.projection.lens import make_lens, verify_lens
 from tests.families import CONFIGS
 from tests.tiny import LLAMA_SHAPE, random_model, save_tiny
 

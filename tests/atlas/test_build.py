@@ -9,14 +9,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.atlas import Atlas, build, piece
-from pipeline.atlas.build import BuildOptions, build_atlas
-from pipeline.atlas.manifest import CutOff, find_manifest
-from pipeline.cli.main import call
-from pipeline.errors import BacklensError
-from pipeline.store.commit import commit_shard
-from pipeline.store.files import Directory
-from schemas.atlas import ATLAS_TABLES
+from backlens.atlas import Atlas, build
+from backlens.atlas import pieces as piece
+from backlens.atlas.build import BuildOptions, build_atlas
+from backlens.atlas.manifest import CutOff, find_manifest
+from backlens.atlas.tables import ATLAS_TABLES
+from backlens.cli.main import call
+from backlens.errors import BacklensError
+from backlens.store.commit import commit_shard
+from backlens.store.directory import Directory
 from tests.store.examples import ExampleRun, arrow, example_run, random_rows, start_run
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.atlas import Atlas
-from pipeline.errors import BacklensError
-from pipeline.store.files import Directory
+from backlens.atlas import Atlas
+from backlens.errors import BacklensError
+from backlens.store.directory import Directory
 from tests.store.examples import VOCAB, ExampleRun, example_run
 
 ENDLESS = "SELECT count(*) FROM range(10_000_000_000_000)"

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.atlas import Atlas
-from pipeline.atlas.build import build_atlas
-from pipeline.store.commit import commit_shard
-from pipeline.store.files import Directory
-from pipeline.store.rundir import Plan, finish, open_run
-from pipeline.store.vocab import write_vocab
-from schemas.tables import TABLES
+from backlens.atlas import Atlas
+from backlens.atlas.build import build_atlas
+from backlens.store.commit import commit_shard, write_vocab
+from backlens.store.directory import Directory
+from backlens.store.run_record import Plan, finish, open_run
+from backlens.store.tables import TABLES
 from tests.store.examples import arrow
 
 Row = dict[str, Any]

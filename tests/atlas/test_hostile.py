@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli.main import call
-from pipeline.store.files import Directory
+from backlens.cli.main import call
+from backlens.store.directory import Directory
 from tests.atlas.test_query import hostile, snapshot
 from tests.store.examples import ExampleRun, example_run
 

@@ -6,9 +6,9 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from pipeline.atlas import Atlas
-from pipeline.atlas.answer import SHOWN_ROWS, Answer
-from pipeline.store.files import Directory
+from backlens.atlas import Atlas
+from backlens.display import SHOWN_ROWS, Answer
+from backlens.store.directory import Directory
 from tests.store.examples import example_run
 
 TOKENS = ["<script>alert(1)</script>", " Paris", "\n", "שלום", '"&', None]

@@ -3,10 +3,10 @@
 import pytest
 from starlette.testclient import TestClient
 
-from pipeline.atlas import Atlas
-from pipeline.errors import BacklensError
-from pipeline.serve.app import make_app
-from pipeline.serve.page import Served
+from backlens.atlas import Atlas
+from backlens.errors import BacklensError
+from backlens.serve.app import make_app
+from backlens.serve.page import Served
 from tests.engine.command import called, error_line, write_jsonl
 from tests.families import CONFIGS
 from tests.tiny import byte_tokenizer, random_model

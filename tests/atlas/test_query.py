@@ -9,15 +9,15 @@ from typing import Any
 import duckdb
 import pytest
 
-from pipeline.atlas.address import Neuron, parse_neuron
-from pipeline.atlas.atlas import Atlas
-from pipeline.atlas.derive import DEFINITIONS
-from pipeline.cli.main import call
-from pipeline.errors import BacklensError
-from pipeline.store.commit import commit_shard
-from pipeline.store.files import Directory
-from schemas.atlas import ATLAS_TABLES
-from schemas.tables import TABLES
+from backlens.atlas.atlas import Atlas
+from backlens.atlas.derived_tables import DEFINITIONS
+from backlens.atlas.names import Neuron, parse_neuron
+from backlens.atlas.tables import ATLAS_TABLES
+from backlens.cli.main import call
+from backlens.errors import BacklensError
+from backlens.store.commit import commit_shard
+from backlens.store.directory import Directory
+from backlens.store.tables import TABLES
 from tests.store.examples import VOCAB, ExampleRun, arrow, example_run, random_rows, start_run
 
 

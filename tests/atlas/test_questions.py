@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.atlas import Atlas
-from pipeline.atlas.address import parse_neuron
-from pipeline.atlas.build import build_atlas
-from pipeline.errors import BacklensError
-from pipeline.store.files import Directory
+from backlens.atlas import Atlas
+from backlens.atlas.build import build_atlas
+from backlens.atlas.names import parse_neuron
+from backlens.errors import BacklensError
+from backlens.store.directory import Directory
 from tests.atlas.test_evidence import smoothed, surprise
 from tests.atlas.test_query import appearances, told
 from tests.store.examples import VOCAB, ExampleRun, example_run

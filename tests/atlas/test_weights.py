@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.atlas import Atlas
-from pipeline.cli.main import call
-from pipeline.models.anatomy import Block, anatomy
-from pipeline.models.weights import neuron_weights
+from backlens.atlas import Atlas
+from backlens.atlas.neuron_weights import neuron_weights
+from backlens.cli.main import call
+from backlens.models.blocks import Block, anatomy
 from tests.families import CONFIGS, columns_of, expert_gradient
 from tests.oracle import PATHS, WRITES
 from tests.tiny import random_model, save_tiny

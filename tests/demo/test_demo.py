@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from docs.demo_model.corpus import RELATIONS, build_world, counterfact_records
+from docs.demo_model.curriculum import Curriculum
+from docs.demo_model.recipe import Recipe
+from docs.demo_model.text import train_tokenizer
+from docs.demo_model.train import main, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.demo import FACTS, MODEL
-from pipeline.demo.corpus import RELATIONS, build_world, counterfact_records
-from pipeline.demo.curriculum import Curriculum
-from pipeline.demo.recipe import Recipe
-from pipeline.demo.text import train_tokenizer
-from pipeline.demo.train import main, make
-from pipeline.errors import BacklensError
+from backlens.demo import FACTS, MODEL
+from backlens.errors import BacklensError
 
 Record = dict[str, Any]
 
@@ -170,7 +170,10 @@ def test_the_trainer_refuses_to_write_a_model_that_does_not_know_its_facts(tmp_p
     out = tmp_path / "demo"
     arguments = ["--people", "12", "--steps", "2", "--out", str(out)]
     ended = subprocess.run(
-        [sys.executable, "-m", "pipeline.demo.train", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "docs.demo_model.train", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 2
     assert re.fullmatch(r"error: after 2 steps .* nothing written; .*\n", ended.stderr)
@@ -203,7 +206,7 @@ def test_a_recipe_that_cannot_work_is_refused(wrong: dict[str, Any]):
 
 
 def test_importing_the_paths_loads_nothing_heavy():
-    code = "import sys, pipeline.demo; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, backlens.demo; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.models.draft import draft_layout
+from backlens.models.recognition import draft_layout
 from tests.doctor.models import save
 from tests.doctor.test_doctor import doctor
 from tests.doctor.test_draft import UNKNOWN, without_weights

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import MistralConfig
 
-from pipeline.config import RunConfig, flag
-from pipeline.doctor.options import DoctorOptions
+from backlens.config import DoctorOptions, RunConfig, flag
 from tests.doctor.models import save
 from tests.engine.command import Finished, called, error_line, write_jsonl
 from tests.families import CONFIGS, MODERN

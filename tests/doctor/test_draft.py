@@ -7,11 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from pipeline.models.anatomy import anatomy, describe_blocks
-from pipeline.models.draft import draft_layout, see_blocks
-from pipeline.models.layout import LAYOUTS, Cut, Layout
-from pipeline.models.layout_file import read_layout
-from pipeline.models.widths import misfits
+from backlens.models.blocks import anatomy, describe_blocks, misfits
+from backlens.models.layout import LAYOUTS, Cut, Layout, read_layout
+from backlens.models.recognition import draft_layout, see_blocks
 from tests.doctor.models import RenamedConfig, save
 from tests.doctor.test_doctor import doctor
 from tests.engine.command import called, write_jsonl

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.doctor import examine, gradients
-from pipeline.doctor.room import free_memory
-from pipeline.doctor.trial import Trial
-from pipeline.models.anatomy import anatomy
-from pipeline.models.load import LoadedModel
+from backlens.capture.memory import free_memory
+from backlens.doctor import examine, gradients
+from backlens.doctor.model_copy import Trial
+from backlens.models.blocks import anatomy
+from backlens.models.load import LoadedModel
 from tests.doctor.models import save
 from tests.doctor.test_doctor import doctor
 from tests.families import CONFIGS

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from docs.demo_model.probes import write_probes
 
-from pipeline.demo import FACTS, MODEL
-from pipeline.demo.probes import write_probes
-from pipeline.editing.covariance import Moments, measure, read_texts
-from pipeline.editing.request import Request, read_requests
-from pipeline.models.load import LoadedModel, ModelSource, load_model
+from backlens.demo import FACTS, MODEL
+from backlens.editing.covariance import Moments, measure, read_texts
+from backlens.editing.request import Request, read_requests
+from backlens.models.load import LoadedModel, ModelSource, load_model
 
 
 @pytest.fixture(scope="session")

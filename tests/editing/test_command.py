@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.cli.main import call
-from pipeline.demo import MODEL
-from pipeline.store.commit import committed
-from pipeline.store.files import Directory
+from backlens.cli.main import call
+from backlens.demo import MODEL
+from backlens.store.commit import committed
+from backlens.store.directory import Directory
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_sweep_resumes_and_its_rows_do_not_depend_on_it(tmp_path, capsys, monk
         if done == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.cli.editing._told", told)
+    monkeypatch.setattr("backlens.cli.edit._told", told)
     assert call(["edit", "sweep", broken, *grid]) == 3
     before = len(committed(Directory.at(broken)))
     assert 3 <= before < 8  # what is in hand at an interruption is finished
@@ -150,7 +150,8 @@ def test_an_edit_is_explained(capsys):
 def test_weights_that_are_not_restored_stop_a_sweep(tmp_path, monkeypatch, capsys):
     from contextlib import contextmanager
 
-    from pipeline.editing import sweep, weights
+    from backlens.editing import delta as weights
+    from backlens.editing import sweep
 
     @contextmanager
     def forgetful(loaded, deltas):

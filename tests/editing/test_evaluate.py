@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from pipeline.demo import FACTS
-from pipeline.editing.evaluate import KINDS, Answer, Exam, Question, Reading, _result, ask, exam, summary
-from pipeline.editing.forward_shift import ForwardShift
-from pipeline.editing.request import Metrics, Request, read_requests
-from pipeline.editing.text import generate, ngram_entropy, reference_score
-from pipeline.editing.weights import edited
-from pipeline.errors import BacklensError
+from backlens.demo import FACTS
+from backlens.editing.delta import edited
+from backlens.editing.evaluate import KINDS, Answer, Exam, Question, Reading, _result, ask, exam, summary
+from backlens.editing.methods.forward_shift import ForwardShift
+from backlens.editing.request import Metrics, Request, read_requests
+from backlens.editing.side_effects import generate, ngram_entropy, reference_score
+from backlens.errors import BacklensError
 from tests.editing.plain import plain_case
 
 LAYER, RATE = 5, 1.6

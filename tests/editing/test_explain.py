@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.editing.closed_form import Memit, Rome
-from pipeline.editing.covariance import Moments
-from pipeline.editing.delta import Delta, merged
-from pipeline.editing.explain import Added, explain
-from pipeline.editing.forward_shift import ForwardShift
-from pipeline.editing.gradient import FineTune, GradientShift
-from pipeline.editing.method import Method
-from pipeline.editing.request import Request
-from pipeline.models.load import LoadedModel
+from backlens.editing.covariance import Moments
+from backlens.editing.delta import Delta, merged
+from backlens.editing.explain import Added, explain
+from backlens.editing.methods import Method
+from backlens.editing.methods.forward_shift import ForwardShift
+from backlens.editing.methods.gradient import FineTune, GradientShift
+from backlens.editing.methods.rome_memit import Memit, Rome
+from backlens.editing.request import Request
+from backlens.models.load import LoadedModel
 
 LAYER = 5
 CASES = range(5)

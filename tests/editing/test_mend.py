@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from pipeline.cli.main import call
-from pipeline.demo import FACTS, MODEL
-from pipeline.editing.editor import Editor
-from pipeline.editing.gradient import GradientShift
-from pipeline.editing.mend import Mend
-from pipeline.editing.mend_train import Lesson, feed_forward_shapes, losses
-from pipeline.editing.request import Request
-from pipeline.editing.weights import matrix, weights_digest
-from pipeline.models.load import LoadedModel, ModelSource, load_model
+from backlens.cli.main import call
+from backlens.demo import FACTS, MODEL
+from backlens.editing.delta import matrix, weights_digest
+from backlens.editing.methods.gradient import GradientShift
+from backlens.editing.methods.mend import Editor, Mend
+from backlens.editing.methods.mend_training import Lesson, feed_forward_shapes, losses
+from backlens.editing.request import Request
+from backlens.models.load import LoadedModel, ModelSource, load_model
 from tests.tiny import save_tiny
 
 

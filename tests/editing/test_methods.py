@@ -8,20 +8,18 @@ import torch
 from torch import nn
 from transformers import Conv1D
 
-from pipeline.editing.closed_form import Memit, Rome, spread
-from pipeline.editing.covariance import Moments, measure
-from pipeline.editing.delta import Delta, load_deltas, merged, save_deltas
-from pipeline.editing.editor import Editor
-from pipeline.editing.evaluate import ask, exam, summary
-from pipeline.editing.forward_shift import ForwardShift
-from pipeline.editing.gradient import FineTune, GradientShift
-from pipeline.editing.mend import Mend
-from pipeline.editing.mend_train import feed_forward_shapes
-from pipeline.editing.method import Method
-from pipeline.editing.request import Request
-from pipeline.editing.weights import edited, matrix, weights_digest
-from pipeline.errors import BacklensError
-from pipeline.models.load import LoadedModel, ModelSource, load_model
+from backlens.editing.covariance import Moments, measure
+from backlens.editing.delta import Delta, edited, load_deltas, matrix, merged, save_deltas, weights_digest
+from backlens.editing.evaluate import ask, exam, summary
+from backlens.editing.methods import Method
+from backlens.editing.methods.forward_shift import ForwardShift
+from backlens.editing.methods.gradient import FineTune, GradientShift
+from backlens.editing.methods.mend import Editor, Mend
+from backlens.editing.methods.mend_training import feed_forward_shapes
+from backlens.editing.methods.rome_memit import Memit, Rome, spread
+from backlens.editing.request import Request
+from backlens.errors import BacklensError
+from backlens.models.load import LoadedModel, ModelSource, load_model
 from tests.families import CONFIGS
 from tests.tiny import byte_tokenizer, random_model
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli.main import call
-from pipeline.editing.forward import subject_last, wordings
-from pipeline.editing.request import read_requests
-from pipeline.editing.untouched import Bystanders
-from pipeline.errors import BacklensError
-from pipeline.models.load import LoadedModel
+from backlens.cli.main import call
+from backlens.editing.forward import subject_last, wordings
+from backlens.editing.request import read_requests
+from backlens.editing.side_effects import Bystanders
+from backlens.errors import BacklensError
+from backlens.models.load import LoadedModel
 
 
 def requested(tmp_path: Path, prompt: str, subject: str | None, name: str = "e.jsonl") -> Any:

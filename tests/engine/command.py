@@ -29,7 +29,7 @@ QUIET = {
 
 PEAK = """
 import pathlib, sys
-from pipeline.cli.main import call
+from backlens.cli.main import call
 
 status = call(sys.argv[2:])
 lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -69,7 +69,7 @@ def backlens(*arguments: object, timeout: float = TIMEOUT) -> Finished:
 
 def called(*arguments: object) -> Finished:
     """`backlens …` inside this process, for what does not depend on there being another: seconds are saved."""
-    from pipeline.cli.main import call
+    from backlens.cli.main import call
 
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):

@@ -15,11 +15,11 @@ from unittest import mock
 from tests.engine.command import environment
 
 PRELOADED = [
-    "pipeline.cli.main",
-    "pipeline.cli.progress",
-    "pipeline.cli.report",
-    "pipeline.engine.driver",
-    "pipeline.engine.ray_executor",
+    "backlens.cli.main",
+    "backlens.cli.run",
+    "backlens.cli.run",
+    "backlens.engine.run",
+    "backlens.engine.executors.ray",
 ]
 
 
@@ -35,7 +35,7 @@ def fork(log: Path, *arguments: object) -> ForkServerProcess:
 
 
 def _main(log: str, arguments: list[str]) -> None:
-    from pipeline.cli.entry import main
+    from backlens.cli.entry import main
 
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.atlas.manifest import Manifest, find_manifest
-from pipeline.store.files import Directory
+from backlens.atlas.manifest import Manifest, find_manifest
+from backlens.store.directory import Directory
 from tests.atlas.test_questions import assert_same
 from tests.engine.command import backlens, called, start, wait_for
 

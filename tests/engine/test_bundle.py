@@ -85,9 +85,9 @@ def checkout(tmp_path: Path) -> Path:
     )
     write(
         folder,
-        "pipeline/demo/__init__.py",
-        "pipeline/demo/model/config.json",
-        "pipeline/demo/model/model.safetensors",
+        "pipeline/backlens/demo/__init__.py",
+        "pipeline/backlens/demo/model/config.json",
+        "pipeline/backlens/demo/model/model.safetensors",
     )
     write(folder, "demo-run/run.json", "demo-run/tokens/0.parquet")
     write(folder, "runs/a [1]/run.json", "runs/a [1]/x.parquet", "runs/notes.txt")
@@ -116,9 +116,9 @@ CODE = {
         ".gitignore",
     ),
     *(
-        "pipeline/demo/__init__.py",
-        "pipeline/demo/model/config.json",
-        "pipeline/demo/model/model.safetensors",
+        "pipeline/backlens/demo/__init__.py",
+        "pipeline/backlens/demo/model/config.json",
+        "pipeline/backlens/demo/model/model.safetensors",
     ),
     *("settings/config.json", "settings/weights.txt"),
 }
@@ -216,7 +216,7 @@ def test_a_smaller_limit_on_the_way_is_not_blamed_on_the_address_alone(
 
 
 def test_a_link_to_a_folder_above_does_not_lead_in_circles(checkout: Path) -> None:
-    from pipeline.engine.bundle import _leftovers
+    from backlens.engine.jobs import _leftovers
 
     os.symlink(checkout, checkout / "notes" / "above")
     assert len(dict(_leftovers(checkout, "", set()))) < 30

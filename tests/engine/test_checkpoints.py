@@ -19,12 +19,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from pipeline.editing import drive
-from pipeline.engine import driver
-from pipeline.errors import BacklensError
-from pipeline.models.load import ModelSource, load_model
-from pipeline.models.spread import Spread
-from pipeline.models.zero3 import Zero3
+from backlens.editing import sweep as drive
+from backlens.engine import run as driver
+from backlens.errors import BacklensError
+from backlens.models.device_map import Spread
+from backlens.models.load import ModelSource, load_model
+from backlens.models.zero3 import Zero3
 from tests.engine.command import (
     Finished,
     assert_same_run,

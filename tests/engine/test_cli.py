@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from pipeline.config import RunConfig, flag
+from backlens.config import RunConfig, flag
 from tests.engine.command import (
     Finished,
     assert_complete,

@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.capture import Gradient, capture, make_batch
-from pipeline.engine.device_threads import device_threads
-from pipeline.engine.extract import Extracted, Wanted, extract
-from pipeline.engine.faults import is_out_of_memory
-from pipeline.lens import Lens, make_lens
-from pipeline.models.load import LoadedModel, ModelSource, load_model
-from pipeline.prompts.record import Prompt
-from pipeline.prompts.tokenize import Example
+from backlens.capture.batch import make_batch
+from backlens.capture.hooks import Gradient, capture
+from backlens.capture.memory import is_out_of_memory
+from backlens.models.load import LoadedModel, ModelSource, load_model
+from backlens.projection.lens import Lens, make_lens
+from backlens.projection.threads import device_threads
+from backlens.prompts.prompt import Prompt
+from backlens.prompts.tokenize import Example
+from backlens.rows import Extracted, Wanted, extract
 from tests.families import CONFIGS
 from tests.test_spread import EmulatedGpus
 from tests.tiny import byte_tokenizer, random_model

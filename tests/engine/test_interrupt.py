@@ -76,7 +76,7 @@ def assert_one_line(done: "subprocess.CompletedProcess[str]") -> None:
     [
         *(
             (module, "raised")
-            for module in ("cyclopts", "pipeline.config", "torch.nn", "transformers", "pyarrow")
+            for module in ("cyclopts", "backlens.config", "torch.nn", "transformers", "pyarrow")
         ),
         *((module, act) for module in ("cyclopts", "torch") for act in ACTS if act != "raised"),
     ],

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from pipeline.capture import Side, make_batch
-from pipeline.engine.columns import fact_table
-from pipeline.engine.extract import Wanted, extract, extract_batch, sequence
-from pipeline.lens import make_lens
-from pipeline.models.load import ModelSource, load_model
-from pipeline.prompts.record import Prompt
-from pipeline.prompts.tokenize import Example
+from backlens.capture.batch import Side, make_batch
+from backlens.columns import fact_table
+from backlens.models.load import ModelSource, load_model
+from backlens.projection.lens import make_lens
+from backlens.prompts.prompt import Prompt
+from backlens.prompts.tokenize import Example
+from backlens.rows import Wanted, extract, extract_batch, sequence
 from tests.engine.command import (
     assert_complete,
     assert_same_rows,

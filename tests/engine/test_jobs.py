@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.cli.main import app
-from pipeline.engine.jobs import read_job
-from pipeline.errors import BacklensError
+from backlens.cli.main import app
+from backlens.engine.jobs import read_job
+from backlens.errors import BacklensError
 from tests.engine.cluster import free_ports, one_node_cluster
 from tests.engine.command import (
     assert_complete,

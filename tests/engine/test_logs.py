@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli.logs import log_format
+from backlens.cli.console import log_format
 from tests.engine.cluster import workers
 from tests.engine.command import called, commits, finish, start, wait_for, write_jsonl
 from tests.engine.conftest import some_prompts

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.engine.events import LOGGER, emit
-from pipeline.engine.metrics import RayMetrics
+from backlens.engine.events import LOGGER, RayMetrics, emit
 from tests.engine.command import wait_for
 
 NAME = re.compile(r"^ray_backlens_(\w+?)\{(.*)\} (\S+)$", re.MULTILINE)

@@ -4,8 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.engine.budget import TokenBudget
-from pipeline.engine.packing import Packer, pack
+from backlens.capture.packing import Packer, TokenBudget, pack
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=200)
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.engine.placement import Node, capacity, cpus_per_replica, cpus_to_fill, shortage
-from pipeline.errors import BacklensError
+from backlens.engine.executors.ray_session import Node, capacity, cpus_per_replica, cpus_to_fill, shortage
+from backlens.errors import BacklensError
 
 
 @pytest.mark.parametrize(

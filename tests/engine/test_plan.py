@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, LlamaConfig
 
-from pipeline.config import RunConfig
-from pipeline.demo import FACTS, MODEL
-from pipeline.engine.plan import make_plan
-from pipeline.errors import BacklensError
-from pipeline.planning.cluster import read_cluster
-from pipeline.planning.estimate import Estimate
-from pipeline.planning.fit import Fit, fit
-from pipeline.planning.options import PlanOptions
-from pipeline.planning.outlook import Outlook, look_ahead
-from pipeline.planning.sample import Assumed
+from backlens.config import PlanOptions, RunConfig
+from backlens.demo import FACTS, MODEL
+from backlens.engine.plan import make_plan
+from backlens.errors import BacklensError
+from backlens.forecast.bytes import Estimate
+from backlens.forecast.cluster import read_cluster
+from backlens.forecast.fit import Fit, fit
+from backlens.forecast.forecast import Outlook, look_ahead
+from backlens.forecast.prompts import Assumed
 from tests.engine.command import called, error_line, write_jsonl
 from tests.engine.conftest import some_prompts
 from tests.tiny import byte_tokenizer, random_model
@@ -134,7 +133,7 @@ def test_rows_are_counted_and_bytes_foreseen(
     assert_foreseen(expected, sizes, 0.05)
     # random factors, which larger models' plans are made from, do not know that in the first layers of a tiny
     # Llama equal tokens make equal rows
-    monkeypatch.setattr("pipeline.planning.pilot.WEIGHTS", 0)
+    monkeypatch.setattr("backlens.forecast.pilot.WEIGHTS", 0)
     assert_foreseen(look_ahead(config, PlanOptions()).expected, sizes, off)
 
 
@@ -158,7 +157,7 @@ def test_few_of_the_prompts_tell_what_a_trained_model_writes(
         limit=limit,
         **options,  # pyright: ignore[reportArgumentType]
     )
-    monkeypatch.setattr("pipeline.planning.pilot.OPERATIONS", 3e10)
+    monkeypatch.setattr("backlens.forecast.pilot.OPERATIONS", 3e10)
     expected = look_ahead(config, PlanOptions()).expected
     assert expected.pilot is not None
     assert expected.pilot.prompts < limit / 2

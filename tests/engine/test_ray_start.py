@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.engine import ray_address, ray_folder, session
-from pipeline.engine.ray_address import job_server, named_cluster
-from pipeline.errors import BacklensError, Interrupted
+from backlens.engine.executors import ray_address
+from backlens.engine.executors import ray_session as ray_folder
+from backlens.engine.executors import ray_session as session
+from backlens.engine.executors.ray_address import job_server, named_cluster
+from backlens.errors import BacklensError, Interrupted
 from tests.engine.cluster import free_ports, one_node_cluster
 from tests.engine.command import Finished, backlens, called, environment
 from tests.engine.test_full_disk import disk as disk
@@ -215,7 +217,7 @@ def test_a_cluster_that_asks_for_a_token_says_where_to_put_it(tmp_path: Path) ->
 
 def _with_environment(variables: dict[str, str], *arguments: object, cwd: Path | None = None) -> Finished:
     done = subprocess.run(
-        [sys.executable, "-c", "from pipeline.cli.entry import main; main()", *map(str, arguments)],
+        [sys.executable, "-c", "from backlens.cli.entry import main; main()", *map(str, arguments)],
         env=environment() | variables,
         cwd=cwd,
         capture_output=True,

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline.engine.notes import note
-from pipeline.store.files import Directory
+from backlens.engine.blame import note
+from backlens.store.directory import Directory
 from tests.engine.cluster import alive, descendants, is_agent, kill, workers
 from tests.engine.command import (
     assert_complete,

@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import ActorUnavailableError, NodeDiedError, RayActorError, RayError, RayTaskError
 
-from pipeline.engine.retry import ATTEMPTS, NODES, next_attempt
-from pipeline.engine.session import ReplicaLost, node_lost
-from pipeline.engine.work import Attempt
-from pipeline.prompts.record import Prompt
-from pipeline.prompts.shards import Shard
+from backlens.engine.blame import ATTEMPTS, NODES, next_attempt
+from backlens.engine.executors.base import Attempt
+from backlens.engine.executors.ray_session import ReplicaLost, node_lost
+from backlens.prompts.prompt import Prompt, Shard
 
 COUNT = 12
 BATCH = 4

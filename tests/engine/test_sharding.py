@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from pipeline.config import RunConfig, parse_max_memory
-from pipeline.errors import BacklensError
+from backlens.config import RunConfig, parse_max_memory
+from backlens.errors import BacklensError
 from tests.engine.command import (
     Finished,
     assert_complete,

@@ -7,7 +7,7 @@ import fsspec
 import pyarrow.dataset
 import pytest
 
-from pipeline.cli.main import call
+from backlens.cli.main import call
 from tests.tiny import save_tiny
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.atlas import Atlas
-from pipeline.cli.main import call
-from pipeline.plot.canvas import missing_letters, require_matplotlib, shown
-from pipeline.plot.heatmap import Cell, Heatmap, draw_heatmap, read_heatmap
-from pipeline.store.files import Directory
+from backlens.atlas import Atlas
+from backlens.cli.main import call
+from backlens.figures.canvas import missing_letters, require_matplotlib, shown
+from backlens.figures.heatmap import Cell, Heatmap, draw_heatmap, read_heatmap
+from backlens.store.directory import Directory
 from tests.store.examples import VOCAB, ExampleRun, example_run
 
 pytest.importorskip("matplotlib")
@@ -119,7 +119,7 @@ def test_the_suffix_says_the_format(
 
 
 def test_svg_text_is_text_escaped_and_the_same_each_time(tmp_path: Path):
-    from pipeline.plot.canvas import save
+    from backlens.figures.canvas import save
 
     require_matplotlib()
     for name in ("a.svg", "b.svg"):

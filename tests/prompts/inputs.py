@@ -9,10 +9,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import PromptFields, PromptFormat
-from pipeline.prompts.read import read_prompts
-from pipeline.prompts.record import Prompt, Rejected
-from pipeline.prompts.survey import Survey, survey
+from backlens.config import PromptFields, PromptFormat
+from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.read import Survey, read_prompts, survey
 
 PARIS = {"prompt": "The capital of France is", "target": " Paris"}
 ROME = {"prompt": "The capital of Italy is", "target": " Rome", "subject": "Italy", "id": "q2"}

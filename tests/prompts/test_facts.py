@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import PromptFields
-from pipeline.prompts.record import Rejected
+from backlens.config import PromptFields
+from backlens.prompts.prompt import Rejected
 from tests.prompts.inputs import (
     only_prompt,
     read,

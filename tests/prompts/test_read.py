@@ -22,11 +22,11 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import PromptFields
-from pipeline.errors import BacklensError
-from pipeline.prompts.read import read_prompts
-from pipeline.prompts.record import Prompt, Rejected
-from pipeline.prompts.subject import SubjectPlace
+from backlens.config import PromptFields
+from backlens.errors import BacklensError
+from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.read import read_prompts
+from backlens.prompts.subject import SubjectPlace
 from tests.prompts.inputs import (
     PARIS,
     ROME,

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import PromptFields, PromptFormat
-from pipeline.errors import BacklensError
-from pipeline.prompts.read import read_prompts
-from pipeline.prompts.record import Prompt, Rejected
+from backlens.config import PromptFields, PromptFormat
+from backlens.errors import BacklensError
+from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.read import read_prompts
 from tests.prompts.inputs import (
     PARIS,
     ROME,

@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import BacklensError
-from pipeline.prompts.record import Prompt
-from pipeline.prompts.shards import shards
+from backlens.errors import BacklensError
+from backlens.prompts.prompt import Prompt, shards
 
 
 @given(st.integers(0, 40), st.integers(1, 12))

@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.errors import BacklensError
-from pipeline.prompts.record import Prompt, Rejected
-from pipeline.prompts.subject import SubjectPlace
-from pipeline.prompts.tokenize import Example, context_length, tokenize
+from backlens.errors import BacklensError
+from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.subject import SubjectPlace
+from backlens.prompts.tokenize import Example, context_length, tokenize
 
 CORPUS = [
     "The capital of France is Paris. The capital of Italy is Rome. The capital of Peru is Lima.",

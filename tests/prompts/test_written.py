@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import BacklensError
-from pipeline.prompts.record import Prompt, Rejected
-from pipeline.prompts.subject import filled
-from pipeline.prompts.tokenize import Example, PrependBos, tokenize
+from backlens.errors import BacklensError
+from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.subject import filled
+from backlens.prompts.tokenize import Example, PrependBos, tokenize
 from tests.prompts.test_tokenize import BYTES, byte_level, metaspace, spelled
 
 CHATML = (

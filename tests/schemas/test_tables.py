@@ -5,9 +5,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from docs import write_tables as document
 
-from schemas import document
-from schemas.tables import SCHEMA_VERSION, TABLES, Table, declared_table, factors_table
+from backlens.store.tables import SCHEMA_VERSION, TABLES, Table, declared_table, factors_table
 
 KEYS = ["prompt_id", "layer", "module", "expert"]
 PROJECTION = ["top_ids", "top_scores", "bottom_ids", "bottom_scores", "target_score", "target_rank"]
@@ -99,7 +99,7 @@ def test_factors_take_the_value_type_of_their_data():
 
 
 def test_the_documentation_is_current():
-    assert document.main(["--check"]) == 0, "run: python -m schemas.document"
+    assert document.main(["--check"]) == 0, "run: python -m docs.write_tables"
 
 
 def test_check_tells_a_stale_page_in_one_line(

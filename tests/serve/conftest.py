@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from pipeline.atlas import Atlas
-from pipeline.atlas.build import build_atlas
-from pipeline.serve.app import make_app
-from pipeline.serve.page import Served
-from pipeline.store.commit import commit_shard
-from pipeline.store.files import Directory
-from pipeline.store.rundir import finish
-from pipeline.store.vocab import VOCAB_FILE, write_vocab
+from backlens.atlas import Atlas
+from backlens.atlas.build import build_atlas
+from backlens.serve.app import make_app
+from backlens.serve.page import Served
+from backlens.store.commit import VOCAB_FILE, commit_shard, write_vocab
+from backlens.store.directory import Directory
+from backlens.store.run_record import finish
 from tests.store.examples import VOCAB, ExampleRun, arrow, random_rows, start_run
 
 MARKUP = "<script>alert(1)</script>"

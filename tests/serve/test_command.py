@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.atlas.build import build_atlas
-from pipeline.cli.serving import listening
-from pipeline.store.files import Directory
+from backlens.atlas.build import build_atlas
+from backlens.cli.serve import listening
+from backlens.store.directory import Directory
 from tests.engine.command import BACKLENS, called
 from tests.serve.conftest import MARKUP
 from tests.store.examples import ExampleRun, example_run
@@ -160,7 +160,7 @@ def test_the_explorer_loads_no_model_library():
         [
             sys.executable,
             "-c",
-            "import sys, pipeline.serve.app; print([m for m in ('torch', 'ray') if m in sys.modules])",
+            "import sys, backlens.serve.app; print([m for m in ('torch', 'ray') if m in sys.modules])",
         ],
         capture_output=True,
         text=True,

@@ -10,8 +10,9 @@ from urllib.parse import quote
 import pytest
 from starlette.testclient import TestClient
 
-from pipeline.serve import sandbox, sql_page
-from pipeline.serve.sandbox import Answer
+from backlens.serve import run_pages as sql_page
+from backlens.serve import sandbox
+from backlens.serve.sandbox import Answer
 from tests.store.examples import ExampleRun
 
 BINARY = [

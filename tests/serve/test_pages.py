@@ -10,7 +10,7 @@ from urllib.parse import quote
 import pytest
 from starlette.testclient import TestClient
 
-from pipeline.atlas import Atlas
+from backlens.atlas import Atlas
 from tests.serve.conftest import MARKUP, TOKENS
 from tests.store.examples import ExampleRun
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from pipeline.atlas import Atlas
-from pipeline.atlas.build import build_atlas
-from pipeline.serve import standing
-from pipeline.serve.app import make_app
-from pipeline.serve.page import Served
-from pipeline.store.commit import commit_shard
-from pipeline.store.files import Directory
+from backlens.atlas import Atlas
+from backlens.atlas.build import build_atlas
+from backlens.serve import app as standing
+from backlens.serve.app import make_app
+from backlens.serve.page import Served
+from backlens.store.commit import commit_shard
+from backlens.store.directory import Directory
 from tests.store.examples import arrow, example_run, random_rows
 
 AN_HOUR = 3600.0

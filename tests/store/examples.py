@@ -7,11 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.store.commit import commit_shard
-from pipeline.store.files import Directory
-from pipeline.store.rundir import Plan, RunDirectory, finish, open_run
-from pipeline.store.vocab import write_vocab
-from schemas.tables import TABLES
+from backlens.store.commit import commit_shard, write_vocab
+from backlens.store.directory import Directory
+from backlens.store.run_record import Plan, RunDirectory, finish, open_run
+from backlens.store.tables import TABLES
 
 VOCAB = ["Paris", " Paris", " paris", " Rome", "\n", " the", "é", "'quoted'", "%", " London"] + [
     f" token{index}" for index in range(30)

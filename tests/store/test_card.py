@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.store.commit import commit_shard
-from pipeline.store.files import Directory
-from pipeline.store.rundir import finish
+from backlens.store.commit import commit_shard
+from backlens.store.directory import Directory
+from backlens.store.run_record import finish
 from tests.engine.command import called
 from tests.store.examples import ExampleRun, arrow, example_run, random_rows, start_run
 
@@ -94,7 +94,7 @@ def published(folder: Path):
 
 def test_runs_of_earlier_versions_are_read(tmp_path: Path):
     """Their empty tables hold a row group of no rows, and their records whole paths."""
-    from pipeline.atlas import Atlas
+    from backlens.atlas import Atlas
 
     example: ExampleRun = example_run(Directory.at(tmp_path))
     empty = pq.read_table(tmp_path / "failures" / "part-000000.parquet").slice(0, 0)

@@ -8,20 +8,19 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.errors import BacklensError
-from pipeline.store.commit import SHARD_TABLES, commit_shard, committed, find_commit
-from pipeline.store.files import Directory, is_temporary
-from pipeline.store.read import read_table, table_files
-from pipeline.store.verify import every_loss
-from schemas.tables import TABLES, factors_table
+from backlens.errors import BacklensError
+from backlens.store.commit import SHARD_TABLES, commit_shard, committed, find_commit
+from backlens.store.directory import Directory, is_temporary
+from backlens.store.tables import TABLES, factors_table
+from backlens.store.verify import every_loss, read_table, table_files
 from tests.store.examples import arrow, random_rows
 
 # One process imports everything and forks a child for each instant; SIGKILL ends the child at that instant.
 DYING_WRITERS = """
 import os, signal, sys
 import pyarrow.parquet as pq
-from pipeline.store.commit import commit_shard
-from pipeline.store.files import Directory
+from backlens.store.commit import commit_shard
+from backlens.store.directory import Directory
 from tests.store.test_commit import shard_tables
 
 def dying_at(instant, function, passed):
@@ -55,8 +54,8 @@ while True:
 
 RACING_WRITERS = """
 import sys
-from pipeline.store.commit import commit_shard
-from pipeline.store.files import Directory
+from backlens.store.commit import commit_shard
+from backlens.store.directory import Directory
 from tests.store.test_commit import shard_tables
 
 tables = shard_tables(seed=int(sys.argv[2]))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import BacklensError, Interrupted
-from pipeline.store.files import Directory
+from backlens.errors import BacklensError, Interrupted
+from backlens.store.directory import Directory
 
 
 @pytest.fixture(params=["local", "memory"])

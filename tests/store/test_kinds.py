@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.atlas import Atlas
-from pipeline.errors import BacklensError
-from pipeline.store.files import Directory
+from backlens.atlas import Atlas
+from backlens.errors import BacklensError
+from backlens.store.directory import Directory
 from tests.engine.command import called, error_line, snapshot
 from tests.store.examples import example_run
 

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import BacklensError, Interrupted
-from pipeline.store import lock
-from pipeline.store.files import Directory
-from pipeline.store.lock import DriverLock
+from backlens.errors import BacklensError, Interrupted
+from backlens.store import lock
+from backlens.store.directory import Directory
+from backlens.store.lock import DriverLock
 
 HOLDER = """
 import os, subprocess, sys, time
-from pipeline.store.files import Directory
-from pipeline.store.lock import DriverLock
+from backlens.store.directory import Directory
+from backlens.store.lock import DriverLock
 
 with DriverLock(Directory.at(sys.argv[1])):
     if sys.argv[2] == "waits":

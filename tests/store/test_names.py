@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.atlas import Atlas
-from pipeline.atlas.build import BuildOptions, build_atlas
-from pipeline.store.files import Directory
-from pipeline.store.read import read_table
-from pipeline.store.status import run_status
-from pipeline.store.verify import verify
+from backlens.atlas import Atlas
+from backlens.atlas.build import BuildOptions, build_atlas
+from backlens.store.directory import Directory
+from backlens.store.status import run_status
+from backlens.store.verify import read_table, verify
 from tests.store.examples import example_run
 
 NAMES = [

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.store import parquet
-from pipeline.store.files import Directory
-from pipeline.store.parquet import sort_rows, write_table
-from schemas.tables import TABLES, Table, factors_table
+from backlens.store import parquet
+from backlens.store.directory import Directory
+from backlens.store.parquet import sort_rows, write_table
+from backlens.store.tables import TABLES, Table, factors_table
 
 ROWS = 300_000
 

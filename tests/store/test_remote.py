@@ -6,9 +6,9 @@ import pytest
 from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 from botocore.parsers import ResponseParserError
 
-from pipeline.errors import BacklensError, Interrupted
-from pipeline.store import remote
-from pipeline.store.remote import ask, file_system
+from backlens.errors import BacklensError, Interrupted
+from backlens.store import object_store as remote
+from backlens.store.object_store import ask, file_system
 
 
 @pytest.fixture(autouse=True)

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.errors import BacklensError
-from pipeline.store.commit import commit_shard
-from pipeline.store.files import Directory
-from pipeline.store.lock import DriverLock
-from pipeline.store.read import read_table
-from pipeline.store.rundir import Plan, finish, load_run, open_run
-from pipeline.store.vocab import write_vocab
+from backlens.errors import BacklensError
+from backlens.store.commit import commit_shard, write_vocab
+from backlens.store.directory import Directory
+from backlens.store.lock import DriverLock
+from backlens.store.run_record import Plan, finish, load_run, open_run
+from backlens.store.verify import read_table
 from tests.store.examples import VOCAB, example_run
 
 PLAN = Plan(prompts=8, shards=2, shard_prompts=4)

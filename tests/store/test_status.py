@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli.main import call
-from pipeline.errors import BacklensError
-from pipeline.store.files import Directory
-from pipeline.store.lock import DriverLock, find_holder
-from pipeline.store.status import run_status
+from backlens.cli.main import call
+from backlens.errors import BacklensError
+from backlens.store.directory import Directory
+from backlens.store.lock import DriverLock, find_holder
+from backlens.store.status import run_status
 from tests.store.examples import example_run
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -99,7 +99,7 @@ def test_looking_on_does_not_keep_a_driver_out(tmp_path: Path) -> None:
     with DriverLock(place):
         pass
     look = f"run_status({place.root!r})"
-    code = f"from pipeline.store.status import run_status\n{look}\nprint(flush=True)\nwhile True: {look}"
+    code = f"from backlens.store.status import run_status\n{look}\nprint(flush=True)\nwhile True: {look}"
     looking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         assert looking.stdout is not None
@@ -137,7 +137,7 @@ def test_the_rate_is_that_of_the_driver_at_work(
     example_run(place, shards=8, committed=5)
     _set_times(tmp_path / "run", seconds_ago)
     since = (NOW - timedelta(seconds=1000)).isoformat(timespec="seconds")
-    monkeypatch.setattr("pipeline.store.lock._now", lambda: since)
+    monkeypatch.setattr("backlens.store.lock._now", lambda: since)
     with DriverLock(place):
         status = run_status(place.root, NOW)
     assert status.prompts_per_second == pytest.approx(rate)
@@ -165,7 +165,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_status_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
     example = example_run(directory(tmp_path), shards=1)
     code = (
-        "import sys; from pipeline.cli.main import call; "
+        "import sys; from backlens.cli.main import call; "
         f"assert call(['status', {example.out!r}]) == 0; "
         "assert not {'torch', 'ray', 'transformers', 'duckdb'} & set(sys.modules)"
     )

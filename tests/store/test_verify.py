@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.atlas.build import BuildOptions, build_atlas
-from pipeline.store.files import Directory
+from backlens.atlas.build import BuildOptions, build_atlas
+from backlens.store.directory import Directory
 from tests.engine.command import called, error_line
 from tests.store.examples import example_run
 

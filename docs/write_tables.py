@@ -1,0 +1,158 @@
+"""Writes the data dictionary `docs/tables.md` from the declarations in `backlens.store.tables`.
+
+python -m docs.write_tables            write it
+python -m docs.write_tables --check    exit status 1 if the file is not what would be written
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+
+from backlens.atlas.tables import ATLAS_TABLES
+from backlens.store.tables import SCHEMA_VERSION, SIGN_CONVENTION, TABLES, Column, Table
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "tables.md"
+
+ATLAS = """\
+## The atlas
+
+`backlens atlas OUT` derives these tables from the others and writes them under `OUT/atlas/`, a layer at a time, and
+what is sorted by token or by prompt in ranges of tokens or prompts. Together they take about three times the room of
+the run's own: of 514 MiB for 50 million list entries came 1.6 GiB, of which the copies by prompt (`prompt_tokens`,
+`prompt_neurons`, in row groups of 8,192 rows) are 540 MiB. `atlas/manifest.json`, written last, lists their files and
+the digest of the commits that they were made from: a reader takes the files it lists, and only while that digest is
+the run's.
+In SQL (`backlens query --sql`) they can be read without an atlas too; then they are derived on the way, but for
+`neuron_weights`, which comes from the run's model.
+
+They count list entries: a token in the top or bottom list of a kept neuron for one prompt. Only the strongest
+neurons of a prompt are kept (the manifest's `cut_off`): one that is missing for a prompt is not zero. An update
+subtracts gradients, so bottom tokens are "promoted" and top tokens "demoted".
+"""
+
+INTRODUCTION = """\
+# Tables
+
+*Written by `python -m docs.write_tables` from `pipeline/backlens/store/tables.py`; change it there.*
+Schema version {version}.
+
+## The run directory
+
+A run writes one directory (a local path, or a URL such as `s3://bucket/run`):
+
+```
+OUT/
+  run.json            resolved config, fingerprint, model facts, versions, schema version, status
+  config.yaml         the same run again, wherever OUT is now: `backlens run OUT/config.yaml`
+  README.md           dataset card, one config per table with rows
+  vocab/part-0.parquet
+  prompts/ layers/ neurons/ tokens/ failures/ [factors/]     part-<shard:06d>.parquet
+  _commits/<shard:06d>.json    written last: the shard's files with rows, bytes and checksum
+  atlas/              derived by `backlens atlas`, rebuilt at will
+```
+
+A shard is a contiguous range of prompts, with one file in every table. Its data count once its record
+stands in `_commits`: while a run is in progress, or after one was killed, a table's folder can hold a
+file that belongs to no committed shard, so read the files that the records list (`backlens query` does)
+and not a glob. Once `run.json` says `"status": "done"` the two are the same. Every input prompt ends in
+exactly one of `prompts` and `failures`.
+
+No file holds a whole path of the machine that made it: `run.json` and `config.yaml` name the model and the prompts
+relative to OUT or to the home folder, or by their last name, and the whole paths stay in the cache of who ran it
+(`~/.cache/backlens`). A file without rows has no row group, which `datasets` could not read; a table without any
+rows is not offered by the card, for `datasets` loads no split without rows. `backlens verify OUT` compares every
+committed file with its record.
+
+Files are zstd-compressed Parquet, in row groups of at most 131,072 rows, with a page index; each is
+sorted as its table says, and says so itself (`sorting_columns`). `backlens.schema_version`,
+`backlens.sign_convention` and `backlens.table` stand in the file's metadata.
+
+## Signs
+
+{signs}
+
+The VJP δ is ∂L/∂(module output). For y = x W the gradient is G = Xᵀ Δ over a prompt's positions. The
+residual side is X for `mlp.up`, `mlp.gate`, `attn.q`, `attn.k` and `attn.v`, and Δ for `mlp.down` and
+`attn.o`.
+
+## How to join
+
+* Facts hold ids. Text is in `vocab` (by `token_id`) and in `prompts` (by `prompt_id`).
+* `layers`, `neurons`, `tokens` and `factors` share the keys `prompt_id`, `layer`, `module`, `expert`.
+  `expert` is null in dense blocks: join it with `IS NOT DISTINCT FROM`, because null = null is not true
+  in SQL.
+* `tokens` and `factors` have the same rows: join on the keys and `position`. `neurons.main_position` is
+  such a position too.
+* Lists are unnested together to keep their pairs: `unnest(top_ids)` next to `unnest(top_scores)`.
+
+```sql
+SELECT n.layer, n.module, n.neuron, n.grad_norm, v.token
+FROM neurons n JOIN vocab v ON v.token_id = n.top_ids[1]
+WHERE n.prompt_id = 17 ORDER BY n.grad_norm DESC LIMIT 10
+```
+"""
+
+
+def document() -> str:
+    """The whole page."""
+    introduction = INTRODUCTION.format(version=SCHEMA_VERSION, signs=SIGN_CONVENTION)
+    facts = [section(table) for table in TABLES.values()]
+    return "\n".join([introduction, *facts, ATLAS, *(section(table) for table in ATLAS_TABLES.values())])
+
+
+def section(table: Table) -> str:
+    """One table: what it is, what a row is, how rows are sorted, and its columns."""
+    lines = [
+        f"## `{table.name}`",
+        "",
+        table.doc,
+        "",
+        f"One row per {table.row_per}. Sorted by {', '.join(f'`{name}`' for name in table.sorted_by)}.",
+        "",
+        "| column | type | null | meaning |",
+        "|---|---|---|---|",
+        *(row(column) for column in table.columns),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def row(column: Column) -> str:
+    null = "yes" if column.nullable else "no"
+    meaning = column.doc.replace("|", "\\|")
+    return f"| `{column.name}` | {type_name(column.type)} | {null} | {meaning} |"
+
+
+def type_name(data_type: pa.DataType) -> str:
+    """A type as users of Parquet know it: `list<float32>`, `string (dictionary)`."""
+    if isinstance(data_type, pa.ListType):
+        return f"list<{type_name(data_type.value_type)}>"
+    if isinstance(data_type, pa.DictionaryType):
+        return f"{type_name(data_type.value_type)} (dictionary)"
+    floats = {pa.float16(): "float16", pa.float32(): "float32"}
+    return floats.get(data_type, str(data_type))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m docs.write_tables", description="Write docs/tables.md.")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if the file is not current"
+    )
+    check = parser.parse_args(arguments).check
+    wanted = document()
+    if not check:
+        DOCUMENT.write_text(wanted, encoding="utf-8")
+        return 0
+    current = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else None
+    if current == wanted:
+        return 0
+    sys.stderr.write(
+        "docs/tables.md differs from pipeline/backlens/store/tables.py; run: python -m docs.write_tables\n"
+    )
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,0 @@
-"""Runs as something to ask: `backlens atlas` builds the index, `Atlas` answers."""
-
-from pipeline.atlas.atlas import Atlas
-
-__all__ = ["Atlas"]

@@ -1,0 +1,378 @@
+"""The `backlens` command: options to functions, errors to one line and an exit status.
+
+Everything heavy is imported inside the commands, so that `backlens --help` answers at once.
+"""
+
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Dict
+
+from backlens import __version__
+from backlens.cli.console import (
+    LogFormat,
+    escape_what_cannot_be_shown,
+    explained,
+    log_format,
+    logging_as,
+    say_error,
+    say_interrupted,
+)
+from backlens.cli.edit import app as edit_app
+from backlens.cli.edit import plot as plot_edits
+from backlens.cli.entry import INTERRUPTED
+from backlens.cli.jobs import Address
+from backlens.cli.jobs import app as jobs_app
+from backlens.cli.serve import export_html, serve
+from backlens.config import DoctorOptions, PlanOptions, RunConfig, flag, read_yaml
+from backlens.errors import BacklensError
+
+app = App(
+    name="backlens",
+    print_error=False,
+    exit_on_error=False,
+    suppress_keyboard_interrupt=False,
+    version=__version__,
+    help="Gradients of language models, projected to the vocabulary, as Parquet tables.",
+)
+
+ConfigFile = Annotated[str | None, Parameter(help="A YAML file of options; the command line overrides it.")]
+Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
+DEFAULTS = RunConfig()
+PLAN_DEFAULTS = PlanOptions()
+DOCTOR_DEFAULTS = DoctorOptions()
+
+
+@app.command
+def run(
+    config_file: ConfigFile = None,
+    /,
+    *,
+    options: RunConfig = DEFAULTS,
+    log_format: Annotated[
+        LogFormat, Parameter(help="Standard error as text, or as one JSON object per event and line.")
+    ] = "text",
+    debug: Debug = False,
+) -> int:
+    """Project the gradients of every prompt and write the tables. The same command resumes a stopped run.
+
+    Without arguments it runs the bundled demo into ./demo-run.
+
+    Example: backlens run --model gpt2 --prompts facts.jsonl --out ./run --modules all
+    """
+    options = options.with_demo_defaults()
+    from backlens.cli.run import print_report, shown_progress
+    from backlens.engine.run import run as run_pipeline
+
+    with shown_progress(log_format) as progress:
+        report = run_pipeline(options, progress)
+    print_report(report)
+    return 1 if report.rows.get("failures") else 0
+
+
+@app.command
+def plan(
+    config_file: ConfigFile = None,
+    /,
+    *,
+    planning: PlanOptions = PLAN_DEFAULTS,
+    options: RunConfig = DEFAULTS,
+    debug: Debug = False,
+) -> int:
+    """Say what a run would take: rows and bytes, work, memory and devices, time and cost.
+
+    The model's folder needs no more than its config.json if --prompt-count stands in for prompts. If a small model's
+    weights are there, some prompts are computed with them, so that the sizes are the model's own.
+
+    Example: backlens plan --model gpt2 --prompt-count 100000 --cluster docs/h100.yaml
+    """
+    from backlens.cli.plan import print_outlook
+    from backlens.forecast.forecast import look_ahead
+
+    print_outlook(look_ahead(options, planning))
+    return 0
+
+
+@app.command
+def doctor(
+    *,
+    options: DoctorOptions = DOCTOR_DEFAULTS,
+    json: Annotated[bool, Parameter(negative=(), help="One JSON object instead of a table.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Find the matrices of a model, and check its numbers on this machine.
+
+    Gradients against autograd, the lens against the logits, rows alone and in batches; the exit status is 1 if
+    something failed. For an unknown architecture: what its blocks hold, and a description to edit for --anatomy.
+
+    Example: backlens doctor --model gpt2 --prompts facts.jsonl
+    """
+    from backlens.cli.doctor import print_diagnosis
+
+    return print_diagnosis(options.as_run(), json)
+
+
+@app.command
+def atlas(
+    out: str,
+    /,
+    *,
+    memory: str = "2GB",
+    weights: str | None = None,
+    executor: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    debug: Debug = False,
+) -> int:
+    """Build the index and summary tables of a run under OUT/atlas/; the same command goes on with a stopped build.
+
+    Neurons by their tokens and tokens by their neurons, summaries of both, curves by layer, and what the neurons' own
+    weights say, for which the run's model is read. An atlas of fewer shards than the run has by now is built again.
+
+    Example: backlens atlas ./demo-run
+
+    Parameters
+    ----------
+    out
+        The run directory.
+    memory
+        What DuckDB may use, in each process; the rest is spilled to a folder beside the atlas.
+    weights
+        Where the run's model is, if not where the run found it; "none" leaves out what its weights say.
+    executor
+        local: this process. ray: a task per layer and range of tokens, each on one core.
+    address
+        A running Ray cluster, as for run; without it, --executor ray starts one on this machine.
+    json
+        The manifest as JSON instead of a table.
+    """
+    from backlens.atlas.build import BuildOptions
+    from backlens.cli.atlas import print_atlas
+
+    return print_atlas(out, BuildOptions(memory, weights, executor, address), json)
+
+
+@app.command
+def query(
+    out: str,
+    /,
+    *,
+    token: str | None = None,
+    neuron: str | None = None,
+    prompt: int | None = None,
+    sql: str | None = None,
+    show: str | None = None,
+    compare: str | None = None,
+    by: str = "relation",
+    layer: int | None = None,
+    module: str | None = None,
+    position: int | None = None,
+    min_prompts: int = 5,
+    limit: int | None = None,
+    memory: str = "4GB",
+    json: Annotated[bool, Parameter(negative=())] = False,
+    csv: Annotated[bool, Parameter(negative=())] = False,
+    debug: Debug = False,
+) -> int:
+    """Ask a run's tables: one of --token, --neuron, --prompt and --sql, or of the whole run --show or --compare.
+
+    "promoted" is what an update adds (bottom lists), "demoted" what it takes away (top lists). `backlens atlas`
+    makes the answers about tokens and neurons fast; they are the same without it.
+
+    Example: backlens query ./demo-run --neuron 5.mlp.down.123 --show tokens
+
+    Parameters
+    ----------
+    out
+        The run directory.
+    token
+        A vocabulary token, its leading space included: where does it stand in a top or bottom list?
+    neuron
+        layer.module.neuron such as 5.mlp.down.123, in expert 3 5.mlp.down.e3.123: what do gradients write into it?
+    prompt
+        A prompt_id: its top and bottom tokens by layer, module and position.
+    sql
+        One SELECT over the tables vocab, prompts, layers, neurons, tokens, failures and those of the atlas.
+    show
+        Of a token places, neurons or layers; of a neuron prompts, tokens, summary or similar (neurons); of a prompt
+        positions, neurons, ranks (the target's, by layer) or tokens; of the run specific (neurons), tokens,
+        curves, groups or coverage.
+    compare
+        With --prompt another prompt_id; without, another run directory of the same prompts.
+    by
+        For groups: relation, subject, target, or a key of the prompts' meta.
+    layer
+        Only this layer.
+    module
+        Only this module, e.g. mlp.down.
+    position
+        For ranks: the position, from 0; by default the prompt's last.
+    min_prompts
+        For specific: neurons that are kept for fewer prompts are left out.
+    limit
+        Rows at most. By default a table shows 20 and says of how many; --json and --csv have all.
+    memory
+        What the question may take: a query of --sql that takes more is stopped.
+    json
+        JSON lines instead of a table. NaN and infinities, for which JSON has no word, are null.
+    csv
+        CSV, in UTF-8, instead of a table; lists and structs are JSON in it.
+    """
+    from backlens.cli.query import Question, print_answer
+
+    style: Literal["json", "csv", "table"] = "json" if json else "csv" if csv else "table"
+    if json and csv:
+        raise BacklensError("query: choose one of --json and --csv")
+    question = Question(
+        token, neuron, prompt, sql, show, compare, by, layer, module, position, min_prompts, limit, memory
+    )
+    return print_answer(out, question, style)
+
+
+@app.command
+def status(
+    out: str,
+    /,
+    *,
+    json: Annotated[bool, Parameter(negative=(), help="One JSON object instead of a table.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Say how far a run is, from its directory alone: shards, prompts, rows, rate, time left, who is at work.
+
+    Example: backlens status ./run
+    """
+    from backlens.cli.run import print_status
+
+    return print_status(out, json)
+
+
+@app.command
+def verify(
+    out: str,
+    /,
+    *,
+    every: Annotated[
+        bool, Parameter(negative=(), help="Go on after the first loss and list them all.")
+    ] = False,
+    json: Annotated[bool, Parameter(negative=(), help="One JSON object instead of lines.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Compare every committed file of a run with what was written: sizes, checksums, rows.
+
+    The exit status is 1 if a file is missing or has changed.
+
+    Example: backlens verify ./run
+    """
+    from backlens.cli.run import print_verified
+
+    return print_verified(out, every, json)
+
+
+@app.command
+def submit(job_file: str, /, *, address: Address = None, debug: Debug = False) -> int:
+    """Run a command on a Ray cluster: a YAML file of `jobs/`. Submitted again, a stopped run goes on.
+
+    Prints the job's id, for `backlens jobs`.
+
+    Example: backlens submit jobs/project.yaml --address http://head:8265
+    """
+    from backlens.cli.jobs import submit_file
+
+    return submit_file(job_file, address, app.parse_args)
+
+
+app.command(jobs_app)
+app.command(edit_app)
+
+
+plot_app = App(name="plot")
+app.command(plot_app)
+plot_app.command(plot_edits, name="edits")
+
+
+@plot_app.default
+def plot(
+    out: str,
+    /,
+    *,
+    figure: str | None = None,
+    prompt: int | None = None,
+    module: str | None = None,
+    to: str | None = None,
+    debug: Debug = False,
+) -> int:
+    """Draw the paper's figures (needs the extra: pip install "backlens[plot]").
+
+    A heatmap has the top token of each layer and position over the bottom one, its colour is the VJP's norm:
+    imprint with --module mlp.up (x), shift with --module mlp.down (δ). `backlens plot edits OUT` draws an edit sweep.
+
+    Example: backlens plot ./demo-run --prompt 37 --module mlp.down --to heatmap.svg
+
+    Parameters
+    ----------
+    out
+        The run directory.
+    figure
+        heatmap (the default with --prompt), norms (the same with numbers), ranks (the target's, by layer), or curves
+        (over all prompts; the default without --prompt).
+    prompt
+        A prompt_id.
+    module
+        Only this module; a heatmap is of one, mlp.down by default.
+    to
+        The file; its suffix (.png, .svg, .pdf) says the format. Named after the figure by default.
+    """
+    from backlens.cli.plot import draw
+
+    return draw(out, figure, prompt, module, to)
+
+
+app.command(serve)
+app.command(export_html)
+
+
+def call(tokens: list[str]) -> int:
+    """Run one command line and return its exit status."""
+    escape_what_cannot_be_shown()
+    format = log_format(tokens)
+    with logging_as(format):
+        try:
+            _use_config_file(tokens)
+            result = app(tokens, result_action="return_value")
+            return result if isinstance(result, int) else 0
+        except BacklensError as error:
+            if "--debug" in tokens:
+                raise
+            say_error(str(error), format)
+            return error.status
+        except CycloptsError as error:
+            say_error(explained(error), format)
+            return BacklensError.status
+        except KeyboardInterrupt:
+            say_interrupted(format)
+            return INTERRUPTED
+        except BrokenPipeError:
+            return 0
+        finally:
+            app.config = ()
+
+
+def _use_config_file(tokens: list[str]) -> None:
+    """If a command is given a YAML file, make its options the defaults of this call."""
+    _, bound, *_ = app.parse_args(tokens)
+    path = bound.arguments.get("config_file")
+    if path is not None:
+        options = {flag(name): value for name, value in _replayed(path).items()}
+        app.config = (Dict(options, use_commands_as_keys=False, source=path),)
+
+
+def _replayed(path: str) -> dict[str, Any]:
+    """The options of a YAML file; of a run directory's own file, those of that run in that directory."""
+    from backlens.store.input_paths import located, replayed_run
+
+    replayed = replayed_run(path)
+    options = read_yaml(path)
+    if replayed is None:
+        return options
+    directory, record = replayed
+    return located(options, directory, record) | {"out": directory.given}

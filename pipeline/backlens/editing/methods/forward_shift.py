@@ -1,0 +1,139 @@
+"""Forward pass shifting (Katz et al., arXiv 2402.12865, §6), alone and for many edits at once.
+
+The gradient of FF2 at the last position is x ⊗ δ, and δ is close to a negative multiple of the target's embedding; so
+one forward pass to find x gives an edit: W ← W + η x ⊗ E[target], for y = x W.
+
+What goes beyond the paper:
+
+* `normalise`: x is replaced by a key k with x · k = 1, so that the output at x moves by just η E[target] and η means
+  the same in every layer: x / ‖x‖² (`length`), or C⁻¹x / (xᵀC⁻¹x) (`covariance`), which of all such keys has the
+  least effect E‖k · x'‖² on the other inputs x' that C was measured over (ROME's choice of key).
+* `solve`: many edits at once want X D = V, with a row of X and of V = η E[target] for each. The D that minimises
+  ‖X D − V‖² + λ n E‖x' D‖² is (λ n C + XᵀX)⁻¹ Xᵀ V = C⁻¹Xᵀ (λ n I + X C⁻¹Xᵀ)⁻¹ V, n being the number of texts' tokens
+  that an edit weighs as much as; the naive sum of single shifts lets edits add to each other's outputs.
+* `passes`: the shift of a pass is (1 − p(target)) η E[target], with p as the passes before left it: an edit that is
+  there gets no more, one that interference took away gets more.
+* `contrast`: E[target] − Σ p(token) E[token] in the place of E[target]: what the model expects is taken away as the
+  target is added, weighted by how much of it there is. That is −δ of the head's input, so it needs no second factor.
+* `temperature`: p is of logits divided by it. Above 1 an edit is not yet there when its p comes close to 1, so that the
+  target wins by more, and other wordings follow.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from backlens.editing.covariance import Moments, damped
+from backlens.editing.delta import Delta, edited, matrix, merged
+from backlens.editing.forward import batches, down_input, logits_of, subject_last, values_at, wordings
+from backlens.editing.methods import expected_embeddings, target_embeddings
+from backlens.editing.options import Normalise, Place
+from backlens.editing.request import Request
+from backlens.errors import BacklensError
+from backlens.models.load import LoadedModel
+from backlens.prompts.tokenize import Example
+
+MODULE = "mlp.down"
+
+
+@dataclass(frozen=True)
+class ForwardShift:
+    """The target's embedding, written where the layer sees the prompt's last position."""
+
+    layers: tuple[int, ...]
+    lr: float
+    """η; what it multiplies depends on `normalise`."""
+    normalise: Normalise = "none"
+    place: Place = "last"
+    """Whose input is the key: the prompt's last position, or the subject's last."""
+    prefixes: tuple[str, ...] = ("",)
+    """Texts put before the prompt, over which the key is averaged."""
+    moments: Moments | None = None
+    ridge: float | None = None
+    """λ: edits are solved for together; None adds them up."""
+    passes: int = 1
+    contrast: bool = False
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.normalise == "covariance" or self.ridge is not None) and self.moments is None:
+            raise BacklensError("forward-shift: give --statistics or --text for the covariance of the inputs")
+
+    def __call__(self, loaded: LoadedModel, *requests: Request) -> tuple[Delta, ...]:
+        examples = [wordings(loaded, request, self.prefixes) for request in requests]
+        deltas: list[Delta] = []
+        for number in range(self.passes):
+            for layer in self.layers:
+                matrix(loaded, layer, MODULE)
+                with edited(loaded, deltas):
+                    x = self._keys(loaded, layer, requests, examples)
+                    v = self._shifts(loaded, [each[0] for each in examples], first=number == 0).to(x.device)
+                v = v * (self.lr / len(self.layers))
+                deltas.append(Delta(layer, MODULE, *self._solved(layer, x, v)))
+        return merged(deltas)
+
+    def _keys(
+        self, loaded: LoadedModel, layer: int, requests: Sequence[Request], examples: Sequence[list[Example]]
+    ) -> Float[Tensor, "token d_in"]:
+        """A row for each target token: the input there, mean over prefixes."""
+        flat = [example for each in examples for example in each]
+        places = [
+            self._places(example, request)
+            for request, each in zip(requests, examples, strict=True)
+            for example in each
+        ]
+        sequences = [(example.token_ids, example.target_ids) for example in flat]
+        inputs = iter(values_at(loaded, sequences, places, down_input(loaded, layer)))
+        return torch.cat([torch.stack([next(inputs) for _ in each]).mean(0) for each in examples])
+
+    def _shifts(
+        self, loaded: LoadedModel, examples: Sequence[Example], first: bool
+    ) -> Float[Tensor, "token d_model"]:
+        """A row for each target token, before η: what its place should put out more of."""
+        counts = [len(self._places(example)) for example in examples]
+        targets = [token for e, count in zip(examples, counts, strict=True) for token in e.target_ids[:count]]
+        wanted = target_embeddings(loaded, targets)
+        if first and not self.contrast:
+            return wanted
+        said, expected = _said(loaded, examples, counts, self.temperature)
+        return wanted - expected if self.contrast else wanted * (1 - said)[:, None]
+
+    def _places(self, example: Example, request: Request | None = None) -> list[int]:
+        if self.place == "subject":
+            return [subject_last(example, request.where) if request else 0]
+        last = len(example.token_ids) - 1
+        return list(range(last, last + len(example.target_ids)))
+
+    def _solved(self, layer: int, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """u and v of the delta."""
+        if self.ridge is None and self.normalise == "none":
+            return x, v
+        if self.ridge is None and self.normalise == "length":
+            return x / x.square().sum(-1, keepdim=True), v
+        assert self.moments is not None
+        c = damped(self.moments.at(layer)).to(x.device)
+        keys = torch.linalg.solve(c, x.double().T).T  # C⁻¹x of every edit
+        if self.ridge is None:
+            return (keys / (keys * x).sum(-1, keepdim=True)).float(), v
+        inner = x.double() @ keys.T
+        inner = inner + self.ridge * torch.eye(len(x), dtype=inner.dtype, device=inner.device)
+        return keys.float(), torch.linalg.solve(inner, v.double()).float()
+
+
+@torch.no_grad()
+def _said(
+    loaded: LoadedModel, examples: Sequence[Example], counts: Sequence[int], temperature: float
+) -> tuple[Float[Tensor, " token"], Float[Tensor, "token d_model"]]:
+    """p of each edit's first target tokens, as many as its count says, and Σ p(token) E[token] there."""
+    said: list[Tensor] = [torch.empty(0)] * len(examples)
+    expected = list(said)
+    for indices, batch in batches(loaded, [(e.token_ids, e.target_ids) for e in examples]):
+        p = (logits_of(loaded, batch) / temperature).softmax(-1)
+        mean = expected_embeddings(loaded, p)
+        of_target = p.gather(-1, batch.targets[..., None]).squeeze(-1)
+        for row, index in enumerate(indices):
+            said[index], expected[index] = of_target[row, : counts[index]], mean[row, : counts[index]]
+    return torch.cat(said), torch.cat(expected)

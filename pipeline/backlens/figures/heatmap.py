@@ -1,0 +1,186 @@
+"""Layer × token heatmaps: what each layer's gradient says at each position, and how loudly."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from backlens.atlas import Atlas
+from backlens.errors import BacklensError
+from backlens.figures.canvas import shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CELL_WIDTH, CELL_HEIGHT = 1.0, 0.38
+"""Inches, however many cells there are: the figure grows, the letters stay readable."""
+LEFT, RIGHT, TOP, BOTTOM = 0.75, 1.1, 1.0, 0.25
+DECADES = 3.0
+"""Norms this many powers of ten below the largest are as pale as the smallest."""
+DARK = 0.6
+"""The share of the colour scale from which letters are white."""
+
+SHIFTS = ("mlp.down", "attn.o")
+Cells = Literal["tokens", "norms"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One layer at one position; an exact zero has no tokens."""
+
+    layer: int
+    position: int
+    norm: float
+    top: str | None
+    bottom: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Heatmap:
+    """All that is drawn."""
+
+    prompt: str
+    target: str
+    target_token: str
+    module: str
+    tokens: Sequence[str]
+    layers: Sequence[int]
+    cells: Sequence[Cell]
+    has_experts: bool
+
+    @property
+    def kind(self) -> str:
+        """The paper's word for the projected vector."""
+        return "shift δ" if self.module in SHIFTS else "imprint x"
+
+    @property
+    def texts(self) -> Iterator[str | None]:
+        """Everything that it says."""
+        yield from (self.prompt, self.target, *self.tokens)
+        for cell in self.cells:
+            yield from (cell.top, cell.bottom)
+
+
+def read_heatmap(atlas: Atlas, prompt_id: int, module: str) -> Heatmap:
+    """One prompt and module. Of experts, the one with the largest VJP at a position speaks there."""
+    (prompt,) = atlas.prompt(prompt_id).to_pylist()
+    rows = atlas.by_prompt(prompt_id, module=module).to_pylist()
+    if not rows:
+        raise BacklensError(
+            f"plot: {atlas.snapshot.directory} has no rows of prompt {prompt_id} and {module}"
+        )
+    texts = token_texts(atlas, [*prompt["token_ids"], prompt["target_ids"][0]])
+    loudest: dict[tuple[int, int], Cell] = {}
+    for row in rows:
+        top, bottom = ((row[f"{side}_tokens"] or [None])[0] for side in ("top", "bottom"))
+        cell = Cell(row["layer"], row["position"], row["vjp_norm"], top, bottom)
+        standing = loudest.get((cell.layer, cell.position))
+        if standing is None or cell.norm > standing.norm:
+            loudest[cell.layer, cell.position] = cell
+    return Heatmap(
+        prompt=prompt["prompt"],
+        target=prompt["target"],
+        target_token=texts[-1],
+        module=module,
+        tokens=texts[:-1],
+        layers=sorted({cell.layer for cell in loudest.values()}),
+        cells=list(loudest.values()),
+        has_experts=any(row["expert"] is not None for row in rows),
+    )
+
+
+def token_texts(atlas: Atlas, ids: Sequence[int]) -> list[str]:
+    """The texts of token ids."""
+    listed = ", ".join(str(int(token_id)) for token_id in set(ids))
+    found = atlas.sql(f"SELECT token_id, token FROM vocab WHERE token_id IN ({listed})", limit=len(ids))
+    texts = {row["token_id"]: row["token"] for row in found.to_pylist()}
+    return [texts.get(token_id, f"<{token_id}>") for token_id in ids]
+
+
+def draw_heatmap(heatmap: Heatmap, is_vector: bool, cells: Cells = "tokens") -> "Figure":
+    """Rows are layers, the last at the top; a cell has the top token and under it the bottom one."""
+    from matplotlib.figure import Figure
+
+    columns, rows = len(heatmap.tokens), len(heatmap.layers)
+    width = max(7.0, LEFT + CELL_WIDTH * columns + RIGHT)
+    height = TOP + CELL_HEIGHT * rows + BOTTOM
+    figure = Figure(figsize=(width, height))
+    box = (LEFT / width, BOTTOM / height, CELL_WIDTH * columns / width, CELL_HEIGHT * rows / height)
+    axes = figure.add_axes(box)
+    _colour(figure, axes, heatmap, (width, height))
+    _write_cells(axes, heatmap, is_vector, cells)
+    labels = [shown(token, is_vector) for token in heatmap.tokens]
+    axes.set_xticks(range(columns), labels, fontsize=8, parse_math=False)
+    axes.set_yticks(range(rows), [str(layer) for layer in heatmap.layers], fontsize=8)
+    axes.set_ylabel("layer")
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    _write_title(figure, heatmap, is_vector, cells, (width, height))
+    return figure
+
+
+def _colour(figure: "Figure", axes: "Axes", heatmap: Heatmap, size: tuple[float, float]) -> None:
+    import numpy as np
+    from matplotlib.colors import LogNorm
+
+    norms = np.full((len(heatmap.layers), len(heatmap.tokens)), np.nan)
+    for cell in heatmap.cells:
+        norms[heatmap.layers.index(cell.layer), cell.position] = cell.norm or np.nan
+    most = _most(heatmap)
+    scale = LogNorm(most * 10**-DECADES, most, clip=True)
+    image = axes.imshow(norms, cmap="YlOrBr", norm=scale, origin="lower", aspect="auto")
+    for edge in range(len(heatmap.tokens) + 1):
+        axes.axvline(edge - 0.5, color="white", linewidth=0.8)
+    for edge in range(len(heatmap.layers) + 1):
+        axes.axhline(edge - 0.5, color="white", linewidth=0.8)
+    width, height = size
+    tall = min(CELL_HEIGHT * len(heatmap.layers), 4.0)
+    bar = figure.add_axes(
+        (
+            (LEFT + CELL_WIDTH * len(heatmap.tokens) + 0.15) / width,
+            BOTTOM / height,
+            0.14 / width,
+            tall / height,
+        )
+    )
+    figure.colorbar(image, cax=bar).set_label("‖δ‖ (VJP norm)", fontsize=8)
+    bar.tick_params(labelsize=7)
+
+
+def _most(heatmap: Heatmap) -> float:
+    return max((cell.norm for cell in heatmap.cells), default=0.0) or 1.0
+
+
+def _write_cells(axes: "Axes", heatmap: Heatmap, is_vector: bool, cells: Cells) -> None:
+    import math
+
+    most = _most(heatmap)
+    for cell in heatmap.cells:
+        strength = 1 + math.log10(cell.norm / most) / DECADES if cell.norm else 0.0
+        x, y = cell.position, heatmap.layers.index(cell.layer)
+        style = {"ha": "center", "color": "white" if strength > DARK else "#222222", "parse_math": False}
+        if not cell.norm:
+            axes.text(x, y, "0", va="center", fontsize=7, **{**style, "color": "#999999"})
+        elif cells == "norms":
+            axes.text(x, y, f"{cell.norm:.2g}", va="center", fontsize=8, **style)
+        else:
+            for token, height in ((cell.top, 0.24), (cell.bottom, -0.24)):
+                weight = "bold" if token == heatmap.target_token else "normal"
+                text = shown(token, is_vector)
+                axes.text(x, y + height, text, va="center", fontsize=7, weight=weight, **style)
+
+
+def _write_title(
+    figure: "Figure", heatmap: Heatmap, is_vector: bool, cells: Cells, size: tuple[float, float]
+) -> None:
+    width, height = size
+    room = int(width * 11)
+    title = shown(f"{heatmap.prompt} → {heatmap.target}", is_vector, longest=room)
+    figure.text(0.15 / width, 1 - 0.28 / height, title, fontsize=11, weight="bold", parse_math=False)
+    what = "the norm of δ" if cells == "norms" else "top token, under it the bottom one (bold: the target)"
+    of = f"{heatmap.module}, {heatmap.kind}: {what}"
+    if heatmap.has_experts:
+        of += "; of the expert with the largest δ"
+    figure.text(
+        0.15 / width, 1 - 0.52 / height, f"{of}; grey 0: δ is exactly zero", fontsize=8, color="#555555"
+    )

@@ -1,0 +1,274 @@
+"""A loaded model's parts: found by structure and by its layout, and checked to be complete.
+
+How wide the matrices of blocks are, and whether a description of them fits.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Conv1D, PretrainedConfig, PreTrainedModel
+
+from backlens.errors import BacklensError
+from backlens.models.experts import expert_matrices
+from backlens.models.layout import LAYOUTS, Cut, Layout
+from backlens.models.module_tree import find_blocks, find_tail, full_shape, matrix_paths
+from backlens.terms import MODULES, READS
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a module is in a block: a submodule (or, in experts, a 3-D weight), or a part of its output."""
+
+    path: str
+    cut: Cut | None
+    """Its part of the output; None for all of it."""
+
+    def part_of(self, output: Tensor) -> Tensor:
+        return output if self.cut is None else self.cut(output)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of a block."""
+
+    module: nn.Module
+    matrices: Mapping[str, Located]
+    """By module name; paths are names of 3-D weights of `module`."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block and its matrices."""
+
+    module: nn.Module
+    matrices: Mapping[str, Located]
+    """By module name (`mlp.up` …): those that see every token. A shared expert's are among them."""
+    experts: Experts | None
+    not_covered: Mapping[str, str]
+    """Paths of matrices that no module name stands for, and what they are."""
+
+    @property
+    def modules(self) -> frozenset[str]:
+        return frozenset((*self.matrices, *(self.experts.matrices if self.experts else ())))
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The blocks' matrices, and what turns the residual stream into logits."""
+
+    blocks: tuple[Block, ...]
+    embeddings: nn.Module
+    final_norm: nn.Module | None
+    """None where the head reads the last block's output as it is."""
+    project_out: nn.Module | None
+    """A linear map between the final norm and the head."""
+    head: nn.Module
+    d_model: int
+    logit_scale: float
+    """What the head's output is multiplied by."""
+    softcap: float | None
+    """The model's logits are softcap · tanh(logits / softcap); the lens is before that."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return modules_of(self.blocks)
+
+    @property
+    def vocabulary(self) -> int:
+        return full_shape(self.head_weight)[0]
+
+    @property
+    def rows(self) -> int:
+        """Token ids that the model can both read and predict are below this."""
+        embedded = getattr(self.embeddings, "weight", None)
+        return min(
+            self.vocabulary, full_shape(embedded)[0] if isinstance(embedded, Tensor) else self.vocabulary
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(vocabulary, width of the head's input), the model's own parameter."""
+        weight = self.head.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+
+def layout_of(config: PretrainedConfig) -> Layout:
+    """The layout known for a model's family. Raises BacklensError when there is none."""
+    family = str(config.model_type)
+    layout = LAYOUTS.get(family)
+    if layout is None:
+        raise BacklensError(
+            f"model: family '{family}' is not known (known: {', '.join(sorted(LAYOUTS))}); `backlens doctor --model …` "
+            "prints a description of its blocks to edit and give as --anatomy"
+        )
+    return layout
+
+
+def anatomy(model: PreTrainedModel, layout: Layout | None = None) -> Anatomy:
+    """Find the parts of `model`, by the layout of its family unless one is given; runs a few tokens through it.
+
+    Raises BacklensError for a family without a layout, and when a block holds a matrix that the layout does not
+    name: a table that silently left out part of the model would be worse than none.
+    """
+    config = model.config
+    layout = layout or layout_of(config)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embeddings is None or head is None:
+        raise BacklensError(
+            f"model: this {config.model_type} has no language-model head; load a causal language model"
+        )
+    blocks = describe_blocks(model, layout)
+    tail = find_tail(model, [block.module for block in blocks], head)
+    return Anatomy(
+        blocks=blocks,
+        embeddings=embeddings,
+        final_norm=tail.final_norm,
+        project_out=tail.project_out,
+        head=head,
+        d_model=int(config.get_text_config().hidden_size),
+        logit_scale=layout.logit_scale_in(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def describe_blocks(model: PreTrainedModel, layout: Layout) -> tuple[Block, ...]:
+    """Every block's matrices by module name. Weights are not looked at: a model on the meta device will do.
+
+    Raises BacklensError when a block holds a matrix that the layout does not name, or none that it does.
+    """
+    return tuple(
+        _describe(module, index, layout, model.config) for index, module in enumerate(find_blocks(model))
+    )
+
+
+def unproven_cuts(layout: Layout | None, config: PretrainedConfig) -> dict[str, str]:
+    """By module name, the cuts of fused matrices that a description gives and that are not known of the family.
+
+    No check tells a wrong cut: the parts' Xᵀ Δ are parts of the fused matrix's gradient whichever they are. Those of
+    known families are compared with their own code (`tests/families.py`).
+    """
+    if layout is None:
+        return {}
+    known = _cuts(LAYOUTS[config.model_type], config) if config.model_type in LAYOUTS else []
+    return {
+        module: f"{cut} of {path}"
+        for module, path, cut in _cuts(layout, config)
+        if (module, path, cut) not in known
+    }
+
+
+def _cuts(layout: Layout, config: PretrainedConfig) -> list[tuple[str, str, Cut]]:
+    matrices = [(name, matrix) for name in layout.matrices for matrix in layout.alternatives(name)]
+    cuts = [(name, matrix.path, matrix.cut_in(config)) for name, matrix in matrices]
+    return [(name, path, cut) for name, path, cut in cuts if cut is not None]
+
+
+def modules_of(blocks: Collection[Block]) -> tuple[str, ...]:
+    """The modules that any block has, in the order of MODULES."""
+    there = {module for block in blocks for module in block.modules}
+    return tuple(module for module in MODULES if module in there)
+
+
+def _describe(block: nn.Module, index: int, layout: Layout, config: PretrainedConfig) -> Block:
+    paths = matrix_paths(block)
+    matrices = {
+        name: Located(matrix.path, matrix.cut_in(config))
+        for name in layout.matrices
+        for matrix in layout.alternatives(name)
+        if matrix.path in paths
+    }
+    experts = None
+    if layout.experts is not None and layout.experts in paths:
+        module = block.get_submodule(layout.experts)
+        experts = Experts(module, {n: Located(*at) for n, at in expert_matrices(module).items()})
+    not_covered = {path: what for path, what in layout.not_covered.items() if path in paths}
+    known = {matrix.path for matrix in matrices.values()} | not_covered.keys() | {layout.experts}
+    unknown = [path for path in paths if path not in known]
+    if unknown or not (matrices or experts):
+        raise BacklensError(_incomplete(index, unknown, str(config.model_type)))
+    return Block(block, matrices, experts, not_covered)
+
+
+def _incomplete(index: int, unknown: Collection[str], family: str) -> str:
+    problem = f"model: block {index} of this {family} is not as we know it"
+    if unknown:
+        problem += f": no module name covers its {', '.join(unknown)}"
+    else:
+        problem += ": it has none of the matrices that we know"
+    return f"{problem}; `backlens doctor --model …` prints a description to edit and give as --anatomy"
+
+
+def widths(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a module that multiplies by one matrix; None for tables, convolutions and anything else."""
+    stated = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(stated[0], int) and isinstance(stated[1], int):
+        return stated[0], stated[1]
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Embedding) or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        return None
+    wide, high = weight.shape if isinstance(module, Conv1D) else weight.shape[::-1]
+    return wide, high
+
+
+def expert_widths(experts: Any, weight: str) -> tuple[int, int]:
+    """(in, out) of one expert's matrix, out of a 3-D weight."""
+    shape = getattr(experts, weight).shape
+    return (shape[1], shape[2]) if experts.is_transposed else (shape[2], shape[1])
+
+
+def misfits(blocks: Sequence[Block], d_model: int) -> list[str]:
+    """What a description says that the matrices' widths do not bear out; a line for each, empty if it fits.
+
+    Modules that read the residual stream are d_model wide at their input, those that write to it at their output;
+    and the parts that a fused matrix is cut into hold every column of its output, each once.
+    """
+    return [
+        f"block {index}: {problem}"
+        for index, block in enumerate(blocks)
+        for problem in _misfits(block, d_model)
+    ]
+
+
+def _misfits(block: Block, d_model: int) -> Iterator[str]:
+    by_path: dict[str, dict[str, Located]] = {}
+    for module, located in block.matrices.items():
+        by_path.setdefault(located.path, {})[module] = located
+    for path, modules in by_path.items():
+        found = widths(block.module.get_submodule(path))
+        if found is None:
+            yield f"{path} is no matrix, and cannot be {', '.join(modules)}"
+            continue
+        parts = {module: _columns(located, found[1]) for module, located in modules.items()}
+        undivided = [module for module, columns in parts.items() if columns is None]
+        if undivided:
+            yield f"{path}: its {found[1]} outputs do not divide into the groups and pieces of {', '.join(undivided)}"
+            continue
+        held = {module: columns for module, columns in parts.items() if columns is not None}
+        yield from _uncovered(path, found[1], held, path in block.not_covered)
+        for module, columns in held.items():
+            width = found[0] if module in READS else len(columns)
+            if width != d_model:
+                side = "reads" if module in READS else "writes"
+                yield f"{module} ({path}) {side} a width of {width}, and the model's is {d_model}"
+
+
+def _columns(located: Located, high: int) -> list[int] | None:
+    """The columns of a module in the output it is a part of; None where the cut does not divide it."""
+    if located.cut is not None and high % (located.cut.groups * located.cut.pieces):
+        return None
+    return located.part_of(torch.arange(high)).tolist()
+
+
+def _uncovered(path: str, high: int, held: dict[str, list[int]], rest_is_stated: bool) -> Iterator[str]:
+    times = Counter(column for columns in held.values() for column in columns)
+    twice = sum(count > 1 for count in times.values())
+    names = ", ".join(held)
+    if twice:
+        yield f"{path}: {twice} of its {high} outputs are in more than one of {names}"
+    if len(times) < high and not rest_is_stated:
+        yield f"{path}: {high - len(times)} of its {high} outputs are in none of {names}"

@@ -1,0 +1,122 @@
+"""The text that a prompt is read as: as the user wrote it, or as a message to a chat model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from backlens.errors import BacklensError
+from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.source import one_line
+from backlens.prompts.subject import find_subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+
+_MARK = "backlensmessage"
+"""A message that no template changes or writes itself: where it comes out is where messages are."""
+
+_FIXED_DATE = """{% macro strftime_now(format) %}{{ format
+    | replace("%d", "26") | replace("%m", "07") | replace("%b", "Jul") | replace("%B", "July")
+    | replace("%Y", "2024") | replace("%y", "24") | replace("%A", "Friday") | replace("%a", "Fri")
+    | replace("%H", "00") | replace("%M", "00") | replace("%S", "00") }}{% endmacro %}"""
+"""Some templates write today's date, but rows must not depend on the day they are computed.
+
+The date is the one that Llama 3's own template falls back to.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What stands before the loss, and what after it."""
+
+    prompt: Prompt
+    text: str
+    target: str
+    own: Span
+    """The characters of `text` that are the user's prompt; its subject is looked for there."""
+    movable: int
+    """White space at the end of `text` that may go to the target if the tokenizer joins them."""
+
+    def subject_characters(self) -> Span | None:
+        """The characters of `text` that are the prompt's subject."""
+        prompt, (start, end) = self.prompt, self.own
+        core = prompt.prompt.strip()  # templates take white space away
+        at = self.text.find(core, start, end)
+        if at >= 0:
+            shift, place = at - prompt.prompt.index(core), prompt.subject_place()
+        else:  # the template changes the message
+            shift, place = start, find_subject(self.text[start:end], prompt.subject or "")
+        return None if place is None else (place.start + shift, place.end + shift)
+
+
+def as_it_stands(prompt: Prompt) -> Written:
+    text = prompt.prompt
+    return Written(prompt, text, prompt.target, (0, len(text)), len(text) - len(text.rstrip()))
+
+
+def as_chat(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> list[Written | Rejected]:
+    """Each prompt as the only message of a user, up to where the model's answer begins.
+
+    Raises BacklensError as `chat_template` does.
+    """
+    template = chat_template(tokenizer)
+    head, _, tail = _rendered(_MARK, template, tokenizer).partition(_MARK)
+    added: Any = tokenizer.added_tokens_encoder
+    control = tuple(added)
+    results: list[Written | Rejected] = []
+    for prompt in prompts:
+        try:
+            text = _rendered(prompt.prompt, template, tokenizer)
+        except (jinja2.TemplateError, TypeError) as error:
+            problem = f"{prompt.where}: the chat template refuses it: {error}; change it or leave it out"
+            results.append(Rejected(prompt.prompt_id, "tokenize", "chat-template", one_line(problem)))
+            continue
+        around = text.startswith(head) and text.endswith(tail)
+        own = (len(head), len(text) - len(tail)) if around else (0, len(text))
+        follows_word = not (text[-1:].isspace() or text.endswith(control))
+        target = prompt.target if follows_word else _without_space(prompt.target)
+        # The template's own white space stays where it is: a model is asked with it and answers after it.
+        results.append(Written(prompt, text, target, own, movable=0))
+    return results
+
+
+def chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The tokenizer's template. Raises BacklensError if there is none that can be used."""
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if not tokenizer.chat_template:
+        raise BacklensError(
+            f"--chat-template: the tokenizer of {name} has no chat template; leave the option out, or give --model "
+            "a model that was trained to chat"
+        )
+    try:
+        template = tokenizer.get_chat_template()
+        complete = _MARK in _rendered(_MARK, template, tokenizer)
+    except (jinja2.TemplateError, TypeError, ValueError, ImportError) as error:
+        raise BacklensError(
+            one_line(f"--chat-template: the template of {name} cannot be used: {error}; leave the option out")
+        ) from error
+    if not complete:
+        raise BacklensError(
+            f"--chat-template: the template of {name} leaves a user's message out; leave the option out"
+        )
+    return template
+
+
+def _rendered(message: str, template: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}],
+        chat_template=_FIXED_DATE + template,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def _without_space(target: str) -> str:
+    """The space of a target such as CounterFact's is the one after a word; an answer does not begin with it."""
+    return target[1:] if target.startswith(" ") and len(target) > 1 else target

@@ -1,0 +1,289 @@
+"""From a record's columns to a `Prompt`, or to the reason why it is none."""
+
+import contextlib
+import datetime
+import difflib
+import itertools
+import json
+import math
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from backlens.config import PromptFields
+from backlens.errors import BacklensError
+from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.source import one_line
+from backlens.prompts.subject import SLOT, SubjectPlace, filled
+
+Role = Literal["prompt", "target", "subject", "id", "relation"]
+
+# Names that data sets in the wild give to what we call prompt, target, …; only ever used as advice.
+_OTHER_NAMES: dict[Role, tuple[str, ...]] = {
+    "prompt": ("text", "question", "input", "src", "query", "instruction", "context", "sentence"),
+    "target": ("answer", "answers", "label", "completion", "output", "object", "response", "target_new"),
+    "subject": ("entity", "subj", "head"),
+    "id": ("case_id", "uid", "key", "index"),
+    "relation": ("relation_id", "predicate", "rel"),
+}
+_NAMES_REMEMBERED = 100
+_NAMES_SHOWN = 12
+_LONGEST_NAME_SHOWN = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record of the input, decoded but not yet judged."""
+
+    prompt_id: int
+    where: str
+    values: Mapping[str, Any]
+
+
+class UnfitError(Exception):
+    """Why a record is not a prompt: a stable code, and the problem with its remedy."""
+
+    def __init__(self, code: str, problem: str, absent: str | None = None, remedy: str = "") -> None:
+        super().__init__(problem)
+        self.code = code
+        self.problem = problem
+        self.absent = absent
+        """The field that the record does not have, not even empty."""
+        self.remedy = remedy
+        """An option of `backlens run` that names another column, where that may help."""
+
+    def rejected(self, row: Row) -> Rejected:
+        return rejected(row.prompt_id, row.where, self.code, self.problem + self.remedy, self.absent)
+
+
+def rejected(prompt_id: int, where: str, code: str, problem: str, absent: str | None = None) -> Rejected:
+    return Rejected(prompt_id, "read", code, one_line(f"{where}: {problem}"), absent)
+
+
+def prompts_from_columns(
+    rows: Iterable[Row | Rejected], fields: PromptFields, name: str
+) -> Iterator[Prompt | Rejected]:
+    """Judge each record in order.
+
+    `subject` and `id` are optional, so one record may lack them; but a name the user typed that no record
+    has is a typo, and is said at the end of the input.
+    """
+    unseen: dict[Role, str] = {}
+    if fields.subject is not None:
+        unseen["subject"] = fields.subject
+    if fields.id is not None:
+        unseen["id"] = fields.id
+    found: dict[str, None] = {}
+    for row in rows:
+        if isinstance(row, Rejected):
+            yield row
+            continue
+        if unseen:
+            unseen = {role: field for role, field in unseen.items() if field not in row.values}
+            if len(found) < _NAMES_REMEMBERED:
+                found |= dict.fromkeys(row.values)
+        yield _judged(row, fields)
+    if found and unseen:
+        role, field = next(iter(unseen.items()))
+        problem = no_field(field, found) + name_it(field, role, found)
+        raise BacklensError(one_line(f"{name}: in every record, {problem}"))
+
+
+def _judged(row: Row, fields: PromptFields) -> Prompt | Rejected:
+    try:
+        return _prompt(row, fields)
+    except UnfitError as unfit:
+        return unfit.rejected(row)
+    except RecursionError:
+        return rejected(row.prompt_id, row.where, "broken-json", "nested too deeply to be read; flatten it")
+
+
+def _prompt(row: Row, fields: PromptFields) -> Prompt:
+    values = row.values
+    required = (fields.prompt or "prompt", fields.target or "target")
+
+    def name_of(role: Role, chosen: str | None, fits: bool) -> str | None:
+        """The optional column that was chosen, or that has the usual name and looks like it."""
+        return chosen or (role if fits and role not in required else None)
+
+    subject_name = name_of("subject", fields.subject, _can_be_text(values.get("subject")))
+    id_name = name_of("id", fields.id, True)
+    relation_name = name_of("relation", None, _can_be_text(values.get("relation")))
+    prompt, subject, slot = prompt_and_subject(values, required[0], subject_name)
+    target = checked_target(text(values, required[1], "target"), required[1])
+    taken = {*required, subject_name, id_name, relation_name}
+    return Prompt(
+        row.prompt_id,
+        prompt,
+        target,
+        row.where,
+        id=None if id_name is None else id_text(values, id_name),
+        subject=subject,
+        relation=None if relation_name is None else optional_text(values, relation_name),
+        meta=meta({name: value for name, value in values.items() if name not in taken}),
+        slot=slot,
+    )
+
+
+def text(values: Mapping[str, Any], name: str, role: Role) -> str:
+    """A required text, exactly as it was written."""
+    if name not in values:
+        raise UnfitError("missing-field", no_field(name, values), name, name_it(name, role, values))
+    value = values[name]
+    if value is None:
+        raise UnfitError("missing-field", f"field {name!r} is null; give it a text, or remove the record")
+    if isinstance(value, bytes):
+        return _decoded(value, name)
+    if not isinstance(value, str):
+        raise UnfitError("not-text", f"field {name!r} is {_kind(value)}, not text; put it in quotes")
+    return _encodable(value, name)
+
+
+def optional_text(values: Mapping[str, Any], name: str) -> str | None:
+    """A text, a number, a date, … as text; None where there is nothing."""
+    value = values.get(name)
+    if isinstance(value, bytes):
+        return _decoded(value, name)
+    if not _can_be_text(value):
+        raise UnfitError("not-text", f"field {name!r} is {_kind(value)}, not text; put it in quotes")
+    return id_text(values, name)
+
+
+def id_text(values: Mapping[str, Any], name: str) -> str | None:
+    """A record's own id as text, of whatever type it is: it is there to be found again."""
+    value = values.get(name)
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, str):
+        return _encodable(value, name)
+    plain = _jsonable(value)
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False, sort_keys=True)
+
+
+def prompt_and_subject(
+    values: Mapping[str, Any], prompt_name: str, subject_name: str | None
+) -> tuple[str, str | None, SubjectPlace | None]:
+    """The prompt, its subject if it has one, and where the subject was put if the prompt has a slot for it."""
+    prompt = text(values, prompt_name, "prompt")
+    subject = None if subject_name is None else optional_text(values, subject_name)
+    slot = None
+    if subject is not None and SLOT in prompt:
+        prompt, slot = filled(prompt, subject)
+    return checked_prompt(prompt, prompt_name), subject, slot
+
+
+def checked_prompt(prompt: str, name: str) -> str:
+    if not prompt.strip():
+        raise UnfitError("empty-prompt", f"field {name!r} is empty; give it a text, or remove the record")
+    return prompt
+
+
+def checked_target(target: str, name: str) -> str:
+    if not target:
+        raise UnfitError("empty-target", f"field {name!r} is empty; give it a text, or remove the record")
+    return target
+
+
+def no_field(name: str, values: Mapping[str, Any]) -> str:
+    """`no field 'target' (found: prompt, answer)`"""
+    shown = [str(key)[:_LONGEST_NAME_SHOWN] for key in itertools.islice(values, _NAMES_SHOWN)]
+    if len(values) > _NAMES_SHOWN:
+        shown.append("…")
+    return f"no field {name!r} (found: {', '.join(shown) or 'none'})"
+
+
+def name_it(name: str, role: Role, values: Mapping[str, Any]) -> str:
+    """`; name it with --target-field answer`"""
+    if role == "relation":
+        return ""
+    candidate = _likely_name(name, role, [str(key) for key in values])
+    return f"; name it with --{role}-field {'FIELD' if candidate is None else shlex.quote(candidate)}"
+
+
+def without_option(record: Rejected) -> str:
+    """The message for a command that has no options to name columns with."""
+    if record.absent is None:
+        return record.message
+    problem, _, _ = record.message.partition("; name it with --")
+    return f"{problem}; rename the one that holds the {record.absent!r}"
+
+
+def _likely_name(name: str, role: Role, found: list[str]) -> str | None:
+    other_roles = {other for other in _OTHER_NAMES if other != role}
+    free = {key.lower(): key for key in found if key not in other_roles}
+    for wanted in (name, role):
+        for key in difflib.get_close_matches(wanted.lower(), list(free), n=1, cutoff=0.7):
+            return free[key]
+    return next((free[key] for key in _OTHER_NAMES[role] if key in free), None)
+
+
+def _can_be_text(value: object) -> bool:
+    return not isinstance(value, bool | Mapping | list | tuple)
+
+
+def _kind(value: object) -> str:
+    match value:
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case dict():
+            return "an object"
+        case list() | tuple():
+            return "a list"
+        case _:
+            return f"of type {type(value).__name__}"
+
+
+def _decoded(value: bytes, name: str) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UnfitError(
+            "not-utf8",
+            f"byte {value[error.start]:#04x} in field {name!r} is not UTF-8; rewrite the record as UTF-8",
+        ) from None
+
+
+def _encodable(value: str, name: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # JSON may spell half a surrogate pair; neither tokenizers nor Parquet can hold one.
+        raise UnfitError(
+            "not-utf8",
+            f"field {name!r} has half of a surrogate pair (\\u{ord(value[error.start]):04x}) at character "
+            f"{error.start}, which is no character; write the pair whole",
+        ) from None
+    return value
+
+
+def meta(values: Mapping[str, Any]) -> str | None:
+    """The other columns as strict JSON with sorted keys, so that equal content is an equal string."""
+    if not values:
+        return None
+    return json.dumps(_jsonable(values), ensure_ascii=False, sort_keys=True, allow_nan=False)
+
+
+def _jsonable(value: Any) -> Any:
+    """The nearest thing that every JSON reader accepts; what JSON has no word for becomes a string."""
+    match value:
+        case None | bool() | int():
+            return value
+        case str():
+            return value.encode("utf-8", "replace").decode("utf-8")
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case Mapping():
+            return {_jsonable(str(key)): _jsonable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_jsonable(item) for item in value]
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case bytes():
+            with contextlib.suppress(UnicodeDecodeError):
+                return value.decode("utf-8")
+            return value.hex()
+        case _:
+            return _jsonable(str(value))

@@ -1,0 +1,237 @@
+"""Small charts as inline SVG: the geometry; `templates/_parts.html` draws it.
+
+A prompt's heatmap as a table: layers by positions, in each cell what is said there and how loudly.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from backlens.figures.heatmap import DECADES, SHIFTS
+from backlens.serve.questions import Row
+
+WIDTH, HEIGHT = 330, 190
+LEFT, RIGHT, TOP, BOTTOM = 46, 16, 10, 24
+
+Scale = Literal["linear", "log", "rank"]
+Points = Mapping[int, float]
+"""A value by layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    x: float
+    y: float
+    says: str
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One line of a chart."""
+
+    label: str
+    style: int
+    """Which of the line styles of the page."""
+    dots: Sequence[Dot]
+
+    @property
+    def path(self) -> str:
+        return " ".join(f"{dot.x:.1f},{dot.y:.1f}" for dot in self.dots)
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    at: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Lines over layers."""
+
+    title: str
+    series: Sequence[Series]
+    x_ticks: Sequence[Tick]
+    y_ticks: Sequence[Tick]
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    x: float
+    y: float
+    width: float
+    height: float
+    says: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """A histogram."""
+
+    title: str
+    bars: Sequence[Bar]
+    x_ticks: Sequence[Tick]
+    y_ticks: Sequence[Tick]
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
+def line_chart(title: str, lines: Sequence[tuple[str, Points]], scale: Scale) -> Chart:
+    """The lines that have points; a logarithmic scale leaves out what is not above zero, a rank's keeps 0."""
+    drawn = [
+        (style, label, {x: y for x, y in points.items() if scale != "log" or y > 0})
+        for style, (label, points) in enumerate(lines)
+    ]
+    drawn = [(style, label, points) for style, label, points in drawn if points]
+    values = [y for *_, points in drawn for y in points.values()]
+    layers = sorted({x for *_, points in drawn for x in points})
+    if not values:
+        return Chart(title, [], [], [])
+    low, high = _ends(values, scale)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return _across(x, layers[0], layers[-1]), _up(
+            _scaled(y, scale), _scaled(low, scale), _scaled(high, scale)
+        )
+
+    series = [
+        Series(label, style, [Dot(*at(x, y), f"layer {x}: {y:.4g}") for x, y in sorted(points.items())])
+        for style, label, points in drawn
+    ]
+    x_ticks = [Tick(at(x, low)[0], str(x)) for x in _some(layers, 9)]
+    y_ticks = [
+        Tick(at(layers[0], y)[1], f"{y:,.0f}" if y >= 1000 else f"{y:.3g}") for y in _marks(low, high, scale)
+    ]
+    return Chart(title, series, x_ticks, y_ticks)
+
+
+def histogram(title: str, counts: Sequence[tuple[float, float, int]]) -> Bars:
+    """Bars from 0 on; each is (from, to, count)."""
+    if not counts:
+        return Bars(title, [], [], [])
+    right, most = max(end for _, end, _ in counts), max(count for *_, count in counts)
+    bars = []
+    for start, end, count in counts:
+        x, y = _across(start, 0.0, right), _up(count, 0, most)
+        says = f"{count} with a norm from {start:.3g} to {end:.3g}"
+        bars.append(Bar(x + 0.5, y, _across(end, 0.0, right) - x - 1, HEIGHT - BOTTOM - y, says))
+    x_ticks = [Tick(_across(right * part / 4, 0.0, right), f"{right * part / 4:.2g}") for part in range(5)]
+    return Bars(title, bars, x_ticks, [Tick(_up(y, 0, most), str(y)) for y in sorted({0, most})])
+
+
+def _across(x: float, low: float, high: float) -> float:
+    share = (x - low) / (high - low) if high > low else 0.5
+    return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+
+def _up(y: float, low: float, high: float) -> float:
+    share = (y - low) / (high - low) if high > low else 0.5
+    return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+
+def _scaled(y: float, scale: Scale) -> float:
+    if scale == "linear":
+        return y
+    return math.log10(y) if scale == "log" else math.log10(1 + y)
+
+
+def _ends(values: Sequence[float], scale: Scale) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if scale == "log":
+        return 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))
+    return 0.0, high or 1.0
+
+
+def _marks(low: float, high: float, scale: Scale) -> list[float]:
+    if scale == "log":
+        first, last = round(math.log10(low)), round(math.log10(high))
+        return [10.0**power for power in _some(range(first, last + 1), 5)]
+    if scale == "rank":
+        powers = [10.0**power for power in range(math.floor(math.log10(max(high, 1.0))) + 1)]
+        return [0.0, *powers]
+    return [high * part / 4 for part in range(5)]
+
+
+def _some(items: Sequence[int], most: int) -> list[int]:
+    step = -(-len(items) // most)
+    return list(items[::step])
+
+
+LEVELS = 10
+"""Steps of the colour scale: a page may not style single cells, so each step is a class."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One layer at one position."""
+
+    row: Row
+    level: int
+    """Of the colour scale, by the logarithm of the VJP's norm; -1: exactly zero."""
+
+    @property
+    def top(self) -> str | None:
+        return (self.row["top_tokens"] or [None])[0]
+
+    @property
+    def bottom(self) -> str | None:
+        return (self.row["bottom_tokens"] or [None])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The cells of a layer by position; None where the run has no row, as under `--positions last`."""
+
+    layer: int
+    cells: Sequence[Cell | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A prompt's heatmap of one module."""
+
+    module: str
+    tokens: Sequence[str]
+    lines: Sequence[Line]
+    """The last layer first."""
+    largest: float
+    has_experts: bool
+
+    @property
+    def kind(self) -> str:
+        """The paper's word for the projected vector."""
+        return kind_of(self.module)
+
+    @property
+    def has_gaps(self) -> bool:
+        return any(cell is None for line in self.lines for cell in line.cells)
+
+
+def kind_of(module: str) -> str:
+    """The paper's word for what is projected of a module."""
+    return "shift δ" if module in SHIFTS else "imprint x"
+
+
+def make_grid(module: str, tokens: Sequence[str], rows: Sequence[Row]) -> Grid:
+    """The grid of one module's rows. Of experts, the one with the largest VJP at a position speaks there."""
+    loudest: dict[tuple[int, int], Row] = {}
+    for row in rows:
+        place = row["layer"], row["position"]
+        if place not in loudest or row["vjp_norm"] > loudest[place]["vjp_norm"]:
+            loudest[place] = row
+    largest = max((row["vjp_norm"] for row in loudest.values()), default=0.0)
+    cells = {place: Cell(row, _level(row["vjp_norm"], largest)) for place, row in loudest.items()}
+    layers = sorted({layer for layer, _ in cells}, reverse=True)
+    lines = [Line(layer, [cells.get((layer, p)) for p in range(len(tokens))]) for layer in layers]
+    has_experts = any(row["expert"] is not None for row in rows)
+    return Grid(module, tokens, lines, largest, has_experts)
+
+
+def _level(norm: float, largest: float) -> int:
+    if not norm:
+        return -1
+    strength = 1 + math.log10(norm / largest) / DECADES
+    return round(max(strength, 0.0) * (LEVELS - 1))

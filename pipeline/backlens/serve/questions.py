@@ -1,0 +1,204 @@
+"""A question that was put to a run, with its answer and with how anyone can put it again in Python or SQL.
+
+The SELECTs that only the explorer needs: search, what lies beside a thing, and what two prompts keep.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from backlens.atlas.database import sql_text
+from backlens.atlas.names import Neuron, parse_neuron
+from backlens.atlas.questions import THE_NEURON
+from backlens.display import Answer
+from backlens.errors import BacklensError
+
+Row = Mapping[str, Any]
+MOST_OF_ALL = 250_000
+"""Rows of a table that has no limit; a server has no room for more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One table of a page."""
+
+    name: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    python: str
+    """An expression over `atlas`."""
+    sql: str
+    """A SELECT with the same rows, by ids where the page has the tokens' texts."""
+    is_cut: bool = False
+    """Whether there are more rows than these."""
+
+
+def ask(name: str, method: Callable[..., Answer], question: str, *values: Any, **bound_too: Any) -> Asked:
+    """The answer of a method of `Atlas`; its SQL is `question`, where `bound_too` stand besides the arguments."""
+    bound = inspect.signature(method).bind(*values)
+    spelled = [f"{key}={value!r}" for key, value in list(bound.arguments.items())[1:]]
+    subject = [repr(value) for value in list(bound.arguments.values())[:1]]
+    python = f"atlas.{method.__name__}({', '.join([*subject, *spelled])})"
+    bound.apply_defaults()
+    given = bound_too | bound.arguments
+    if "neuron" in given:
+        given |= neuron_values(parse_neuron(given["neuron"]))
+    limit = bound.arguments["limit"]
+    bound.arguments["limit"] = _one_more(limit)
+    answer = method(*bound.args, **bound.kwargs)
+    return _asked(name, answer.table, limit, python, with_values(question, given))
+
+
+def together(*asking: Callable[[], Asked]) -> list[Asked]:
+    """What these ask, at the same time: a small question keeps one core busy and leaves the others."""
+    with ThreadPoolExecutor(len(asking)) as threads:
+        return [answer.result() for answer in [threads.submit(asks) for asks in asking]]
+
+
+def look_up(opened: duckdb.DuckDBPyConnection, name: str, question: str, **given: Any) -> Asked:
+    """The answer to a SELECT of the explorer's own; values are bound."""
+    statement = with_values(question, given)
+    limit = given.get("limit")
+    asking = given | ({"limit": _one_more(limit)} if "limit" in given else {})
+    answer = opened.sql(question, params=asking).to_arrow_table()
+    return _asked(name, answer, limit, f"atlas.sql({statement!r})", statement)
+
+
+def _one_more(limit: int | None) -> int:
+    """So many rows show whether there are more than the limit."""
+    return (MOST_OF_ALL if limit is None else limit) + 1
+
+
+def _asked(name: str, answer: pa.Table, limit: int | None, python: str, sql: str) -> Asked:
+    """The rows within the limit."""
+    if limit is None and answer.num_rows > MOST_OF_ALL:
+        raise BacklensError(
+            f"{name}: more than {MOST_OF_ALL:,} rows, which is more than a page has room for; give limit, or ask "
+            "in Python or with `backlens query --json`"
+        )
+    kept = answer if limit is None else answer.slice(0, limit)
+    return Asked(name, answer.column_names, kept.to_pylist(), python, sql, kept.num_rows < answer.num_rows)
+
+
+def neuron_values(neuron: Neuron) -> dict[str, Any]:
+    """A neuron's address as SELECTs name its parts."""
+    return {
+        "layer": neuron.layer,
+        "module": neuron.module,
+        "index": neuron.index,
+        "expert": neuron.expert,
+    }
+
+
+def with_values(question: str, given: Mapping[str, Any]) -> str:
+    """A SELECT with its values written in, to be read and copied; never to be run here."""
+    return re.sub(r"\$(\w+)", lambda match: _literal(given[match[1]]), question).strip()
+
+
+def _literal(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, str):
+        return sql_text(value)
+    return f"[{', '.join(map(_literal, value))}]" if isinstance(value, list) else str(value)
+
+
+BINS = 24
+
+SEARCH_TOKENS = """
+WITH found AS (
+    SELECT
+        token_id, token,
+        CASE
+            WHEN token = $q THEN 'exact'
+            WHEN trim(token) = trim($q) THEN 'spaces'
+            WHEN lower(trim(token)) = lower(trim($q)) THEN 'case'
+            ELSE 'part'
+        END AS match
+    FROM vocab
+    WHERE contains(lower(token), CASE WHEN trim($q) = '' THEN $q ELSE lower(trim($q)) END)
+    ORDER BY
+        list_position(['exact', 'spaces', 'case', 'part'], match), length(token), token_id
+    LIMIT $limit
+), counted AS (
+    SELECT
+        token_id, sum(promoted)::BIGINT AS promoted, sum(demoted)::BIGINT AS demoted,
+        count(DISTINCT layer) AS layers
+    FROM token_summary WHERE token_id IN (SELECT token_id FROM found)
+    GROUP BY token_id
+)
+SELECT token_id, token, match, promoted, demoted, layers
+FROM found LEFT JOIN counted USING (token_id)
+ORDER BY list_position(['exact', 'spaces', 'case', 'part'], match), length(token), token_id
+"""
+
+SEARCH_PROMPTS = """
+SELECT prompt_id, prompt, target, subject, relation, loss, target_prob, target_rank
+FROM prompts
+WHERE $q IS NULL OR contains(lower(prompt), lower($q)) OR contains(lower(target), lower($q))
+    OR contains(lower(coalesce(relation, '')), lower($q)) OR contains(lower(coalesce(id, '')), lower($q))
+ORDER BY prompt_id
+LIMIT $limit
+"""
+
+NEAR_NEURONS = """
+SELECT
+    max(neuron) FILTER (neuron < $index) AS previous,
+    min(neuron) FILTER (neuron > $index) AS next,
+    count(*) AS kept_neurons
+FROM neuron_summary
+WHERE layer = $layer AND module = $module AND ($expert IS NULL OR expert = $expert)
+"""
+
+NEAR_PROMPTS = """
+SELECT
+    max(prompt_id) FILTER (prompt_id < $prompt_id) AS previous,
+    min(prompt_id) FILTER (prompt_id > $prompt_id) AS next
+FROM prompts
+"""
+
+HISTOGRAM = f"""
+WITH norms AS (
+    SELECT grad_norm::DOUBLE AS norm, max(grad_norm::DOUBLE) OVER () AS most
+    FROM neuron_prompts WHERE {THE_NEURON}
+), filled AS (
+    SELECT least(floor(norm / most * {BINS}), {BINS - 1})::INTEGER AS bin, count(*) AS prompts, any_value(most) AS most
+    FROM norms WHERE most > 0 GROUP BY bin
+)
+SELECT bin * most / {BINS} AS norm_from, (bin + 1) * most / {BINS} AS norm_to, prompts, bin
+FROM filled ORDER BY bin
+"""
+
+TOKEN_TEXTS = """
+SELECT token_id, token FROM vocab WHERE list_contains($ids, token_id)
+"""
+
+COMPARE_NEURONS = """
+WITH kept AS (
+    SELECT prompt_id, layer, module::VARCHAR AS module, expert, neuron, grad_norm
+    FROM prompt_neurons WHERE prompt_id IN ($one, $two) AND ($module IS NULL OR module = $module)
+), pairs AS (
+    SELECT
+        layer, module, expert, neuron,
+        max(grad_norm) FILTER (prompt_id = $one) AS grad_norm_1,
+        max(grad_norm) FILTER (prompt_id = $two) AS grad_norm_2
+    FROM kept GROUP BY layer, module, expert, neuron
+), weakest AS (
+    SELECT
+        layer, module, expert,
+        min(grad_norm) FILTER (prompt_id = $one) AS cut_off_1,
+        min(grad_norm) FILTER (prompt_id = $two) AS cut_off_2
+    FROM kept GROUP BY layer, module, expert
+)
+SELECT b.layer, b.module, b.expert, b.neuron, grad_norm_1, grad_norm_2, cut_off_1, cut_off_2
+FROM pairs b JOIN weakest w
+ON b.layer = w.layer AND b.module = w.module AND b.expert IS NOT DISTINCT FROM w.expert
+ORDER BY greatest(coalesce(grad_norm_1, 0), coalesce(grad_norm_2, 0)) DESC, b.layer, b.module, b.expert, b.neuron
+LIMIT $limit
+"""

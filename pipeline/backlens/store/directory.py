@@ -1,0 +1,289 @@
+"""A directory on a local disk or an object store, and the one way in which files get into it.
+
+Every file is first made whole under a local name (`stage`) and then published under its final name in one
+step: on a local disk by fsync and rename, on an object store by a single put, since stores have no rename
+and show an object only when its upload is complete. A reader therefore finds a file whole or not at all.
+"""
+
+import errno
+import fcntl
+import functools
+import os
+import posixpath
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import IO, Any, TypeVar, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from backlens.errors import BacklensError, Interrupted
+from backlens.store.object_store import ask, file_system, reason
+
+Answer = TypeVar("Answer")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
+"""Protocols of stores without folders, whose libraries would make a missing bucket if they were asked for one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """A directory by its URL: two strings and no open connection, so it travels to other processes."""
+
+    root: str
+    """An absolute local path, or a URL such as `s3://bucket/run`."""
+    given: str
+    """The same as the user wrote it, for messages."""
+
+    @classmethod
+    def at(cls, out: "str | os.PathLike[str] | Directory") -> "Directory":
+        """A path (a relative one becomes absolute here) or a URL such as `s3://bucket/run`."""
+        if isinstance(out, Directory):
+            return out
+        given = os.fspath(out)
+        try:
+            filesystem, path = file_system(given)
+        except BacklensError as error:
+            raise BacklensError(f"out: {error}") from error
+        if isinstance(filesystem, LocalFileSystem):
+            return cls(os.path.abspath(path), given)
+        return cls(filesystem.unstrip_protocol(path), given)
+
+    def __str__(self) -> str:
+        return self.given
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        """The file system that it is in, for libraries that are given one."""
+        return file_system(self.root)[0]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def child(self, name: str) -> "Directory":
+        return Directory(self.location(name), posixpath.join(self.given, name))
+
+    def location(self, name: str) -> str:
+        """The absolute path or URL of a file in this directory: what DuckDB or `fsspec.open` are given."""
+        return posixpath.join(self.root, name)
+
+    def path(self, name: str = "") -> str:
+        """The same as `fs` wants it: without the protocol."""
+        return file_system(self.location(name) if name else self.root)[1]
+
+    def open(self, name: str, mode: str = "rb") -> IO[Any]:
+        return cast(IO[Any], self._ask(name, self.fs.open, self.path(name), mode))
+
+    def read(self, name: str) -> bytes:
+        return cast(bytes, self._ask(name, self.fs.cat_file, self.path(name)))
+
+    def read_all(self, names: list[str]) -> dict[str, bytes]:
+        """Several small files, fetched at the same time where the store allows it."""
+        if not names:
+            return {}
+        contents = self._ask(names[0], self._contents, [self.path(name) for name in names])
+        return dict(zip(names, contents, strict=True))
+
+    def _contents(self, paths: list[str]) -> list[bytes]:
+        # Not `cat`, which reads `[`, `*` and `?` in the names of folders as a pattern.
+        found = self.fs.cat_ranges(paths, None, None)
+        for content in found:
+            if isinstance(content, Exception):
+                raise content
+        return found
+
+    def size(self, name: str) -> int:
+        return self._ask(name, self.fs.info, self.path(name))["size"]
+
+    def exists(self, name: str = "") -> bool:
+        self._forget_listing()
+        return self._ask(name, self.fs.exists, self.path(name))
+
+    def names(self, name: str = "") -> list[str]:
+        """The names in this directory or in a folder of it, sorted; none if it does not exist."""
+        self._forget_listing()
+        try:
+            found = self._ask(name, self.fs.ls, self.path(name), False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(posixpath.basename(path.rstrip("/")) for path in found)
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """Bytes by name of the files in a folder of this directory; none if it does not exist."""
+        self._forget_listing()
+        try:
+            found = self._ask(name, self.fs.ls, self.path(name), True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {
+            posixpath.basename(each["name"]): each["size"] for each in found if each["type"] != "directory"
+        }
+
+    def makedirs(self, name: str = "") -> None:
+        """Object stores have no folders: a name is made with its file, and a bucket is its owner's to make."""
+        if self.root.partition("://")[0] in BUCKETS:
+            return
+        try:
+            self._ask(name, self.fs.makedirs, self.path(name), True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise BacklensError(f"out: {self.given} is a file, or lies in one; choose a directory") from error
+        except OSError as error:
+            if error.errno in FULL:
+                raise self._full(name, error) from error
+            raise BacklensError(f"out: cannot create {self.given}: {error.strerror or error}") from error
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._ask(name, self.fs.rm_file, self.path(name))
+
+    def write_atomically(self, name: str, content: bytes) -> None:
+        """A small file, whole or not at all; an older one of that name is replaced."""
+        self.publish(self.stage(name, lambda file: file.write(content)))
+
+    def create(self, name: str, content: bytes) -> None:
+        """As `write_atomically`, unless a file of that name is there, which then stays.
+
+        In one step on stores that can put an object on that condition (S3, Google Cloud Storage, Azure); on others
+        two may write at the same moment. So whoever has to know which file it is reads it.
+        """
+        staged = self.stage(name, lambda file: file.write(content))
+        with self.writing(name), ExitStack() as ending, suppress(FileExistsError):
+            ending.callback(staged.discard)
+            self._put(staged, os.link, "create")
+
+    def stage(self, name: str, write: Callable[[IO[bytes]], object]) -> "Staged":
+        """Writes a file under a temporary local name, durably; `publish` gives it its own."""
+        with self.writing(name), ExitStack() as undoing:
+            staged = Staged(self._temporary_path(name), name)
+            undoing.callback(staged.discard)
+            with open(staged.local_path, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            undoing.pop_all()
+            return staged
+
+    def publish(self, staged: "Staged") -> None:
+        """The staged file appears under its final name, and stays there through a power cut."""
+        with self.writing(staged.name), ExitStack() as ending:
+            ending.callback(staged.discard)
+            self._put(staged, os.replace, "overwrite")
+
+    def _put(self, staged: "Staged", rename: Callable[[str, str], None], mode: str) -> None:
+        """One step: a rename on a local disk, a put in fsspec's `mode` on a store."""
+        final = self.path(staged.name)
+        if self.is_local:
+            rename(staged.local_path, final)
+            sync_folder(os.path.dirname(final))
+        else:
+            put_file = functools.partial(self.fs.put_file, mode=mode)
+            self._ask(staged.name, put_file, staged.local_path, final)
+
+    def remove_leftovers(self) -> list[str]:
+        """Deletes what killed processes left half-written. Only for the driver that holds the lock."""
+        if not self.is_local:
+            return []
+        found = [
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(self.root)
+            for name in names
+            if is_temporary(name)
+        ]
+        for path in found:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        return found
+
+    @contextmanager
+    def exclusively(self, name: str) -> Iterator[None]:
+        """One process at a time, by a lock on the file `name`; the kernel releases it when its holder dies.
+
+        Object stores and file systems without locks give no such guarantee; there this does nothing.
+        """
+        if not self.is_local:
+            yield
+            return
+        with self.writing(name):
+            descriptor = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _temporary_path(self, name: str) -> str:
+        if not self.is_local:
+            return os.path.join(tempfile.gettempdir(), f"backlens-{uuid.uuid4().hex}.tmp")
+        folder, base = os.path.split(self.path(name))
+        if not os.path.isdir(folder):
+            os.makedirs(folder, exist_ok=True)
+            sync_folder(os.path.dirname(folder))
+        return os.path.join(folder, f".{base}.{uuid.uuid4().hex}.tmp")
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Turns what the system says into what the user can do."""
+        try:
+            yield
+        except PermissionError as error:
+            raise BacklensError(
+                f"out: may not write {self}/{name} ({error}); choose another --out"
+            ) from error
+        except OSError as error:
+            if error.errno in FULL:
+                raise self._full(name, error) from error
+            if isinstance(error, FileNotFoundError) and not self.is_local:
+                raise BacklensError(
+                    f"out: cannot write {self}/{name}: {reason(error)}; make the bucket or choose another --out"
+                ) from error
+            raise Interrupted(
+                f"out: cannot write {self}/{name} ({error}); mend that and run the same command again"
+            ) from error
+
+    def _full(self, name: str, error: OSError) -> Interrupted:
+        disk = self.root if self.is_local else tempfile.gettempdir()
+        return Interrupted(
+            f"out: cannot write {self}/{name} ({error}); "
+            f"make room on the disk of {disk} and run the same command again"
+        )
+
+    def _ask(self, name: str, call: Callable[..., Answer], *arguments: object) -> Answer:
+        """One request about a file; on a local disk there is nobody to be asked twice."""
+        if self.is_local:
+            return call(*arguments)
+        return ask(functools.partial(call, *arguments), f"out: {self}/{name}".rstrip("/"))
+
+    def _forget_listing(self) -> None:
+        # Object-store file systems remember listings; other processes write here, so ours would be stale.
+        self.fs.invalidate_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A file that is complete and durable under a temporary name, and is to be called `name`."""
+
+    local_path: str
+    name: str
+
+    def discard(self) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self.local_path)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file's name says that it was never finished."""
+    return name[:1] in (".", "_") and name.endswith(".tmp")
+
+
+def sync_folder(folder: str) -> None:
+    """Makes a rename in a local folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

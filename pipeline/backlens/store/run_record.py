@@ -1,0 +1,268 @@
+"""Which packages a result was made with.
+
+The run directory as a whole: `run.json`, and whether a directory may be made, resumed or must be refused.
+
+`run.json` is written before everything else, so a directory that holds anything but no `run.json` is not
+ours. A run that is opened again goes on with the plan it was made with, but its fingerprint must be the same.
+"""
+
+import json
+import os
+import platform
+import posixpath
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from typing import Any, Literal
+
+from backlens.errors import BacklensError
+from backlens.printable import json_text
+from backlens.store.card import dataset_card
+from backlens.store.commit import COMMITS, VOCAB_FILE, committed
+from backlens.store.directory import Directory, is_temporary
+from backlens.store.lock import LOCK_FILE
+from backlens.store.tables import SCHEMA_VERSION
+
+PACKAGES = ("backlens", "torch", "transformers", "pyarrow", "ray")
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def made_with_others(made: Collection[Mapping[str, str]]) -> str | None:
+    """One line if some of the shards were made with other versions than are here; `made` has those of each shard."""
+    now = package_versions()
+    others = [with_ for with_ in made if dict(with_) != now]
+    if not others:
+        return None
+    names = {name: version for name, version in now.items() if any(w.get(name) != version for w in others)}
+    before = {name: sorted({w.get(name, "none") for w in others} - {now[name]}) for name in names}
+    changes = ", ".join(f"{name} {' and '.join(before[name])} (now {names[name]})" for name in names)
+    shards = "1 shard was" if len(others) == 1 else f"{len(others):,} shards were"
+    return f"{shards} made with other versions: {changes}; numbers may differ between shards, _commits/ says whose"
+
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+CARD_FILE = "README.md"
+
+FingerprintValue = str | int | float | bool | None
+Kind = Literal["run", "sweep"]
+
+CALLED: Mapping[Kind, str] = {"run": "a run", "sweep": "an edit sweep"}
+GIVE: Mapping[Kind | None, str] = {
+    "run": "give the --out of a `backlens run`",
+    "sweep": "give the directory of a `backlens edit sweep`",
+    None: "give the --out of a `backlens run`, or the directory of a `backlens edit sweep`",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How prompts are divided: shard s covers `shard_prompts` of them from s × shard_prompts on."""
+
+    prompts: int
+    shards: int
+    shard_prompts: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """The content of `run.json`."""
+
+    config: Mapping[str, Any]
+    """The resolved configuration."""
+    fingerprint: Mapping[str, FingerprintValue]
+    """Everything that changes results, by name."""
+    plan: Plan
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Facts of the model: layers, modules, width, vocabulary size, revision, weight hash."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+    status: Literal["running", "done"] = "running"
+    created_at: str = ""
+    finished_at: str | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """A sweep is of edits and has no table but `edits`."""
+        return "sweep" if "edits" in self.fingerprint else "run"
+
+    def to_json(self) -> bytes:
+        return (json_text(asdict(self), indent=2) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, content: bytes, where: str) -> "RunRecord":
+        try:
+            fields = json.loads(content)
+            fields["plan"] = Plan(**fields["plan"])
+            record = cls(**fields)
+            _check_types(record)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BacklensError(
+                f"{where}: not a record that this backlens can read ({error}); copy it again"
+            ) from error
+        if record.schema_version > SCHEMA_VERSION:
+            raise BacklensError(
+                f"{where}: its tables are of schema version {record.schema_version}, this backlens reads up to "
+                f"{SCHEMA_VERSION}; use a newer one"
+            )
+        return record
+
+
+def _check_types(record: RunRecord) -> None:
+    """Raises TypeError for values that would fail far from here."""
+    for name in ("config", "fingerprint", "model", "versions"):
+        if not isinstance(getattr(record, name), dict):
+            raise TypeError(f"{name} is no object")
+    for number in (*asdict(record.plan).values(), record.schema_version):
+        if not isinstance(number, int):
+            raise TypeError(f"{number!r} is no whole number")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """An opened run directory."""
+
+    directory: Directory
+    record: RunRecord
+    """When resumed, its plan is the one the run was made with: go by this one."""
+    resumed: bool
+
+
+def open_run(
+    directory: Directory,
+    fingerprint: Mapping[str, FingerprintValue],
+    *,
+    config: Mapping[str, Any],
+    config_yaml: str,
+    plan: Plan,
+    model: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> RunDirectory:
+    """Creates the run, or resumes one made with the same fingerprint. Call it under the DriverLock."""
+    given = RunRecord(
+        config=config,
+        fingerprint=fingerprint,
+        plan=plan,
+        model=dict(model or {}),
+        versions=dict(versions or {}),
+        created_at=_now(),
+    )
+    standing = find_run(directory)
+    if standing is None:
+        _refuse_foreign_files(directory)
+        record = given
+    else:
+        _refuse_differences(directory, standing, given)
+        record = replace(given, plan=standing.plan, created_at=standing.created_at)
+        if standing.status == "done" and len(committed(directory)) == standing.plan.shards:
+            record = replace(record, status="done", finished_at=standing.finished_at)
+    directory.makedirs()
+    directory.write_atomically(RUN_FILE, record.to_json())
+    directory.write_atomically(CONFIG_FILE, config_yaml.encode())
+    _write_card(directory, record)
+    return RunDirectory(directory, record, resumed=standing is not None)
+
+
+def finish(run: RunDirectory) -> RunDirectory:
+    """Marks the run as done and writes the dataset card with the final numbers."""
+    record = replace(run.record, status="done", finished_at=_now())
+    _write_card(run.directory, record)
+    run.directory.write_atomically(RUN_FILE, record.to_json())
+    return replace(run, record=record)
+
+
+def load_run(directory: Directory, kind: Kind | None = None) -> RunRecord:
+    """The record of a run or sweep that must be there, and of this kind if one is given."""
+    record = find_run(directory)
+    if record is None:
+        raise BacklensError(
+            f"out: {directory} is not a run directory ({_instead_of_a_run(directory)}); {GIVE[kind]}"
+        )
+    if kind is not None:
+        refuse_other_kind(directory, record, kind)
+    return record
+
+
+def refuse_other_kind(directory: Directory, record: RunRecord, kind: Kind) -> None:
+    """Raises BacklensError for a sweep where a run is needed, or a run where a sweep is."""
+    if record.kind == kind:
+        return
+    instead = f" (of a sweep: backlens query {directory} --sql, backlens plot edits {directory})"
+    raise BacklensError(
+        f"out: {directory} is {CALLED[record.kind]}, and this needs {CALLED[kind]}; {GIVE[kind]}"
+        f"{instead if record.kind == 'sweep' else ''}"
+    )
+
+
+def _instead_of_a_run(directory: Directory) -> str:
+    if not directory.exists():
+        return "there is no such directory"
+    if directory.is_local and os.path.isfile(directory.path()):
+        return "it is a file"
+    names = directory.names()
+    if not names:
+        return "it is empty"
+    if COMMITS in names or posixpath.dirname(VOCAB_FILE) in names:
+        return f"its {RUN_FILE} is missing; copy that too"
+    return f"it has no {RUN_FILE}"
+
+
+def find_run(directory: Directory) -> RunRecord | None:
+    """The record of the run in this directory, if there is one."""
+    if not directory.exists(RUN_FILE):
+        return None
+    return RunRecord.from_json(directory.read(RUN_FILE), where=f"{directory}/{RUN_FILE}")
+
+
+def _refuse_foreign_files(directory: Directory) -> None:
+    foreign = [name for name in directory.names() if name != LOCK_FILE and not is_temporary(name)]
+    if foreign:
+        raise BacklensError(
+            f"out: {directory} is not empty and is not a run directory "
+            f"(it holds {foreign[0]!r}, and no {RUN_FILE}); choose another --out"
+        )
+
+
+def _refuse_differences(directory: Directory, standing: RunRecord, given: RunRecord) -> None:
+    if standing.kind != given.kind:
+        raise BacklensError(
+            f"out: {directory} is {CALLED[standing.kind]}, and this makes {CALLED[given.kind]}; "
+            "choose another directory"
+        )
+    before = {"schema version": standing.schema_version, **standing.fingerprint}
+    now = {"schema version": given.schema_version, **given.fingerprint}
+    differing = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    if differing:
+        raise BacklensError(
+            f"out: {directory} was made with {_named(before, differing)}, this run has "
+            f"{_named(now, differing)}; use another --out, or the same options"
+        )
+
+
+def _named(parts: Mapping[str, FingerprintValue], names: list[str]) -> str:
+    """`top-k 10 and dtype float32`"""
+    phrases = [
+        f"no {_flag(name)}" if parts.get(name) is None else f"{_flag(name)} {parts[name]}" for name in names
+    ]
+    return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _write_card(directory: Directory, record: RunRecord) -> None:
+    commits = list(committed(directory).values())
+    has_vocab = record.kind == "run" and directory.exists(VOCAB_FILE)
+    card = dataset_card(record.model, record.config, commits, record.status, record.kind, has_vocab)
+    directory.write_atomically(CARD_FILE, card.encode())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
