@@ -20,6 +20,7 @@ import torch
 from benchmarks.shape import make_model, write_prompts
 from torch import Tensor
 
+from backlens.backward_lens import BackwardLens
 from backlens.capture.batch import make_batch
 from backlens.capture.hooks import capture
 from backlens.capture.packing import ON_CPU, pack
@@ -29,7 +30,7 @@ from backlens.projection.lens import make_lens
 from backlens.prompts.prompt import Prompt
 from backlens.prompts.read import read_prompts
 from backlens.prompts.tokenize import Example, tokenize
-from backlens.rows import Wanted, extract, sequence
+from backlens.rows import RowOptions, sequence
 
 MODULES = ("mlp.up", "mlp.down")
 WIDTH = 2048
@@ -62,6 +63,8 @@ def measure(loaded: LoadedModel, work: Sequence[Sequence[Example]], rounds: int)
     rows += sum((len(layers) - 1) * len(example.token_ids) + 1 for batch in work for example in batch)
     stages: defaultdict[str, list[float]] = defaultdict(list)
 
+    reader = BackwardLens.from_parts(loaded, lens)
+
     def model_alone() -> None:
         for batch in work:
             padded = make_batch([sequence(example, "first") for example in batch], torch.device("cpu"))
@@ -71,7 +74,7 @@ def measure(loaded: LoadedModel, work: Sequence[Sequence[Example]], rounds: int)
         def run() -> None:
             totals: defaultdict[str, float] = defaultdict(float)
             for batch in work:
-                found = extract(loaded, lens, batch, Wanted(layers, MODULES, neurons=neurons))
+                found = reader.rows(batch, RowOptions(layers, MODULES, neurons=neurons))
                 for stage, seconds in found.seconds.items():
                     totals[stage] += seconds
             for stage, seconds in totals.items():

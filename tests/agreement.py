@@ -71,7 +71,7 @@ def captured(
                 found[int(prompt)][key] = x[own].clone(), vjp[own].clone()
 
     layers = range(len(loaded.anatomy.blocks))
-    capture(loaded, batch, layers, loaded.anatomy.modules, keep, recompute=recompute)
+    capture(loaded, batch, layers, loaded.anatomy.modules, keep, activation_checkpointing=recompute)
     return found
 
 

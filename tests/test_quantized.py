@@ -113,7 +113,9 @@ def test_checkpointing_and_passes_without_a_graph_change_nothing(quantized: Load
             factors.update({(g.layer, g.module): g.vjp[0].clone() for g in group})
 
         batch = make_batch([(PROMPT, TARGET)], CPU)
-        capture(quantized, batch, range(3), quantized.anatomy.modules, keep, recompute=recompute)
+        capture(
+            quantized, batch, range(3), quantized.anatomy.modules, keep, activation_checkpointing=recompute
+        )
         found.append(factors)
         with torch.no_grad():
             quantized.model(torch.tensor([PROMPT]))

@@ -22,7 +22,7 @@ from backlens.projection import cpu as kernels
 from backlens.projection import float32_bound as screening
 from backlens.projection import project as projection
 from backlens.projection.exact import Exact
-from backlens.projection.float32_bound import Precision, Screen, prepare
+from backlens.projection.float32_bound import Screen, Screening, prepare
 from backlens.projection.lens import Lens
 from backlens.projection.project import Selection, Vectors, project, spread_of
 
@@ -164,17 +164,17 @@ def assert_same(found: Selection, expected: Selection | None) -> None:
     case=CASES,
     k=st.one_of(st.integers(1, 12), st.sampled_from([100, 700])),
     tile_bytes=st.sampled_from([None, 1]),
-    precision=st.sampled_from(["float32", "bfloat16"]),
+    screening=st.sampled_from(["float32", "bfloat16"]),
     loops=LOOPS,
 )
 @settings(max_examples=300, deadline=None)
 def test_a_projection_is_a_full_sort_of_float32_scores(
-    case: Case, k: int, tile_bytes: int | None, precision: Precision, loops: str
+    case: Case, k: int, tile_bytes: int | None, screening: Screening, loops: str
 ) -> None:
     lens, k = case.lens(), min(k, case.vocabulary)
     vectors, targets = case.vectors(lens), case.targets()
     with running(loops):
-        selections = project(vectors, lens, targets, k, tile_bytes, precision=precision)
+        selections = project(vectors, lens, targets, k, tile_bytes, screening=screening)
     for found, expected in zip(selections, full_sort(vectors, lens, targets, k), strict=True):
         assert_same(found, expected)
 
@@ -193,12 +193,12 @@ def test_a_projection_is_a_full_sort_when_there_is_no_room_for_doubts(
         assert_same(found, expected)
 
 
-@given(case=CASES, precision=st.sampled_from(["float32", "bfloat16"]))
+@given(case=CASES, screening=st.sampled_from(["float32", "bfloat16"]))
 @settings(max_examples=100, deadline=None)
-def test_a_screened_score_is_within_the_proven_error(case: Case, precision: Precision) -> None:
+def test_a_screened_score_is_within_the_proven_error(case: Case, screening: Screening) -> None:
     lens = case.lens()
     spread = spread_of(case.vectors(lens), lens, case.targets())
-    screen, stop = Screen(spread, lens, prepare(lens), precision), min(case.vocabulary, 640)
+    screen, stop = Screen(spread, lens, prepare(lens), screening), min(case.vocabulary, 640)
     rows = torch.arange(len(spread.targets))
     out = torch.cat([scores for _, scores in screen.tile(0, stop).scores()])
     distance = (out.double() - Exact(spread, lens).of_tile(rows, 0, stop).double()).abs().amax(-1)

@@ -8,6 +8,7 @@ from functools import cached_property
 from html import escape
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 SHOWN_IN_LISTS = 5
@@ -129,3 +130,34 @@ def _cell(value: Any) -> str:
 
 def _isolated(value: Any) -> str:
     return f"<bdi>{escape(cell_text(value))}</bdi>"
+
+
+ID_COLUMNS = {
+    "token_id": "token",
+    "token_ids": "tokens",
+    "target_ids": "target_tokens",
+    "predicted_id": "predicted_token",
+    "top_ids": "top_tokens",
+    "bottom_ids": "bottom_tokens",
+}
+"""Columns of ids, and the columns of their texts."""
+
+
+def with_texts_beside(rows: pa.Table, texts: pa.Array) -> pa.Table:
+    """The rows with a column of texts behind each column of token ids; `texts` are by token id."""
+    for ids, tokens in ID_COLUMNS.items():
+        if ids in rows.column_names:
+            place = rows.column_names.index(ids) + 1
+            rows = rows.add_column(place, tokens, _texts_of(rows[ids].combine_chunks(), texts))
+    return rows
+
+
+def _texts_of(ids: pa.Array, texts: pa.Array) -> pa.Array:
+    """Texts in the shape of the ids: a column of them, or of lists of them."""
+    if not pa.types.is_list(ids.type):
+        return texts.take(ids)
+    # A null list has no items, so that the items of the others are the array's own.
+    lengths = np.diff(ids.offsets.to_numpy()) * ids.is_valid().to_numpy(zero_copy_only=False)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    mask = ids.is_null() if ids.null_count else None
+    return pa.ListArray.from_arrays(offsets, texts.take(ids.flatten()), mask=mask)

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backlens.capture.batch import Batch, Slots, make_batch
+from backlens.capture.batch import Batch, Slots
 from backlens.capture.factors import (
     Factors,
     Spectrum,
@@ -37,7 +37,7 @@ from backlens.capture.hooks import Gradient, capture
 from backlens.capture.loss import Outcome
 from backlens.columns import Block, Projections, Ragged
 from backlens.models.load import LoadedModel
-from backlens.projection.float32_bound import Precision
+from backlens.projection.float32_bound import Screening
 from backlens.projection.lens import Lens
 from backlens.projection.project import Selection, Vectors, extremes, project
 from backlens.projection.threads import at_once, device_threads
@@ -48,8 +48,8 @@ Positions = Literal["all", "last", "subject+last"]
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is computed of every prompt."""
+class RowOptions:
+    """Which rows a prompt has, and how they are computed; each is a flag of `backlens run` under the same word."""
 
     layers: tuple[int, ...]
     modules: tuple[str, ...]
@@ -59,10 +59,14 @@ class Wanted:
     neurons: int = 16
     """Neurons kept per prompt, layer and module, by gradient norm; −1 keeps all."""
     save_factors: bool = False
+    screening: Screening = "float32"
+    """The type of the products that pick tokens to be scored exactly; lists and ranks do not depend on it."""
+    activation_checkpointing: bool = False
+    """Keep the blocks' inputs alone in the forward pass, and compute each block again in the backward pass."""
 
 
 @dataclass(frozen=True)
-class Extracted:
+class BatchRows:
     """One batch's rows; `finite` is False for prompts whose numbers overflowed, whose rows mean nothing."""
 
     outcome: Outcome
@@ -72,84 +76,62 @@ class Extracted:
     """By stage; together the time that the batch took. With several threads, those of the busiest."""
 
 
-def extract(
-    loaded: LoadedModel,
-    lens: Lens,
-    examples: Sequence[Example],
-    wanted: Wanted,
-    *,
-    copies: Sequence[Lens] = (),
-    screening: Precision = "float32",
-    recompute: bool = False,
-    threads: bool | None = None,
-) -> Extracted:
-    """Compute every row of a batch of prompts; `screening` as in `project`, `recompute` as in `capture`.
-
-    `copies` are of the lens, on other devices, for what arises there; everything else is brought to `lens`. `threads`
-    says whether to project beside the model's thread: by default on GPUs, unless blocks are recomputed.
-    """
-    batch = make_batch([sequence(example, wanted.target_mode) for example in examples], loaded.device)
-    return extract_batch(
-        loaded,
-        lens,
-        examples,
-        batch,
-        wanted,
-        copies=copies,
-        screening=screening,
-        recompute=recompute,
-        threads=threads,
-    )
-
-
 def sequence(example: Example, target_mode: TargetMode) -> tuple[Sequence[int], Sequence[int]]:
     """The prompt's ids and the target ids that the loss is taken over."""
     return example.token_ids, example.target_ids[:1] if target_mode == "first" else example.target_ids
 
 
 @torch.no_grad()
-def extract_batch(
+def batch_rows(
     loaded: LoadedModel,
-    lens: Lens,
+    lenses: Sequence[Lens],
     examples: Sequence[Example],
     batch: Batch,
-    wanted: Wanted,
+    options: RowOptions,
     *,
-    copies: Sequence[Lens] = (),
-    screening: Precision = "float32",
-    recompute: bool = False,
     threads: bool | None = None,
-) -> Extracted:
-    """As `extract`, for a batch padded by the caller (either side)."""
+) -> BatchRows:
+    """Compute every row of a padded batch.
+
+    The first lens is the model's own; the others are its copies on further devices, for vectors that arise there. A
+    vector that arises where no lens is goes to the first. `threads` projects beside the model's thread: by default on
+    GPUs, unless blocks are computed twice.
+    """
     started = time.perf_counter()
-    chosen = chosen_positions(examples, batch, wanted.positions)
-    home = lens.unembedding.device
-    extractions = {
-        device: Extraction(each, batch.to(device), wanted, chosen.to(device), examples, screening)
-        for device, each in ((each.unembedding.device, each) for each in (lens, *copies))
+    chosen = chosen_positions(examples, batch, options.positions)
+    home = lenses[0].unembedding.device
+    collectors = {
+        device: RowCollector(lens, batch.to(device), options, chosen.to(device), examples)
+        for device, lens in ((lens.unembedding.device, lens) for lens in lenses)
     }
     if threads is None:
-        threads = home.type != "cpu" and not recompute
-    with device_threads(extractions) if threads else nullcontext(at_once) as hand_over:
+        threads = home.type != "cpu" and not options.activation_checkpointing
+    with device_threads(collectors) if threads else nullcontext(at_once) as hand_over:
 
         def consume(gradients: Sequence[Gradient]) -> None:
             arisen = gradients[0].vjp.device
-            device = arisen if arisen in extractions else home
-            hand_over(device, partial(extractions[device].add, gradients))
+            device = arisen if arisen in collectors else home
+            hand_over(device, partial(collectors[device].add, gradients))
 
         outcome = capture(
-            loaded, batch, wanted.layers, wanted.modules, consume, recompute=recompute, scored=lens.scored
+            loaded,
+            batch,
+            options.layers,
+            options.modules,
+            consume,
+            activation_checkpointing=options.activation_checkpointing,
+            scored=lenses[0].scored,
         )
     # In the order of the lenses and of each one's groups, whichever was done first.
     finite = outcome.loss.isfinite()
     blocks: defaultdict[str, list[Block]] = defaultdict(list)
-    for extraction in extractions.values():
-        finite &= extraction.finite.to(finite.device)
-        for table, some in extraction.blocks.items():
+    for collector in collectors.values():
+        finite &= collector.finite.to(finite.device)
+        for table, some in collector.blocks.items():
             blocks[table] += some
-    seconds = _seconds([each.seconds for each in extractions.values()], threads)
+    seconds = _seconds([each.seconds for each in collectors.values()], threads)
     seconds["model"] = time.perf_counter() - started - sum(seconds.values())
-    return Extracted(outcome, finite, dict(blocks), seconds)
+    return BatchRows(outcome, finite, dict(blocks), seconds)
 
 
 def _seconds(of_each: Sequence[Mapping[str, float]], side_by_side: bool) -> dict[str, float]:
@@ -178,25 +160,23 @@ def chosen_positions(
     return chosen & batch.mask
 
 
-class Extraction:
+class RowCollector:
     """Collects a batch's rows as groups of gradients arrive that one lens projects; in one thread at a time."""
 
     def __init__(
         self,
         lens: Lens,
         batch: Batch,
-        wanted: Wanted,
+        options: RowOptions,
         chosen: Bool[Tensor, "prompt position"],
         examples: Sequence[Example],
-        screening: Precision,
     ) -> None:
         self.blocks: defaultdict[str, list[Block]] = defaultdict(list)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.finite = torch.ones(len(examples), dtype=torch.bool, device=batch.mask.device)
         self._lens = lens
         self._batch = batch
-        self._wanted = wanted
-        self._screening: Precision = screening
+        self._options = options
         self._chosen = chosen
         self._prompt_ids = torch.tensor([example.prompt.prompt_id for example in examples])
         self._every_token: dict[torch.device, _Tokens] = {}
@@ -213,8 +193,8 @@ class Extraction:
             group.vectors.to(home),
             self._lens,
             self._batch.targets[gradients[0].slots.prompts.to(home), 0],
-            min(self._wanted.top_k, self._lens.vocabulary),
-            precision=self._screening,
+            min(self._options.top_k, self._lens.vocabulary),
+            screening=self._options.screening,
         )
         projected = time.perf_counter()
         self._emit(group, own, mixed)
@@ -248,7 +228,7 @@ class Extraction:
         residual_gram = gram(residual)
         norm = self._lens.norm
         centred_gram = gram(norm.centre(residual)) if norm.centred else residual_gram
-        modules = [_Module.of(part, residual_gram, self._wanted.neurons) for part in parts]
+        modules = [_Module.of(part, residual_gram, self._options.neurons) for part in parts]
 
         mixes_BKT = torch.cat([module.mixes for module in modules], dim=1)
         wide = mixes_BKT.double()
@@ -291,7 +271,7 @@ class Extraction:
         x_norms, vjp_norms = module.position_norms if reads else module.position_norms[::-1]
         norms = {"input_norm": x_norms[chosen], "vjp_norm": vjp_norms[chosen]}
         self.blocks["tokens"].append(self._block(module, columns | norms, projections))
-        if self._wanted.save_factors:
+        if self._options.save_factors:
             block = self._block(module, {name: columns[name] for name in ("prompt_id", "position")})
             block.lists.update(x=Ragged.of(factors.x[chosen]), delta=Ragged.of(factors.vjp[chosen]))
             self.blocks["factors"].append(block)
@@ -356,23 +336,23 @@ class _Module:
     mix_wanted: Bool[Tensor, "prompt mix"]
 
     @classmethod
-    def of(cls, factors: Factors, residual_gram: Tensor, kept: int) -> "_Module":
+    def of(cls, factors: Factors, residual_gram: Tensor, neurons: int) -> "_Module":
         wide = factors.other.double()
         other_gram = gram(wide)
         found = spectrum(factors, residual_gram, other_gram)
         width = factors.other.shape[-1]
-        kept = width if kept < 0 else min(kept, width)
-        neurons = torch.zeros(len(factors.other), 0, dtype=torch.long, device=factors.other.device)
-        norms = neurons.float()
+        count = width if neurons < 0 else min(neurons, width)
+        indices = torch.zeros(len(factors.other), 0, dtype=torch.long, device=factors.other.device)
+        norms = indices.float()
         mixes_BKT = found.leading[:, None]
-        if kept:
-            norms, neurons = extremes(neuron_norms(wide, residual_gram), kept, largest=True)
-            index = neurons[:, None].expand(-1, factors.other.shape[1], -1)
+        if count:
+            norms, indices = extremes(neuron_norms(wide, residual_gram), count, largest=True)
+            index = indices[:, None].expand(-1, factors.other.shape[1], -1)
             mixes_BKT = torch.cat([mixes_BKT, factors.other.gather(-1, index).mT], dim=1)
         mix_wanted = torch.cat([(found.values[:, :1] > 0), norms > 0], dim=1)
         grad_norm = frobenius(residual_gram, other_gram)
         position_norms = norms_of(residual_gram), norms_of(other_gram)
-        return cls(factors, found, grad_norm, position_norms, neurons, norms, mixes_BKT, mix_wanted)
+        return cls(factors, found, grad_norm, position_norms, indices, norms, mixes_BKT, mix_wanted)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from backlens.backward_lens import BackwardLens
 from backlens.capture.batch import make_batch
 from backlens.capture.hooks import Gradient, capture
 from backlens.capture.memory import is_out_of_memory
@@ -21,7 +22,7 @@ from backlens.projection.lens import Lens, make_lens
 from backlens.projection.threads import device_threads
 from backlens.prompts.prompt import Prompt
 from backlens.prompts.tokenize import Example
-from backlens.rows import Extracted, Wanted, extract
+from backlens.rows import BatchRows, RowOptions
 from tests.families import CONFIGS
 from tests.test_spread import EmulatedGpus
 from tests.tiny import byte_tokenizer, random_model
@@ -45,12 +46,12 @@ def loaded(tmp_path: Path) -> LoadedModel:
     return load("llama", tmp_path)
 
 
-def wanted(loaded: LoadedModel) -> Wanted:
+def wanted(loaded: LoadedModel) -> RowOptions:
     layers = tuple(range(len(loaded.anatomy.blocks)))
-    return Wanted(layers, loaded.anatomy.modules, top_k=5, neurons=4, save_factors=True)
+    return RowOptions(layers, loaded.anatomy.modules, top_k=5, neurons=4, save_factors=True)
 
 
-def rows(extracted: Extracted) -> list[tuple[object, ...]]:
+def rows(extracted: BatchRows) -> list[tuple[object, ...]]:
     """Everything that a batch gave, in its order."""
     found: list[tuple[object, ...]] = [
         (extracted.finite.tolist(), *(part.tolist() for part in vars(extracted.outcome).values()))
@@ -73,7 +74,10 @@ def rows(extracted: Extracted) -> list[tuple[object, ...]]:
 def test_rows_and_their_order_are_the_same_in_threads(family: str, tmp_path: Path) -> None:
     loaded = load(family, tmp_path)
     lens = make_lens(loaded.anatomy, "raw")
-    one, other = (extract(loaded, lens, EXAMPLES, wanted(loaded), threads=each) for each in (False, True))
+    one, other = (
+        BackwardLens.from_parts(loaded, lens).rows(EXAMPLES, wanted(loaded), threads=each)
+        for each in (False, True)
+    )
     assert set(one.blocks) == {"tokens", "layers", "neurons", "factors"}
     assert rows(one) == rows(other)
     assert set(one.seconds) == set(other.seconds)
@@ -117,10 +121,10 @@ def test_vectors_are_projected_where_they_arise_or_else_where_the_head_is(
 ) -> None:
     """They arise in main memory here."""
     lens = make_lens(loaded.anatomy, "raw")
-    expected = rows(extract(loaded, lens, EXAMPLES, wanted(loaded)))
+    expected = rows(BackwardLens.from_parts(loaded, lens).rows(EXAMPLES, wanted(loaded)))
     first, second = Watched.on(home, lens), Watched.on(copy, lens)
     with EmulatedGpus():
-        found = extract(loaded, first, EXAMPLES, wanted(loaded), copies=[second], threads=False)
+        found = BackwardLens.from_parts(loaded, first, [second]).rows(EXAMPLES, wanted(loaded), threads=False)
     assert (bool(first.uses), bool(second.uses)) == (copy is not None, copy is None)
     assert rows(found) == expected
 
@@ -169,12 +173,12 @@ def test_a_projection_that_runs_out_of_memory_is_the_batchs_error_and_leaves_not
     loaded: LoadedModel,
 ) -> None:
     lens = make_lens(loaded.anatomy, "raw")
-    before = rows(extract(loaded, lens, EXAMPLES, wanted(loaded), threads=True))
+    before = rows(BackwardLens.from_parts(loaded, lens).rows(EXAMPLES, wanted(loaded), threads=True))
     with pytest.raises(RuntimeError, match="out of memory") as raised:
-        extract(loaded, Starved.like(lens), EXAMPLES, wanted(loaded), threads=True)
+        BackwardLens.from_parts(loaded, Starved.like(lens)).rows(EXAMPLES, wanted(loaded), threads=True)
     assert is_out_of_memory(raised.value)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("project-")]
-    assert rows(extract(loaded, lens, EXAMPLES, wanted(loaded), threads=True)) == before
+    assert rows(BackwardLens.from_parts(loaded, lens).rows(EXAMPLES, wanted(loaded), threads=True)) == before
 
 
 CPU = torch.device("cpu")

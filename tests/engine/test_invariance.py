@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from backlens.capture.batch import Side, make_batch
+from backlens.backward_lens import BackwardLens
+from backlens.capture.batch import Side
 from backlens.columns import fact_table
 from backlens.models.load import ModelSource, load_model
 from backlens.projection.lens import make_lens
 from backlens.prompts.prompt import Prompt
 from backlens.prompts.tokenize import Example
-from backlens.rows import Wanted, extract, extract_batch, sequence
+from backlens.rows import RowOptions
 from tests.engine.command import (
     assert_complete,
     assert_same_rows,
@@ -138,8 +139,8 @@ def test_a_batch_may_be_padded_on_either_side(
     family: str, target_mode: str, positions: str, tmp_path: Path
 ) -> None:
     loaded = load_model(ModelSource(str(save_tiny(tmp_path, family))), torch.device("cpu"))
-    lens = make_lens(loaded.anatomy, "raw")
-    wanted = Wanted(
+    reader = BackwardLens.from_parts(loaded, make_lens(loaded.anatomy, "raw"))
+    wanted = RowOptions(
         layers=(0, 1, 2),
         modules=loaded.anatomy.modules,
         positions=positions,  # pyright: ignore[reportArgumentType]
@@ -151,15 +152,14 @@ def test_a_batch_may_be_padded_on_either_side(
     examples = [_example(number, length) for number, length in enumerate([1, 40, 2, 17])]
 
     def tables(side: Side) -> dict[str, pa.Table]:
-        batch = make_batch([sequence(e, wanted.target_mode) for e in examples], loaded.model.device, side)
-        blocks = extract_batch(loaded, lens, examples, batch, wanted).blocks
+        blocks = reader.rows(examples, wanted, side=side).blocks
         return {name: in_order(fact_table(name, blocks[name]), name) for name in blocks}
 
     right, left = tables("right"), tables("left")
     assert set(right) == {"layers", "neurons", "tokens", "factors"}
     for name in right:
         assert_same_rows(right[name], left[name], name)
-    singly = [extract(loaded, lens, [example], wanted).blocks["tokens"] for example in examples]
+    singly = [reader.rows([example], wanted).blocks["tokens"] for example in examples]
     rows = in_order(fact_table("tokens", [block for blocks in singly for block in blocks]), "tokens")
     assert_same_rows(right["tokens"], rows, "tokens")
 

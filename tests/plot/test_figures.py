@@ -9,7 +9,8 @@ import pytest
 from backlens.atlas import Atlas
 from backlens.cli.main import call
 from backlens.figures.canvas import missing_letters, require_matplotlib, shown
-from backlens.figures.heatmap import Cell, Heatmap, draw_heatmap, read_heatmap
+from backlens.figures.heatmap import draw_heatmap, read_heatmap
+from backlens.heatmap import Heatmap, make_heatmap
 from backlens.store.directory import Directory
 from tests.store.examples import VOCAB, ExampleRun, example_run
 
@@ -27,7 +28,7 @@ def test_a_heatmap_has_every_layer_and_position_of_its_module(example: ExampleRu
     expected = {
         (row["layer"], row["position"]): row["bottom_ids"] and VOCAB[row["bottom_ids"][0]] for row in rows
     }
-    assert {(cell.layer, cell.position): cell.bottom for cell in heatmap.cells} == expected
+    assert {(cell.layer, cell.position): cell.bottom for cell in heatmap.cells.values()} == expected
     (prompt,) = [row for row in example.rows["prompts"] if row["prompt_id"] == 5]
     assert heatmap.tokens == [VOCAB[token_id] for token_id in prompt["token_ids"]]
     assert heatmap.kind == "shift δ"
@@ -37,7 +38,7 @@ def test_of_experts_the_loudest_speaks(tmp_path: Path):
     run = example_run(Directory.at(tmp_path), experts=True)
     heatmap = read_heatmap(Atlas(run.out), 1, "mlp.up")
     assert heatmap.has_experts
-    cells = [(cell.layer, cell.position) for cell in heatmap.cells]
+    cells = [(cell.layer, cell.position) for cell in heatmap.cells.values()]
     assert len(cells) == len(set(cells)) == len(heatmap.layers) * len(heatmap.tokens)
 
 
@@ -78,13 +79,20 @@ def strange(layers: int, positions: int) -> Heatmap:
         "ไทย",
         "a" * 40,
     ]
-    cells = [
-        Cell(layer, at, 0.0 if at == 3 else 10.0 ** -(at % 5), tokens[at % 12], tokens[(at + layer) % 12])
+    rows = [
+        {
+            "layer": layer,
+            "position": at,
+            "expert": None,
+            "vjp_norm": 0.0 if at == 3 else 10.0 ** -(at % 5),
+            "top_tokens": [tokens[at % 12]],
+            "bottom_tokens": [tokens[(at + layer) % 12]],
+        }
         for layer in range(layers)
         for at in range(positions)
     ]
     texts = [tokens[at % len(tokens)] for at in range(positions)]
-    return Heatmap("$p$ " * 90, " Paris", " Paris", "mlp.up", texts, range(layers), cells, False)
+    return make_heatmap("mlp.up", texts, rows, "$p$ " * 90, " Paris", " Paris")
 
 
 @pytest.mark.parametrize("cells", ["tokens", "norms"])

@@ -194,21 +194,11 @@ def _lists(
     vectors: Float[Tensor, "neuron d_model"], lens: Lens, k: int
 ) -> dict[str, Sequence[list[Any] | None]]:
     """Top and bottom lists of each vector; null for a zero vector."""
-    wide = vectors.double()
-    squared, centred = (v.square().sum(-1) for v in (wide, lens.norm.centre(wide)))
-    nothing = vectors.new_zeros(1, 0, len(vectors))
-    asked = Vectors(
-        residual=vectors[None],
-        scale=lens.scale(squared, centred)[None],
-        wanted=(squared > 0)[None],
-        mixes=nothing,
-        mix_scale=nothing[..., 0],
-        mix_wanted=nothing[..., 0].bool(),
-    )
+    asked = Vectors.alone(vectors, lens)
     target = lens.tokens(torch.zeros(1, dtype=torch.long, device=vectors.device))  # any: it is not kept
     selection, _ = project(asked, lens, target, k)
     return {
-        f"weight_{name}": _spread(getattr(selection, name), squared > 0)
+        f"weight_{name}": _spread(getattr(selection, name), asked.wanted[0])
         for name in Selection.__dataclass_fields__
         if name.startswith(("top", "bottom"))
     }

@@ -64,14 +64,15 @@ def capture(
     modules: Collection[str],
     consume: Consumer,
     *,
-    recompute: bool = False,
+    activation_checkpointing: bool = False,
     scored: slice | Int[Tensor, " token"] = slice(None),
 ) -> Outcome:
     """Run `batch` and give `consume` every group of gradients of the chosen layers and modules, last layer first.
 
-    The loss is the sum over the batch: a mean would make a prompt's gradient depend on its neighbours. With `recompute`
-    the forward pass keeps only the blocks' inputs, and the backward pass computes each block once more: a third more
-    work, for the memory of one block instead of all. `scored` are the token ids that the outcome counts among.
+    The loss is the sum over the batch: a mean would make a prompt's gradient depend on its neighbours. With
+    `activation_checkpointing` the forward pass keeps the blocks' inputs alone, and the backward pass computes each
+    block once more: a third more work, for the memory of one block instead of all. `scored` are the token ids that the
+    outcome counts among.
 
     Raises MatrixMissed when a matrix does not give its gradient, all of it and once.
     """
@@ -80,7 +81,7 @@ def capture(
         hooks.enter_context(graph_from_embeddings(loaded.model))
         if loaded.attention == "exact":
             hooks.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if recompute:
+        if activation_checkpointing:
             hooks.enter_context(_recomputed([block.module for block in loaded.anatomy.blocks]))
         hooks.enter_context(only_loss_positions(loaded.anatomy.head, batch.loss_positions))
         slots_at = cache(Slots.every(batch).to)
@@ -112,7 +113,11 @@ def capture(
 
 
 def verify_capture(
-    loaded: LoadedModel, layers: Collection[int], modules: Collection[str], *, recompute: bool = False
+    loaded: LoadedModel,
+    layers: Collection[int],
+    modules: Collection[str],
+    *,
+    activation_checkpointing: bool = False,
 ) -> None:
     """Capture a few tokens. Raises MatrixMissed when a matrix would be missing from the tables."""
     tokens = range(1, PROBE_TOKENS + 1)
@@ -122,7 +127,7 @@ def verify_capture(
         layers,
         modules,
         lambda _: None,
-        recompute=recompute,
+        activation_checkpointing=activation_checkpointing,
     )
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -18,6 +19,9 @@ class Outcome:
     """Rank of the first target token among the model's logits of scored tokens (0 = largest)."""
     predicted_id: Int[Tensor, " prompt"]
     """The scored token with the largest one."""
+
+    def to(self, device: torch.device) -> "Outcome":
+        return Outcome(self.loss.to(device), self.target_rank.to(device), self.predicted_id.to(device))
 
 
 def _losses(logits: Float[Tensor, "prompt step vocabulary"], batch: Batch) -> Float[Tensor, " prompt"]:

@@ -17,11 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from backlens.cli.console import LogFormat, console, duration, say, say_json
-from backlens.engine.events import emit
 from backlens.engine.executors.base import Standing
 from backlens.engine.plan import RunPlan
+from backlens.engine.run import NoProgress, Report
 from backlens.engine.run import Progress as ProgressProtocol
-from backlens.engine.run import Report
 from backlens.prompts.subject import subject_lines
 from backlens.store.commit import ShardCommit
 from backlens.store.status import RunStatus, run_status
@@ -42,19 +41,6 @@ def shown_progress(format: LogFormat) -> Iterator[ProgressProtocol]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
     with Progress(*columns, TextColumn("{task.fields[pace]}"), console=console(stderr=True)) as bar:
         yield BarProgress(bar)
-
-
-class NoProgress:
-    """The events of the run say it all."""
-
-    def planned(self, plan: RunPlan, already_done: int) -> None: ...
-
-    def started(self, workers: int, devices: str, seconds: float) -> None: ...
-
-    def committed(self, commit: ShardCommit, standing: Standing) -> None: ...
-
-    def note(self, text: str) -> None:
-        emit("note", text=text)
 
 
 class BarProgress:
@@ -142,7 +128,7 @@ def _counted(count: int, one: str, many: str | None = None) -> str:
 
 
 def _plan_line(plan: RunPlan, already_done: int) -> str:
-    wanted = plan.wanted
+    wanted = plan.options
     resumed = f"; {already_done:,} of them are done already" if already_done else ""
     return (
         f"{plan.shards.prompts:,} prompts in {plan.shards.shards:,} shards, {len(wanted.layers)} layers, "

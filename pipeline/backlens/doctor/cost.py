@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from backlens.backward_lens import BackwardLens
 from backlens.capture.memory import release_freed_memory
 from backlens.config import RunConfig
 from backlens.doctor.checks import Check, skipped, told
 from backlens.doctor.model_copy import Trial, tokenized
 from backlens.prompts.prompt import Prompt
 from backlens.prompts.tokenize import Example
-from backlens.rows import Wanted, extract
+from backlens.rows import RowOptions
 
 MEMORY, TIME = "memory", "time"
 SMALL = 128
@@ -38,26 +39,27 @@ def cost_checks(trial: Trial, texts: Sequence[Prompt], config: RunConfig) -> Ite
     """Memory, then the seconds of each stage, per 1,000 tokens."""
     assert trial.lens is not None
     modules = tuple(name for name in trial.loaded.anatomy.modules if name.startswith("mlp"))
-    wanted = Wanted(tuple(trial.layers), modules or trial.loaded.anatomy.modules)
+    lens = BackwardLens.from_parts(trial.loaded, trial.lens)
+    options = RowOptions(tuple(trial.layers), modules or trial.loaded.anatomy.modules)
     peaks, seconds, tokens = [], {}, []
     for batch in _batches(trial.examples):
         release_freed_memory()
         with _peak_of(trial.loaded.model.device) as peak:
-            seconds = extract(trial.loaded, trial.lens, batch, wanted).seconds
+            seconds = lens.rows(batch, options).seconds
         peaks.append(peak.bytes)
         tokens.append(len(batch) * len(batch[0].token_ids))
     yield _memory(peaks, tokens, str(trial.loaded.model.device))
     started = time.perf_counter()
     tokenized(texts, trial.loaded, config)
     taken = time.perf_counter() - started
-    yield _time("tokenize", 1000 * taken / sum(len(example.token_ids) for example in trial.examples), wanted)
+    yield _time("tokenize", 1000 * taken / sum(len(example.token_ids) for example in trial.examples), options)
     for stage in ("model", "factors", "lens", "rows"):
-        yield _time(stage, 1000 * seconds[stage] / tokens[-1], wanted)
+        yield _time(stage, 1000 * seconds[stage] / tokens[-1], options)
 
 
-def _time(stage: str, seconds: float, wanted: Wanted) -> Check:
+def _time(stage: str, seconds: float, options: RowOptions) -> Check:
     said = f"seconds per 1,000 tokens, {stage}" + (
-        "" if stage == "tokenize" else f" ({', '.join(wanted.modules)})"
+        "" if stage == "tokenize" else f" ({', '.join(options.modules)})"
     )
     return told(f"{TIME}, {stage}", seconds, said)
 

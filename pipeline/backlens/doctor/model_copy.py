@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backlens.backward_lens import BackwardLens
 from backlens.capture.batch import Side, make_batch
 from backlens.capture.hooks import Gradient, capture
 from backlens.columns import Block
@@ -22,7 +23,7 @@ from backlens.projection.lens import Lens
 from backlens.prompts.prompt import Prompt, Rejected
 from backlens.prompts.read import read_prompts
 from backlens.prompts.tokenize import Example, context_length, tokenize
-from backlens.rows import Wanted, extract_batch, sequence
+from backlens.rows import RowOptions, sequence
 from backlens.terms import WRITES
 
 MOST_PROMPTS = 8
@@ -231,12 +232,11 @@ def rows_together(trial: Trial, side: Side = "right") -> Rows:
 def _rows(trial: Trial, batches: Sequence[Sequence[Example]], side: Side) -> Rows:
     assert trial.lens is not None
     modules = trial.loaded.anatomy.modules
-    wanted = Wanted(tuple(trial.layers), modules, top_k=min(10, trial.lens.vocabulary), neurons=0)
-    blocks: list[Block] = []
-    for examples in batches:
-        sequences = [sequence(example, "first") for example in examples]
-        batch = make_batch(sequences, trial.loaded.model.device, side)
-        blocks += extract_batch(trial.loaded, trial.lens, examples, batch, wanted).blocks["tokens"]
+    options = RowOptions(tuple(trial.layers), modules, top_k=min(10, trial.lens.vocabulary), neurons=0)
+    lens = BackwardLens.from_parts(trial.loaded, trial.lens)
+    blocks = [
+        block for examples in batches for block in lens.rows(examples, options, side=side).blocks["tokens"]
+    ]
     keys = [key for block in blocks for key in _keys(block)]
     there = [block.projections for block in blocks if block.projections is not None]
     ids = [np.stack([found.top_ids, found.bottom_ids], axis=1) for found in there]

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from backlens.config import RunConfig, parse_max_memory
 from backlens.engine.worker import Job
-from backlens.errors import BacklensError, nearest
+from backlens.errors import BacklensError
 from backlens.models.blocks import (
     Block,
     Located,
@@ -35,11 +35,11 @@ from backlens.models.vocabulary import token_ids
 from backlens.models.zero3 import Zero3, refuse_unpartitionable
 from backlens.prompts.chat import chat_template
 from backlens.prompts.read import Survey, survey
-from backlens.rows import Wanted
+from backlens.rows import RowOptions
 from backlens.store.directory import Directory
 from backlens.store.run_record import FingerprintValue
 from backlens.store.run_record import Plan as ShardPlan
-from backlens.terms import MODULES, READS
+from backlens.terms import READS, parse_layers, parse_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class MatrixSize:
         return self.experts * (1 - (1 - self.chosen / self.experts) ** tokens)
 
 
-def matrices_of(blocks: Sequence[Block], wanted: Wanted, config: PretrainedConfig) -> list[MatrixSize]:
+def matrices_of(blocks: Sequence[Block], wanted: RowOptions, config: PretrainedConfig) -> list[MatrixSize]:
     """The wanted matrices of the wanted layers."""
     return [
         size
@@ -139,7 +139,7 @@ class RunPlan:
     model_config: PretrainedConfig
     survey: Survey
     shards: ShardPlan
-    wanted: Wanted
+    options: RowOptions
     blocks: tuple[Block, ...]
     """The model's blocks, without weights."""
     token_ids: tuple[int, ...] | None
@@ -170,7 +170,7 @@ class RunPlan:
             "tokens": self.tokens,
             "norm_floor": self.norm_floor,
             "revision": commit_of(self.source),
-            "modules": list(self.wanted.modules),
+            "modules": list(self.options.modules),
             "not_covered": {path: what for block in self.blocks for path, what in block.not_covered.items()},
             "neurons": neuron_facts(self.blocks, config),
             "unproven_cuts": self.unproven_cuts,
@@ -180,7 +180,7 @@ class RunPlan:
     def unproven_cuts(self) -> dict[str, str]:
         """By module that is asked for, the parts of fused matrices that --anatomy gives and nothing proves."""
         cuts = unproven_cuts(self.source.layout, self.model_config)
-        return {module: cut for module, cut in cuts.items() if module in self.wanted.modules}
+        return {module: cut for module, cut in cuts.items() if module in self.options.modules}
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -202,14 +202,12 @@ class RunPlan:
             model=pinned(self.source, proof),
             spread=spread_of(self.config),
             zero3=zero3_of(self.config),
-            wanted=self.wanted,
+            options=self.options,
             scaling=self.config.scaling,
             vocabulary=self.config.vocabulary,
             prepend_bos=self.config.prepend_bos,
             chat_template=self.config.chat_template,
-            screening=self.config.screening,
             batch_tokens=self.config.batch_tokens,
-            activation_checkpointing=self.config.activation_checkpointing,
             on_error=self.config.on_error,
             directory=directory,
         )
@@ -240,7 +238,7 @@ def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
         raise BacklensError(
             f"model: its description does not fit: {problems[0]}; `backlens doctor` lists them all"
         )
-    wanted = Wanted(
+    options = RowOptions(
         layers=parse_layers(config.layers, int(model_config.num_hidden_layers)),
         modules=parse_modules(config.modules, modules_of(blocks)),
         positions=config.positions,
@@ -248,6 +246,8 @@ def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
         target_mode=config.target_mode,
         neurons=config.neurons,
         save_factors=config.save_factors,
+        screening=config.screening,
+        activation_checkpointing=config.activation_checkpointing,
     )
     rows = int(model_config.vocab_size)
     # Prompts that are only assumed need no tokenizer.
@@ -267,11 +267,11 @@ def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
     if not found.prompts:
         raise BacklensError(f"prompts: {config.prompts} holds no prompts")
     size = config.shard_prompts or default_shard_prompts(
-        found, wanted, matrices_of(blocks, wanted, model_config)
+        found, options, matrices_of(blocks, options, model_config)
     )
     shards = ShardPlan(found.prompts, -(-found.prompts // size), size)
     floor = _norm_floor(model, blocks) if config.scaling == "raw" else 0.0  # a unit vector is long enough
-    return RunPlan(config, source, model_config, found, shards, wanted, blocks, chosen, floor)
+    return RunPlan(config, source, model_config, found, shards, options, blocks, chosen, floor)
 
 
 def _norm_floor(model: PreTrainedModel, blocks: Sequence[Block]) -> float:
@@ -335,8 +335,8 @@ def fingerprint(plan: RunPlan, proof: Proof) -> dict[str, FingerprintValue]:
         "attention": config.attention,
         "prepend-bos": config.prepend_bos,
         "target-mode": config.target_mode,
-        "layers": ",".join(map(str, plan.wanted.layers)),
-        "modules": ",".join(plan.wanted.modules),
+        "layers": ",".join(map(str, plan.options.layers)),
+        "modules": ",".join(plan.options.modules),
         "positions": config.positions,
         "scaling": config.scaling,
         "vocabulary": config.vocabulary,
@@ -354,39 +354,10 @@ def fingerprint(plan: RunPlan, proof: Proof) -> dict[str, FingerprintValue]:
     return values
 
 
-def default_shard_prompts(found: Survey, wanted: Wanted, matrices: Sequence[MatrixSize]) -> int:
+def default_shard_prompts(found: Survey, wanted: RowOptions, matrices: Sequence[MatrixSize]) -> int:
     """By the rows that a prompt is expected to make; a function of the input alone, so that a resume agrees."""
     tokens = 1 + found.characters / CHARACTERS_PER_TOKEN / max(1, found.prompts - found.rejected)
     rows = sum(
         matrix.tokens(tokens) + matrix.seen_by(tokens) * matrix.kept(wanted.neurons) for matrix in matrices
     )
     return max(1, min(MOST_SHARD_PROMPTS, int(SHARD_ROWS / rows)))
-
-
-def parse_layers(text: str, count: int) -> tuple[int, ...]:
-    """`all`, or indices and ranges such as `0-5,11`, in ascending order."""
-    if text.strip() == "all":
-        return tuple(range(count))
-    chosen: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise BacklensError(f'--layers "{text}": \'{part}\' is no layer; write "all" or e.g. "0-5,11"')
-        start, stop = int(first), int(last if dash else first)
-        if start > stop or stop >= count:
-            raise BacklensError(f'--layers "{text}": the model has layers 0 to {count - 1}')
-        chosen.update(range(start, stop + 1))
-    return tuple(sorted(chosen))
-
-
-def parse_modules(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """`mlp`, `attn`, `all`, or names of modules, in the order of MODULES."""
-    chosen: set[str] = set()
-    for part in map(str.strip, text.split(",")):
-        matching = [name for name in known if part in ("all", name, name.partition(".")[0])]
-        if not matching:
-            raise BacklensError(
-                f"--modules \"{text}\": no module '{part}' (there are {', '.join(known)}){nearest(part, known)}"
-            )
-        chosen.update(matching)
-    return tuple(name for name in MODULES if name in chosen)

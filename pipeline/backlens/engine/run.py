@@ -42,6 +42,19 @@ class Progress(Protocol):
     def note(self, text: str) -> None: ...
 
 
+class NoProgress:
+    """The events of the run say it all."""
+
+    def planned(self, plan: RunPlan, already_done: int) -> None: ...
+
+    def started(self, workers: int, devices: str, seconds: float) -> None: ...
+
+    def committed(self, commit: ShardCommit, standing: Standing) -> None: ...
+
+    def note(self, text: str) -> None:
+        emit("note", text=text)
+
+
 @dataclass(frozen=True)
 class Report:
     """What a run did, and where its time went."""

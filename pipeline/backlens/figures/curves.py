@@ -14,7 +14,8 @@ from backlens.atlas import Atlas
 from backlens.editing.compare import TrialScore, best_trials
 from backlens.errors import BacklensError
 from backlens.figures.canvas import shown
-from backlens.figures.heatmap import SHIFTS, token_texts
+from backlens.figures.heatmap import token_texts
+from backlens.terms import WRITES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +63,7 @@ def draw_curves(atlas: Atlas, modules: Sequence[str]) -> "Figure":
             raise BacklensError(f"plot: {atlas.snapshot.directory} has no rows of {module}")
         sizes, ranks, entropies = (panel[column] for panel in panels)
         # An update writes the bottom of δ, so that is the side whose tokens matter there.
-        spoken = "bottom_entropy" if module in SHIFTS else "top_entropy"
+        spoken = "bottom_entropy" if module in WRITES else "top_entropy"
         for name, (label, colour) in CLASSES.items():
             of_class = [row for row in of_module if row["position_class"] == name]
             _line(sizes, _positive(_means(of_class, "vjp_norm")), colour, label)
@@ -104,7 +105,7 @@ def _ranks(rows: Sequence[Mapping[str, Any]], position: int, module: str, vocabu
             if standing is None or row["vjp_norm"] > standing[0]:
                 loudest[row["layer"]] = (row["vjp_norm"], row["target_rank"])
     return {
-        layer: float(vocabulary - 1 - rank if module in SHIFTS else rank)
+        layer: float(vocabulary - 1 - rank if module in WRITES else rank)
         for layer, (_, rank) in loudest.items()
     }
 
@@ -113,7 +114,7 @@ def _rank_axis(axes: "Axes", module: str) -> None:
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=-0.2)
     axes.set_ylabel(
-        "tokens below the target\n(0: what an update writes)" if module in SHIFTS else "rank of the target"
+        "tokens below the target\n(0: what an update writes)" if module in WRITES else "rank of the target"
     )
 
 
@@ -142,7 +143,7 @@ def _line(axes: "Axes", points: Points, colour: str, label: str) -> None:
 def _finish(axes: "Axes", module: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_title(f"{module} ({'shift δ' if module in SHIFTS else 'imprint x'})", fontsize=9)
+    axes.set_title(f"{module} ({'shift δ' if module in WRITES else 'imprint x'})", fontsize=9)
     axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#e5e7eb", linewidth=0.6)

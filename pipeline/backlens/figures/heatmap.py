@@ -1,12 +1,12 @@
 """Layer × token heatmaps: what each layer's gradient says at each position, and how loudly."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from backlens.atlas import Atlas
 from backlens.errors import BacklensError
-from backlens.figures.canvas import shown
+from backlens.figures.canvas import check_target, require_matplotlib, save, shown
+from backlens.heatmap import DECADES, Heatmap, make_heatmap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,78 +15,29 @@ if TYPE_CHECKING:
 CELL_WIDTH, CELL_HEIGHT = 1.0, 0.38
 """Inches, however many cells there are: the figure grows, the letters stay readable."""
 LEFT, RIGHT, TOP, BOTTOM = 0.75, 1.1, 1.0, 0.25
-DECADES = 3.0
-"""Norms this many powers of ten below the largest are as pale as the smallest."""
 DARK = 0.6
 """The share of the colour scale from which letters are white."""
 
-SHIFTS = ("mlp.down", "attn.o")
 Cells = Literal["tokens", "norms"]
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One layer at one position; an exact zero has no tokens."""
-
-    layer: int
-    position: int
-    norm: float
-    top: str | None
-    bottom: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Heatmap:
-    """All that is drawn."""
-
-    prompt: str
-    target: str
-    target_token: str
-    module: str
-    tokens: Sequence[str]
-    layers: Sequence[int]
-    cells: Sequence[Cell]
-    has_experts: bool
-
-    @property
-    def kind(self) -> str:
-        """The paper's word for the projected vector."""
-        return "shift δ" if self.module in SHIFTS else "imprint x"
-
-    @property
-    def texts(self) -> Iterator[str | None]:
-        """Everything that it says."""
-        yield from (self.prompt, self.target, *self.tokens)
-        for cell in self.cells:
-            yield from (cell.top, cell.bottom)
-
-
 def read_heatmap(atlas: Atlas, prompt_id: int, module: str) -> Heatmap:
-    """One prompt and module. Of experts, the one with the largest VJP at a position speaks there."""
+    """One prompt and module of a run."""
     (prompt,) = atlas.prompt(prompt_id).to_pylist()
     rows = atlas.by_prompt(prompt_id, module=module).to_pylist()
     if not rows:
         raise BacklensError(
             f"plot: {atlas.snapshot.directory} has no rows of prompt {prompt_id} and {module}"
         )
-    texts = token_texts(atlas, [*prompt["token_ids"], prompt["target_ids"][0]])
-    loudest: dict[tuple[int, int], Cell] = {}
-    for row in rows:
-        top, bottom = ((row[f"{side}_tokens"] or [None])[0] for side in ("top", "bottom"))
-        cell = Cell(row["layer"], row["position"], row["vjp_norm"], top, bottom)
-        standing = loudest.get((cell.layer, cell.position))
-        if standing is None or cell.norm > standing.norm:
-            loudest[cell.layer, cell.position] = cell
-    return Heatmap(
-        prompt=prompt["prompt"],
-        target=prompt["target"],
-        target_token=texts[-1],
-        module=module,
-        tokens=texts[:-1],
-        layers=sorted({cell.layer for cell in loudest.values()}),
-        cells=list(loudest.values()),
-        has_experts=any(row["expert"] is not None for row in rows),
-    )
+    *tokens, target_token = token_texts(atlas, [*prompt["token_ids"], prompt["target_ids"][0]])
+    return make_heatmap(module, tokens, rows, prompt["prompt"], prompt["target"], target_token)
+
+
+def save_heatmap(heatmap: Heatmap, path: str) -> None:
+    """Draw a heatmap to a file; its suffix (.png, .svg, .pdf) says the format. Raises BacklensError for another."""
+    require_matplotlib()
+    target = check_target(path)
+    save(draw_heatmap(heatmap, target.suffix.lower() == ".svg"), target)
 
 
 def token_texts(atlas: Atlas, ids: Sequence[int]) -> list[str]:
@@ -124,9 +75,9 @@ def _colour(figure: "Figure", axes: "Axes", heatmap: Heatmap, size: tuple[float,
     from matplotlib.colors import LogNorm
 
     norms = np.full((len(heatmap.layers), len(heatmap.tokens)), np.nan)
-    for cell in heatmap.cells:
+    for cell in heatmap.cells.values():
         norms[heatmap.layers.index(cell.layer), cell.position] = cell.norm or np.nan
-    most = _most(heatmap)
+    most = heatmap.largest or 1.0
     scale = LogNorm(most * 10**-DECADES, most, clip=True)
     image = axes.imshow(norms, cmap="YlOrBr", norm=scale, origin="lower", aspect="auto")
     for edge in range(len(heatmap.tokens) + 1):
@@ -147,16 +98,9 @@ def _colour(figure: "Figure", axes: "Axes", heatmap: Heatmap, size: tuple[float,
     bar.tick_params(labelsize=7)
 
 
-def _most(heatmap: Heatmap) -> float:
-    return max((cell.norm for cell in heatmap.cells), default=0.0) or 1.0
-
-
 def _write_cells(axes: "Axes", heatmap: Heatmap, is_vector: bool, cells: Cells) -> None:
-    import math
-
-    most = _most(heatmap)
-    for cell in heatmap.cells:
-        strength = 1 + math.log10(cell.norm / most) / DECADES if cell.norm else 0.0
+    for cell in heatmap.cells.values():
+        strength = heatmap.strength(cell) or 0.0
         x, y = cell.position, heatmap.layers.index(cell.layer)
         style = {"ha": "center", "color": "white" if strength > DARK else "#222222", "parse_math": False}
         if not cell.norm:

@@ -28,7 +28,7 @@ class Estimate:
 def estimate(plan: RunPlan, sample: Sample) -> Estimate:
     """Work out what `plan` will write, if all prompts are like the sample."""
     prompts = round(plan.survey.prompts * sample.readable)
-    matrices = matrices_of(plan.blocks, plan.wanted, plan.model_config)
+    matrices = matrices_of(plan.blocks, plan.options, plan.model_config)
     rows = _rows(plan, matrices, sample, prompts)
     rows["failures"] = plan.survey.prompts - prompts
     found = pilot(plan, sample, rows)
@@ -37,7 +37,7 @@ def estimate(plan: RunPlan, sample: Sample) -> Estimate:
 
 
 def _rows(plan: RunPlan, matrices: Sequence[MatrixSize], sample: Sample, prompts: int) -> dict[str, int]:
-    wanted, mean = plan.wanted, sample.mean_length
+    wanted, mean = plan.options, sample.mean_length
     rows = {
         "prompts": prompts,
         "layers": round(prompts * sum(m.seen_by(mean) for m in matrices)),
@@ -54,7 +54,7 @@ def _bytes(
     rows: Mapping[str, int],
     found: Pilot | None,
 ) -> dict[str, int]:
-    layers, shards = plan.wanted.layers, plan.shards.shards
+    layers, shards = plan.options.layers, plan.shards.shards
     config = plan.model_config
     each = [matrix for matrix in matrices if matrix.layer == layers[0]]
     spec = ShardSpec(
@@ -62,7 +62,7 @@ def _bytes(
         layers=len(layers),
         matrices=each,
         has_last=layers[-1] == len(plan.blocks) - 1,
-        wanted=plan.wanted,
+        options=plan.options,
         scaling=plan.config.scaling,
         vocabulary=plan.tokens,
         dtype=stored_dtype(config, plan.config.dtype),

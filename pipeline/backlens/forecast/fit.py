@@ -82,7 +82,7 @@ def fit(plan: RunPlan, cluster: Cluster) -> Fit:
 def _busiest(plan: RunPlan, uses: Sequence[DeviceUse]) -> float:
     if plan.config.activation_checkpointing or any(use.blocks and not use.lens for use in uses):
         return 1.0
-    wanted = set(plan.wanted.layers)
+    wanted = set(plan.options.layers)
     return max(len(wanted & set(use.blocks)) for use in uses) / len(wanted)
 
 

@@ -58,11 +58,11 @@ def work_of(plan: RunPlan, sample: Sample, expected: Estimate, fit: Fit) -> Work
     scored, d_model = plan.tokens, int(config.get_text_config().hidden_size)
     prompts, tokens, mean = expected.prompts, expected.tokens, sample.mean_length
     per_token = sum(m.wide * m.high * m.chosen for m in every_matrix(plan.blocks, config))
-    matrices = matrices_of(plan.blocks, plan.wanted, config)
+    matrices = matrices_of(plan.blocks, plan.options, config)
     # a prompt's loss is read at one position
     once = 2.0 * per_token * tokens + 2.0 * plan.rows * d_model * prompts
     vectors = tokens * sum(m.chosen for m in matrices if m.leads)
-    mixes = prompts * sum(m.seen_by(mean) * (1 + m.kept(plan.wanted.neurons)) for m in matrices)
+    mixes = prompts * sum(m.seen_by(mean) * (1 + m.kept(plan.options.neurons)) for m in matrices)
     groups = sum(m.experts for m in matrices if m.leads)
     batches = tokens / min(fit.batch_tokens, max(tokens, 1))
     crossings = (len(fit.devices) - 1) * 2 * tokens * d_model * 2 if len(fit.devices) > 1 else 0
@@ -80,7 +80,7 @@ def work_of(plan: RunPlan, sample: Sample, expected: Estimate, fit: Fit) -> Work
 
 def _away(fit: Fit, plan: RunPlan) -> float:
     """The share of the vectors that go to the lens of another device. Offloaded blocks come to the lens themselves."""
-    wanted = set(plan.wanted.layers)
+    wanted = set(plan.options.layers)
     away = [use for use in fit.devices if not use.lens and use.device not in ("cpu", "disk")]
     return sum(len(wanted & set(use.blocks)) for use in away) / len(wanted)
 

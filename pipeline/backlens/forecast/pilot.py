@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from backlens.backward_lens import BackwardLens
 from backlens.capture.packing import ON_CPU, pack
 from backlens.columns import Block, Projections, Ragged
 from backlens.engine.plan import RunPlan, every_matrix, matrices_of
@@ -27,7 +28,6 @@ from backlens.forecast.prompts import Sample, numbered
 from backlens.models.load import LoadedModel
 from backlens.projection.lens import make_lens
 from backlens.prompts.tokenize import Example
-from backlens.rows import extract
 from backlens.store.parquet import ROW_GROUP_ROWS
 
 WEIGHTS = 2 * 10**8
@@ -85,7 +85,7 @@ def _operations(plan: RunPlan, sample: Sample, rows: Mapping[str, int]) -> float
     config, mean = plan.model_config, sample.mean_length
     d_model = int(config.get_text_config().hidden_size)
     once = 2.0 * mean * sum(m.wide * m.high * m.chosen for m in every_matrix(plan.blocks, config))
-    matrices = matrices_of(plan.blocks, plan.wanted, config)
+    matrices = matrices_of(plan.blocks, plan.options, config)
     vectors = mean * sum(m.chosen for m in matrices if m.leads)
     mixes = (rows["layers"] + rows["neurons"]) / rows["prompts"]
     scores = vectors * (2 * d_model + SCORE) + mixes * (2 * mean + SCORE)
@@ -100,12 +100,12 @@ def _made(plan: RunPlan) -> LoadedModel:
 
 
 def _computed(plan: RunPlan, loaded: LoadedModel, examples: Sequence[Example]) -> dict[str, list[Block]]:
-    lens = make_lens(loaded.anatomy, plan.config.scaling, plan.token_ids)
+    lens = BackwardLens.from_parts(loaded, make_lens(loaded.anatomy, plan.config.scaling, plan.token_ids))
     lengths = [len(example.token_ids) for example in examples]
     found: dict[str, list[Block]] = {"layers": [], "neurons": [], "tokens": []}
     for indices in pack(lengths, ON_CPU):
         batch = [examples[index] for index in indices]
-        for table, blocks in extract(loaded, lens, batch, plan.wanted).blocks.items():
+        for table, blocks in lens.rows(batch, plan.options).blocks.items():
             found.setdefault(table, []).extend(blocks)
     return found
 

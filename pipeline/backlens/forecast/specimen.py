@@ -25,7 +25,7 @@ from backlens.forecast.prompts import Sample, numbered
 from backlens.models.final_norm import Norm
 from backlens.projection.lens import Lens, Scaling
 from backlens.prompts.tokenize import Example
-from backlens.rows import Extraction, Wanted, chosen_positions, sequence
+from backlens.rows import RowCollector, RowOptions, chosen_positions, sequence
 from backlens.store.directory import Directory
 from backlens.store.parquet import ROW_GROUP_ROWS, write_table
 from backlens.store.tables import TABLES, declared_table
@@ -58,7 +58,7 @@ class ShardSpec:
     """Of one layer."""
     has_last: bool
     """Whether the model's last layer is among the layers."""
-    wanted: Wanted
+    options: RowOptions
     scaling: Scaling
     vocabulary: int
     dtype: torch.dtype
@@ -95,7 +95,7 @@ def _tables(
     facts = pilot.blocks if pilot else _blocks(spec, numbered(prompts, _few(spec, sample)), generator)
     for table, blocks in facts.items():
         yield table, fact_table(table, blocks)
-    if spec.wanted.save_factors and "factors" not in facts:
+    if spec.options.save_factors and "factors" not in facts:
         yield "factors", _factors(spec, sample, generator)
 
 
@@ -106,7 +106,7 @@ def _few(spec: ShardSpec, sample: Sample) -> int:
 
 
 def _kept(spec: ShardSpec, size: MatrixSize) -> int:
-    return min(size.kept(spec.wanted.neurons), NEURONS)
+    return min(size.kept(spec.options.neurons), NEURONS)
 
 
 def _blocks(
@@ -183,11 +183,11 @@ def _layer(
     at_once = max(1, AT_ONCE // (longest * max(NEURONS, width)))
     for first in range(0, len(examples), at_once):
         some = examples[first : first + at_once]
-        pairs = [sequence(example, spec.wanted.target_mode) for example in some]
+        pairs = [sequence(example, spec.options.target_mode) for example in some]
         batch = make_batch(pairs, torch.device("cpu"))
         batch = replace(batch, targets=batch.targets % lens.vocabulary)
-        chosen = chosen_positions(some, batch, spec.wanted.positions)
-        extraction = Extraction(lens, batch, spec.wanted, chosen, some, "float32")
+        chosen = chosen_positions(some, batch, spec.options.positions)
+        extraction = RowCollector(lens, batch, spec.options, chosen, some)
         for group in _groups(spec, batch, width, last, generator):
             extraction.add(group)
         for table, blocks in extraction.blocks.items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from backlens.backward_lens import BackwardLens
 from backlens.capture.memory import release_freed_memory
 from backlens.capture.packing import most_tokens, pack
 from backlens.engine.plan import RunPlan
@@ -14,7 +15,6 @@ from backlens.forecast.model import random_model
 from backlens.forecast.prompts import Sample
 from backlens.projection.lens import make_lens
 from backlens.prompts.tokenize import Example
-from backlens.rows import extract
 
 FEW, MORE = 1, 3
 """Blocks of the two models whose difference is what a block takes."""
@@ -42,8 +42,8 @@ def trial(plan: RunPlan, sample: Sample, tokens: int) -> Trial:
     stages = {}
     for stage, seconds in few.items():
         block = max(0.0, more[stage] - seconds) / (MORE - FEW)
-        wanted = len(plan.blocks) if stage == "model" else len(plan.wanted.layers)
-        last = stage == "model" or len(plan.blocks) - 1 in plan.wanted.layers
+        wanted = len(plan.blocks) if stage == "model" else len(plan.options.layers)
+        last = stage == "model" or len(plan.blocks) - 1 in plan.options.layers
         stages[stage] = share * (seconds + (wanted - FEW) * block if last else wanted * block)
     return Trial(stages, str(device))
 
@@ -62,20 +62,13 @@ def _seconds(
 ) -> dict[str, float]:
     """Seconds of all the batches, by stage."""
     loaded = random_model(plan, layers, device)
-    lens = make_lens(loaded.anatomy, plan.config.scaling, plan.token_ids)
-    wanted = replace(plan.wanted, layers=tuple(range(layers)))
+    lens = BackwardLens.from_parts(loaded, make_lens(loaded.anatomy, plan.config.scaling, plan.token_ids))
+    options = replace(plan.options, layers=tuple(range(layers)))
 
     def run(batch: Sequence[Example]) -> Mapping[str, float]:
-        extracted = extract(
-            loaded,
-            lens,
-            batch,
-            wanted,
-            screening=plan.config.screening,
-            recompute=plan.config.activation_checkpointing,
-        )
+        seconds = lens.rows(batch, options).seconds
         release_freed_memory()  # as a worker does, so that the next batch asks for memory again
-        return extracted.seconds
+        return seconds
 
     run(batches[-1])  # the first is slower: what it needs is read and allocated
     total: Counter[str] = Counter()

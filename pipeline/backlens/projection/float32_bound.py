@@ -27,7 +27,7 @@ except ImportError:  # without numba
     kernels = None
 
 
-Precision = Literal["float32", "bfloat16"]
+Screening = Literal["float32", "bfloat16"]
 """What the products that screen are made of; scores are the same either way (see `Screen`)."""
 
 ROUNDING = 2.0**-24
@@ -162,10 +162,10 @@ class Screen:
     """
 
     def __init__(
-        self, spread: Spread, lens: Lens, prepared: Prepared, precision: Precision = "float32"
+        self, spread: Spread, lens: Lens, prepared: Prepared, screening: Screening = "float32"
     ) -> None:
         self._spread, self._lens, self._prepared = spread, lens, prepared
-        self._halved = precision == "bfloat16"
+        self._halved = screening == "bfloat16"
         self._base = spread.base.float()
         self._runs = [Run(run.rows, run.mixes.float()) for run in spread.runs]
         self._unit = _unit(

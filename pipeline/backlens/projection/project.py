@@ -21,7 +21,7 @@ from torch import Tensor
 
 from backlens.projection.candidates import PAIRS, Sieve, compiled_for
 from backlens.projection.exact import Exact
-from backlens.projection.float32_bound import Precision, Prepared, Run, Screen, Spread, prepare
+from backlens.projection.float32_bound import Prepared, Run, Screen, Screening, Spread, prepare
 from backlens.projection.lens import Lens
 from backlens.projection.threads import Lanes, lanes, parts
 from backlens.projection.topk import GROUP, Extremes, extremes, first_of_rows
@@ -58,6 +58,21 @@ class Vectors:
     mix_scale: Float[Tensor, "prompt mix"]
     mix_wanted: Bool[Tensor, "prompt mix"]
 
+    @classmethod
+    def alone(cls, vectors: Float[Tensor, "vector d_model"], lens: Lens) -> "Vectors":
+        """Vectors that are no positions of a prompt, as those of one prompt without mixes; zeros are not projected."""
+        wide = vectors.double()
+        squared, centred = (each.square().sum(-1) for each in (wide, lens.norm.centre(wide)))
+        nothing = vectors.new_zeros(1, 0, len(vectors))
+        return cls(
+            residual=vectors[None],
+            scale=lens.scale(squared, centred)[None],
+            wanted=(squared > 0)[None],
+            mixes=nothing,
+            mix_scale=nothing[..., 0],
+            mix_wanted=nothing[..., 0].bool(),
+        )
+
     def to(self, device: torch.device) -> "Vectors":
         return Vectors(*(getattr(self, name).to(device) for name in Vectors.__dataclass_fields__))
 
@@ -88,13 +103,13 @@ def project(
     k: int,
     tile_bytes: int | None = None,
     prepared: Prepared | None = None,
-    precision: Precision = "float32",
+    screening: Screening = "float32",
 ) -> tuple[Selection, Selection]:
     """Project the wanted residual vectors and mixes; each selection's rows are in (prompt, position | mix) order.
 
     `tile_bytes` bounds the scores that a lane holds at once; the default suits a CPU's cache or a GPU's memory. Prompts
     are taken a few at a time where they have too many rows for that (every neuron as a mix).
-    `prepared` is `prepare(lens)`, looked up when it is not given. `precision` is that of the products which screen:
+    `prepared` is `prepare(lens)`, looked up when it is not given. `screening` is the type of the products which screen:
     the result is the same. bfloat16 is for GPUs, whose tensor cores multiply it many times as fast.
     """
     prepared = prepared or prepare(lens)
@@ -111,7 +126,7 @@ def project(
             spread = spread_of(vectors[part], lens, targets[part])
             sweep = _Sweep(spread, lens, k, side_by_side)
             if lens.vocabulary > SMALL:
-                sweep.screen(Screen(spread, lens, prepared, precision), tile_bytes)
+                sweep.screen(Screen(spread, lens, prepared, screening), tile_bytes)
             own = int(spread.wanted[: len(spread.base)].sum())
             selection = sweep.selection()
             found.append((selection[:own], selection[own:]))

@@ -7,11 +7,11 @@ from functools import partial
 from backlens.atlas import names, questions
 from backlens.atlas.names import Neuron, parse_neuron
 from backlens.errors import BacklensError
-from backlens.figures.heatmap import SHIFTS
 from backlens.serve import questions as lookups
 from backlens.serve.charts import histogram
 from backlens.serve.page import Beside, Page, Parameters, Served, is_named_by_the_address, one_of
 from backlens.serve.questions import ask, look_up, neuron_values, together
+from backlens.terms import WRITES
 
 FOUND = 50
 ROWS = 20
@@ -94,7 +94,7 @@ def neuron_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
         {
             "histogram": histogram("prompts by gradient norm", counts),
             "prompts": atlas.snapshot.record.plan.prompts,
-            "is_shift": neuron.module in SHIFTS,
+            "is_shift": neuron.module in WRITES,
             "show": show,
             "is_known": "neurons" in atlas.snapshot.record.model,
         },

@@ -10,9 +10,9 @@ from pathlib import PurePath
 
 from backlens.atlas import Atlas, questions
 from backlens.errors import BacklensError
-from backlens.figures.heatmap import SHIFTS
+from backlens.heatmap import kind_of, make_heatmap
 from backlens.serve import questions as lookups
-from backlens.serve.charts import Points, kind_of, line_chart, make_grid
+from backlens.serve.charts import Points, line_chart
 from backlens.serve.page import (
     Beside,
     Missing,
@@ -26,6 +26,7 @@ from backlens.serve.page import (
 from backlens.serve.questions import Row, ask, look_up, together
 from backlens.serve.render import asset, environment
 from backlens.store.tables import SIGN_CONVENTION
+from backlens.terms import WRITES
 
 NEURONS = 20
 TOKENS = 12
@@ -66,7 +67,7 @@ def prompt_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
         found = look_up(opened, "texts", lookups.TOKEN_TEXTS, ids=ids).rows
     named = {token["token_id"]: token["token"] for token in found}
     texts = [named.get(token_id, f"<{token_id}>") for token_id in ids]
-    grid = make_grid(module, texts[:-2], cells.rows)
+    heatmap = make_heatmap(module, texts[:-2], cells.rows, row["prompt"], row["target"], texts[-2])
     lines = _rank_lines(row, cells.rows, module, served.vocabulary)
     ranks = line_chart("rank of the target", lines, "rank")
     return Page(
@@ -75,13 +76,13 @@ def prompt_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
         (cells, neurons, tokens),
         facts={"prompt": row, "module": module},
         view={
-            "grid": grid,
+            "heatmap": heatmap,
             "modules": modules,
             "kinds": {name: kind_of(name) for name in modules},
             "target": texts[-2],
             "predicted": texts[-1],
             "ranks": ranks,
-            "is_shift": module in SHIFTS,
+            "is_shift": module in WRITES,
         },
         beside=Beside(*(_address(near[side], module, modules) for side in ("previous", "next"))),
     )
@@ -145,7 +146,7 @@ def _rank_lines(prompt: Row, rows: Sequence[Row], module: str, vocabulary: int) 
         for row in sorted(rows, key=lambda row: row["vjp_norm"]):
             if row["position"] == position and row["target_rank"] is not None:
                 rank = row["target_rank"]
-                points[row["layer"]] = float(vocabulary - 1 - rank if module in SHIFTS else rank)
+                points[row["layer"]] = float(vocabulary - 1 - rank if module in WRITES else rank)
         lines.append((LINES[name], {} if position in drawn else points))
         drawn.add(position)
     return lines

@@ -12,13 +12,14 @@ from backlens.atlas.evidence import PRIOR
 from backlens.atlas.tables import ATLAS_TABLES
 from backlens.errors import BacklensError
 from backlens.figures.curves import CLASSES
-from backlens.figures.heatmap import SHIFTS
+from backlens.heatmap import kind_of
 from backlens.serve import questions as lookups
-from backlens.serve.charts import Chart, Points, kind_of, line_chart
+from backlens.serve.charts import Chart, Points, line_chart
 from backlens.serve.page import Page, Parameters, Served, one_of
 from backlens.serve.questions import Asked, Row, ask, look_up
 from backlens.serve.sandbox import MOST_BYTES, MOST_ROWS, SECONDS, ask_sandbox
 from backlens.store.tables import SIGN_CONVENTION, TABLES
+from backlens.terms import WRITES
 
 FEW = 12
 
@@ -94,7 +95,7 @@ def _facts(served: Served) -> dict[str, Any]:
 def _charts(rows: Sequence[Row], module: str) -> list[Chart]:
     of_module = [row for row in rows if row["module"] == module]
     # An update writes the bottom of δ, so that is the side whose tokens matter there.
-    spoken = "bottom_entropy" if module in SHIFTS else "top_entropy"
+    spoken = "bottom_entropy" if module in WRITES else "top_entropy"
     return [
         line_chart("mean ‖δ‖", _lines(of_module, "vjp_norm"), "log"),
         line_chart("mean rank of the target", _lines(of_module, "target_rank"), "rank"),

@@ -15,40 +15,44 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.util import get_node_ip_address
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from backlens.capture.batch import make_batch
-from backlens.capture.hooks import capture
-from backlens.capture.loss import Outcome
+from backlens.backward_lens import Computed, lengths_of
 from backlens.capture.memory import PROMPT_ERRORS, DeviceLost, release_freed_memory
 from backlens.capture.packing import Packer, TokenBudget, most_tokens
 from backlens.engine.blame import note
-from backlens.engine.executors.base import AHEAD, Attempt
+from backlens.engine.executors.base import AHEAD, Attempt, Readiness
 from backlens.engine.executors.replicas import References
-from backlens.engine.worker import Computed, Job, Worker
+from backlens.engine.worker import Job, Worker
 from backlens.models.zero3 import go_to_meeting, join, open_meeting
 from backlens.printable import printable
 from backlens.prompts.prompt import Shard
 from backlens.prompts.source import one_line
 from backlens.prompts.tokenize import Example
+from backlens.store.commit import ShardCommit
 
 SETTLING = 15.0
 """Seconds after which Ray will have told the leader of a rank's end."""
 
 
-class _Member(Worker):
-    """A worker with its part of every weight: a pass that it makes, all ranks have to make."""
+class Member:
+    """One rank: its part of every weight. A pass that one rank makes, all ranks have to make."""
+
+    def __init__(self, job: Job, threads: int) -> None:
+        self._options = job.options
+        self.lens = job.load(threads)
 
     def make_pass(self, batch: Sequence[Example]) -> Computed:
-        """Compute a batch; an empty one as a pass all the same.
+        """Compute a batch; for an empty one, run a dummy one-token batch.
 
         An error over its prompts, its size or the device ends the process: the others cannot be told to leave the
         pass. What the executor does about a worker that died finds out whose fault it was.
@@ -56,23 +60,20 @@ class _Member(Worker):
         computed = Computed()
         try:
             if batch:
-                error = self._extract(batch, computed, self._recompute)
-                computed.padded = len(batch) * max(self._lengths(batch))
+                error = self.lens.add_rows(batch, self._options, computed)
+                computed.padded = len(batch) * max(lengths_of(batch, self._options.target_mode))
             else:
-                token = make_batch([([1], [1])], self._loaded.device)
-                capture(self._loaded, token, (), (), lambda _: None, recompute=self._recompute)
+                self.lens.dummy_pass(self._options)
                 error = None
         except (*PROMPT_ERRORS, DeviceLost) as raised:
             error = raised
         if error is not None:
             sys.stderr.write(
-                f"backlens: {printable(one_line(str(error)))}; this rank ends, its shards go to another gang\n"
+                f"backlens: {printable(one_line(str(error)))}; this rank ends, its shards go to another replica\n"
             )
             sys.stderr.flush()
             os._exit(1)
-        computed.outcomes = [
-            Outcome(o.loss.cpu(), o.target_rank.cpu(), o.predicted_id.cpu()) for o in computed.outcomes
-        ]
+        computed.outcomes = [outcome.to(torch.device("cpu")) for outcome in computed.outcomes]
         release_freed_memory()
         return computed
 
@@ -87,64 +88,69 @@ class Peer:
     def load(self, rank: int, ranks: int, meeting: tuple[str, int]) -> None:
         with _late_to_complain():
             join(rank, ranks, go_to_meeting(*meeting), get_node_ip_address())
-            self._member = _Member(self._job, self._threads)
+            self._member = Member(self._job, self._threads)
 
     def make_pass(self, batch: Sequence[Example]) -> Computed:
         with _late_to_complain():
             return self._member.make_pass(batch)
 
 
-class Leader(_Member):
-    """Rank 0."""
+class Leader:
+    """Rank 0: deals batches out to all ranks, and commits what they computed as any worker does."""
 
     def __init__(self, job: Job, threads: int, peers: Sequence[Any]) -> None:
         _see_only_what_is_given()
-        self._peers = peers
+        started = time.perf_counter()
+        self._job, self._peers = job, peers
         self._passing = ThreadPoolExecutor(1, thread_name_prefix="pass")
         ranks, host = 1 + len(peers), get_node_ip_address()
         meeting = open_meeting(host)
         place = (meeting.host, meeting.port)
 
-        def load() -> None:
+        def load() -> Member:
             join(0, ranks, meeting, host)
-            Worker.__init__(self, job, threads)
+            return Member(job, threads)
 
         try:
-            self._together(load, [peer.load.remote(rank, ranks, place) for rank, peer in enumerate(peers, 1)])
+            self._member, *_ = self._together(
+                load, [peer.load.remote(rank, ranks, place) for rank, peer in enumerate(peers, 1)]
+            )
         except RayTaskError:
             raise
         except RayError:
             os._exit(1)  # a rank is gone; raised from here, that would be an actor that refuses to start
-        self._readiness = replace(self._readiness, device=f"{ranks} ranks on {self._readiness.device}")
+        lens = self._member.lens
+        device = f"{ranks} ranks on {'+'.join(lens.loaded.devices)}"
+        self._worker = Worker(job, lens, Readiness(device, time.perf_counter() - started), self._compute)
+
+    def ready(self) -> Readiness:
+        return self._worker.ready()
+
+    def run(self, attempt: Attempt[Shard]) -> ShardCommit:
+        return self._worker.run(attempt)
 
     def _compute(self, examples: Sequence[Example], attempt: Attempt[Shard]) -> Computed:
-        # Ranks end when they run out of memory, and nobody can say whether that is what the last gang died of.
-        most = most_tokens(self._job.batch_tokens, self._loaded.device.type)
-        self._budget = TokenBudget(max(1, most >> (attempt.number - 1)), self._loaded.device)
+        # Ranks end when they run out of memory, and nobody can say whether that is what the last replica died of.
+        device = self._member.lens.loaded.device
+        most = most_tokens(self._job.batch_tokens, device.type)
+        budget = TokenBudget(max(1, most >> (attempt.number - 1)), device)
         suspects = attempt.suspected(examples)
-        packer = Packer(self._lengths(examples), suspects)
+        packer = Packer(lengths_of(examples, self._job.options.target_mode), suspects)
         computed, ranks = Computed(), 1 + len(self._peers)
+        computed.batch_tokens = budget.most
         passes = 0
         while packer:
             # Neighbours are of like length: a pass takes all ranks about as long. A suspect has a pass to itself.
-            batches = self._take(packer, examples, 1 if passes < len(suspects) else ranks)
+            batches = _take(packer, examples, budget, 1 if passes < len(suspects) else ranks)
             passes += 1
             if attempt.number > 1:
                 in_flight = [example.prompt.prompt_id for batch in batches for example in batch]
                 note(self._job.directory, attempt.shard.index, in_flight)
             own, *others = [*batches, *[[]] * ranks][:ranks]
             theirs = [peer.make_pass.remote(batch) for peer, batch in zip(self._peers, others, strict=True)]
-            for part in self._together(partial(self.make_pass, own), theirs):
+            for part in self._together(partial(self._member.make_pass, own), theirs):
                 computed.merge(part)
-        self._refuse(computed.failed)
         return computed
-
-    def _take(self, packer: Packer, examples: Sequence[Example], most: int) -> list[list[Example]]:
-        """The next batches, no more than `most`."""
-        batches = []
-        while packer and len(batches) < most:
-            batches.append([examples[index] for index in packer.take(self._budget.at)])
-        return batches
 
     def _together(self, own: Callable[[], Any], theirs: Sequence[Any]) -> list[Any]:
         """What all ranks return. The first error ends the wait: the others may be in a pass, for ever."""
@@ -156,6 +162,14 @@ class Leader(_Member):
         for each in done:
             each.result()
         return [each.result() for each in waiting]
+
+
+def _take(packer: Packer, examples: Sequence[Example], budget: TokenBudget, most: int) -> list[list[Example]]:
+    """The next batches, no more than `most`."""
+    batches = []
+    while packer and len(batches) < most:
+        batches.append([examples[index] for index in packer.take(budget.at)])
+    return batches
 
 
 def _see_only_what_is_given() -> None:

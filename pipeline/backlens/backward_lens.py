@@ -1,0 +1,413 @@
+"""A model and its lens: prompts in, rows of the run's tables out, for notebooks and for workers alike."""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from backlens.capture.batch import Side, make_batch
+from backlens.capture.hooks import capture
+from backlens.capture.loss import Outcome
+from backlens.capture.memory import (
+    PROMPT_ERRORS,
+    DeviceLost,
+    MemoryGauge,
+    is_device_lost,
+    is_out_of_memory,
+    release_all,
+    release_freed_memory,
+)
+from backlens.capture.packing import Packer, TokenBudget
+from backlens.columns import Block, fact_table, failure_table, prompt_table, without_prompts
+from backlens.errors import BacklensError
+from backlens.gradients import Gradients
+from backlens.models.device_map import Spread
+from backlens.models.in_memory import adopt, borrowed
+from backlens.models.layout import read_layout
+from backlens.models.load import Attention, Dtype, LoadedModel, ModelSource, load_model
+from backlens.models.module_tree import full_shape
+from backlens.models.zero3 import Zero3, whole_for_the_lens
+from backlens.projection.lens import Lens, Scaling, make_lens, verify_lens
+from backlens.prompts.in_memory import records_of
+from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.source import one_line
+from backlens.prompts.tokenize import Example, PrependBos, TargetMode, context_length, tokenize
+from backlens.rows import BatchRows, Positions, RowOptions, batch_rows, sequence
+from backlens.terms import parse_layers, parse_modules
+
+FAILING = 8
+"""Prompts that raise before any was computed; beyond this number the model is at fault, not the prompts."""
+
+NOT_FINITE = "the loss or a gradient is not a finite number; try --dtype float32"
+OUT_OF_MEMORY = "does not fit into memory, not even alone and with its activations computed twice"
+
+
+class BackwardLens:
+    """A causal language model, read by its gradients (Katz et al., arXiv 2402.12865).
+
+    >>> lens = BackwardLens("gpt2")
+    >>> g = lens.gradient("The capital of France is", " Rome", subject="France")
+    >>> g[5, "mlp.down"].promoted(position=-1)
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        revision: str | None = None,
+        dtype: Dtype = "auto",
+        attention: Attention = "exact",
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        anatomy: str | None = None,
+        scaling: Scaling = "raw",
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Load `model` from a directory or a hub id, or use a model and tokenizer that are in memory.
+
+        A model in memory is used where it is, in its own dtype, and is left as it was: training mode, flags of
+        parameters, attention implementation and hooks. The options have the meaning of the flags of `backlens run`;
+        `revision`, `dtype`, `trust_remote_code`, `allow_pickle` and `device` are for models that are loaded here.
+
+        Raises BacklensError when the model cannot be loaded, or its numbers cannot be proven.
+        """
+        if isinstance(model, tuple):
+            model, tokenizer = model
+        layout = read_layout(anatomy) if anatomy is not None else None
+        if isinstance(model, str):
+            if tokenizer is not None:
+                raise BacklensError(
+                    "BackwardLens: a tokenizer is given with a model in memory, not with a path"
+                )
+            source = ModelSource(model, revision, dtype, attention, trust_remote_code, allow_pickle, layout)
+            where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self._hold(load_model(source, where), scaling)
+            self._in_memory = False
+            return
+        if tokenizer is None:
+            raise BacklensError(
+                "BackwardLens: give the tokenizer beside the model: BackwardLens(model, tokenizer)"
+            )
+        with borrowed(model, attention):
+            self._hold(adopt(model, tokenizer, layout, attention), scaling)
+        self._in_memory = True
+
+    @classmethod
+    def load(
+        cls,
+        source: ModelSource,
+        device: torch.device,
+        scaling: Scaling = "raw",
+        device_map: Spread | None = None,
+        zero3: Zero3 | None = None,
+    ) -> "BackwardLens":
+        """Load a model as a worker holds it: on one device, spread over several, or partitioned over ranks."""
+        return cls._held(load_model(source, device, device_map, zero3), scaling)
+
+    @classmethod
+    def from_parts(cls, loaded: LoadedModel, lens: Lens, copies: Sequence[Lens] = ()) -> "BackwardLens":
+        """Put together a loaded model, its lens, and copies of the lens on further devices; nothing is verified."""
+        made = cls.__new__(cls)
+        made.loaded, made.lens, made._lenses, made._in_memory = loaded, lens, (lens, *copies), False
+        made._any_computed, made._raised = False, 0
+        return made
+
+    @classmethod
+    def _held(cls, loaded: LoadedModel, scaling: Scaling) -> "BackwardLens":
+        made = cls.__new__(cls)
+        made._hold(loaded, scaling)
+        made._in_memory = False
+        return made
+
+    def _hold(self, loaded: LoadedModel, scaling: Scaling) -> None:
+        parts = loaded.anatomy
+        self.loaded = loaded
+        self.lens = make_lens(whole_for_the_lens(parts) if loaded.partitioned else parts, scaling)
+        verify_lens(loaded.model, parts, self.lens)
+        self._lenses = (self.lens, *(self.lens.to(device) for device in loaded.lens_copies))
+        self._any_computed, self._raised = False, 0
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return len(self.loaded.anatomy.blocks)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the weight matrices that gradients are taken of."""
+        return self.loaded.anatomy.modules
+
+    @property
+    def embedded_tokens(self) -> int:
+        """Number of token ids that the model has an embedding of."""
+        weight = self.loaded.model.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        return full_shape(weight)[0]
+
+    def __repr__(self) -> str:
+        config = self.loaded.model.config
+        name = config.name_or_path or type(self.loaded.model).__name__
+        return (
+            f"BackwardLens({name!r}: {self.layers} layers, d_model {self.lens.d_model}, {self.loaded.device})"
+        )
+
+    def gradient(
+        self,
+        prompt: "str | Sequence[Any]",
+        target: "str | int | Sequence[Any] | None" = None,
+        subject: "str | Sequence[str | None] | None" = None,
+        *,
+        layers: "str | int | Sequence[int]" = "all",
+        modules: "str | Sequence[str]" = "mlp",
+        positions: Positions = "all",
+        top_k: int = 10,
+        neurons: int = 16,
+        target_mode: TargetMode = "first",
+        prepend_bos: PrependBos = "auto",
+        chat_template: bool = False,
+        batch_tokens: "int | Any" = "auto",
+        activation_checkpointing: bool = False,
+        save_factors: bool | None = None,
+    ) -> Gradients:
+        """Compute the gradient of −log p(target | prompt) of one prompt or of many, in factored form.
+
+        `prompt` is a text, a list of token ids, or a list of either; `target` and `subject` are then lists of the same
+        length. A list of records (`{"prompt": …, "target": …, "subject": …}`) is taken as well. The other options have
+        the meaning of the flags of `backlens run`, and the tables equal those of a run over the same prompts.
+        `save_factors` keeps x and δ of every position; by default for a single prompt.
+
+        Raises BacklensError for options that the model has no answer to, and for a single prompt that fails; of many
+        prompts, those that fail are rows of `failures`.
+        """
+        records = records_of(
+            prompt,
+            target,
+            subject,
+            self.loaded.tokenizer,
+            self.embedded_tokens,
+        )
+        if save_factors is None:
+            save_factors = len(records) == 1
+        options = RowOptions(
+            layers=parse_layers(_listed(layers), self.layers),
+            modules=parse_modules(_listed(modules), self.modules),
+            positions=positions,
+            top_k=top_k,
+            target_mode=target_mode,
+            neurons=neurons,
+            save_factors=save_factors,
+            activation_checkpointing=activation_checkpointing,
+        )
+        if not 1 <= top_k <= self.lens.vocabulary:
+            raise BacklensError(
+                f"top_k {top_k}: give 1 to {self.lens.vocabulary}, the size of the vocabulary"
+            )
+        examples, rejected = self.examples(
+            records, prepend_bos=prepend_bos, target_mode=target_mode, chat_template=chat_template
+        )
+        with self._borrowed():
+            computed = self.compute(examples, options, TokenBudget(batch_tokens, self.loaded.device))
+        failures = [*rejected, *computed.failed]
+        if failures and len(records) == 1:
+            raise BacklensError(failures[0].message)
+        tables = computed.tables(save_factors) | {"failures": failure_table(failures)}
+        return Gradients(tables, self.loaded.tokenizer, self.lens)
+
+    def _borrowed(self) -> Any:
+        return borrowed(self.loaded.model, self.loaded.attention) if self._in_memory else nullcontext()
+
+    def examples(
+        self,
+        records: "Sequence[Prompt | Example | Rejected]",
+        *,
+        prepend_bos: PrependBos,
+        target_mode: TargetMode,
+        chat_template: bool = False,
+    ) -> tuple[list[Example], list[Rejected]]:
+        """Tokenize prompts as the model reads them; records that are token ids already are taken as they are."""
+        context = context_length(self.loaded.model.config)
+        texts = [record for record in records if isinstance(record, Prompt)]
+        found = iter(
+            tokenize(
+                texts,
+                self.loaded.tokenizer,
+                prepend_bos=prepend_bos,
+                target_mode=target_mode,
+                context=context,
+                chat_template=chat_template,
+            )
+        )
+        results = [next(found) if isinstance(record, Prompt) else record for record in records]
+        return (
+            [result for result in results if isinstance(result, Example)],
+            [result for result in results if isinstance(result, Rejected)],
+        )
+
+    def rows(
+        self,
+        examples: Sequence[Example],
+        options: RowOptions,
+        *,
+        side: Side = "right",
+        threads: bool | None = None,
+    ) -> BatchRows:
+        """Compute one batch: every row of its prompts, padded on `side`.
+
+        Raises what torch and the model raise; `compute` finds out which prompt is at fault.
+        """
+        sequences = [sequence(example, options.target_mode) for example in examples]
+        batch = make_batch(sequences, self.loaded.device, side)
+        # Autograd would keep every offloaded block's weights on the device until the backward pass.
+        twice = options.activation_checkpointing or self.loaded.offloaded
+        options = replace(options, activation_checkpointing=twice)
+        return batch_rows(self.loaded, self._lenses, examples, batch, options, threads=threads)
+
+    def dummy_pass(self, options: RowOptions) -> None:
+        """Run a one-token batch whose rows nobody wants: under ZeRO-3 every rank takes part in every pass."""
+        token = make_batch([([1], [1])], self.loaded.device)
+        twice = options.activation_checkpointing or self.loaded.offloaded
+        capture(self.loaded, token, (), (), lambda _: None, activation_checkpointing=twice)
+
+    def compute(
+        self,
+        examples: Sequence[Example],
+        options: RowOptions,
+        budget: TokenBudget,
+        *,
+        alone: Collection[int] = (),
+        announce: Callable[[Sequence[Example]], None] | None = None,
+    ) -> "Computed":
+        """Compute prompts in batches of like length; a batch that fails is halved until the prompt at fault is alone.
+
+        `alone` are indices of examples that are computed first and by themselves; `announce` is told of each batch
+        before it is computed.
+        """
+        lengths = lengths_of(examples, options.target_mode)
+        packer = Packer(lengths, alone)
+        computed = Computed()
+        while packer:
+            indices = packer.take(budget.at)
+            batch = [examples[index] for index in indices]
+            if announce is not None:
+                announce(batch)
+            gauge = MemoryGauge()
+            error = self.try_batch(batch, options, computed)
+            tokens = len(batch) * lengths[indices[-1]]
+            if error is None:
+                budget.learn(gauge, len(batch), lengths[indices[-1]])
+                computed.padded += tokens
+            elif len(batch) == 1:
+                computed.failed.append(self._failure(batch[0], error))
+            elif is_out_of_memory(error):
+                budget.halve(tokens)
+                computed.out_of_memory += 1
+                packer.put_back(indices)
+            else:
+                packer.halve(indices)
+        computed.batch_tokens = budget.most
+        return computed
+
+    def try_batch(
+        self, batch: Sequence[Example], options: RowOptions, computed: "Computed"
+    ) -> Exception | None:
+        """Compute a batch; return an error that its prompts or its size may be to blame for."""
+        error = self.add_rows(batch, options, computed)
+        if error is not None and is_out_of_memory(error):
+            release_all()
+            if len(batch) == 1 and not (options.activation_checkpointing or self.loaded.offloaded):
+                error = self.add_rows(batch, replace(options, activation_checkpointing=True), computed)
+        release_freed_memory()
+        return error
+
+    def add_rows(
+        self, batch: Sequence[Example], options: RowOptions, computed: "Computed"
+    ) -> Exception | None:
+        """Compute a batch once; raise DeviceLost where nothing works on the device any more."""
+        try:
+            rows = self.rows(batch, options)
+        except PROMPT_ERRORS as error:
+            if is_device_lost(error):
+                raise DeviceLost(f"the device failed ({one_line(str(error))})") from error
+            # What was computed up to here hangs on the traceback.
+            return error.with_traceback(None) if is_out_of_memory(error) else error
+        computed.add(batch, rows)
+        self._any_computed = True
+        return None
+
+    def _failure(self, example: Example, error: Exception) -> Rejected:
+        """The row of a prompt that failed alone. A model that fails at everything is no matter of prompts."""
+        if is_out_of_memory(error):
+            return rejected_prompt(example.prompt, "out-of-memory", OUT_OF_MEMORY)
+        self._raised += 1
+        if self._raised == FAILING and not self._any_computed:
+            raise error
+        return rejected_prompt(example.prompt, "raised", f"{type(error).__name__}: {error}")
+
+
+class Computed:
+    """The rows of several batches, and the prompts that failed."""
+
+    def __init__(self) -> None:
+        self.examples: list[Example] = []
+        self.outcomes: list[Outcome] = []
+        self.failed: list[Rejected] = []
+        self.blocks: defaultdict[str, list[Block]] = defaultdict(list)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.padded = 0
+        """Tokens of the batches, padding included."""
+        self.out_of_memory = 0
+        """Batches that did not fit."""
+        self.batch_tokens = 0
+        """Tokens that no batch may exceed, as far as is known by now."""
+        self._overflowed: list[int] = []
+
+    def add(self, batch: Sequence[Example], rows: BatchRows) -> None:
+        self.examples += batch
+        self.outcomes.append(rows.outcome)
+        for example, fine in zip(batch, rows.finite.tolist(), strict=True):
+            if not fine:
+                self._overflowed.append(example.prompt.prompt_id)
+                self.failed.append(rejected_prompt(example.prompt, "not-finite", NOT_FINITE))
+        self._add_rows(rows.blocks, rows.seconds)
+
+    def merge(self, other: "Computed") -> None:
+        """Take in what another process computed of the same shard."""
+        self.examples += other.examples
+        self.outcomes += other.outcomes
+        self.failed += other.failed
+        self.padded += other.padded
+        self._overflowed += other._overflowed
+        self._add_rows(other.blocks, other.seconds)
+
+    def _add_rows(self, blocks: Mapping[str, list[Block]], seconds: Mapping[str, float]) -> None:
+        for name, more in blocks.items():
+            self.blocks[name] += more
+        for stage, taken in seconds.items():
+            self.seconds[stage] += taken
+
+    def tables(self, save_factors: bool) -> dict[str, pa.Table]:
+        """The run's tables of all batches, without the prompts whose numbers overflowed."""
+        names = ("layers", "neurons", "tokens", *(["factors"] if save_factors else []))
+        tables = {name: fact_table(name, self.blocks.pop(name, [])) for name in names}
+        tables["prompts"] = prompt_table(self.examples, self.outcomes)
+        return {name: without_prompts(table, self._overflowed) for name, table in tables.items()}
+
+
+def _listed(chosen: "str | int | Sequence[Any]") -> str:
+    """Layers or modules as the command line has them."""
+    return str(chosen) if isinstance(chosen, str | int) else ",".join(map(str, chosen))
+
+
+def lengths_of(examples: Sequence[Example], target_mode: TargetMode) -> list[int]:
+    """Positions that the model computes for each prompt, teacher-forced target tokens included."""
+    return [sum(map(len, sequence(example, target_mode))) - 1 for example in examples]
+
+
+def rejected_prompt(prompt: Prompt, error: str, message: str) -> Rejected:
+    return Rejected(prompt.prompt_id, "compute", error, one_line(f"{prompt.where}: {message}"))
