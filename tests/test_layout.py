@@ -1,181 +1,206 @@
-"""Who may import whom, what a package may be called, and what has to be declared to be installed."""
+"""Who may import whom, what things may be called, and what has to be declared to be installed."""
 
 import ast
 import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("pipeline", "schemas")
+SOURCE = ROOT / "pipeline"
 
-CORE = (
-    "backlens.models",
-    "backlens.capture.hooks",
-    "backlens.capture.factors",
-    "backlens.projection.lens",
-    "backlens.projection.project",
-    "backlens.projection.float32_bound",
-    "backlens.projection.topk",
+LEVELS = (
+    ("errors",),
+    ("terms", "config", "demo"),
+    ("store",),
+    ("models", "prompts"),
+    ("capture",),
+    ("projection",),
+    ("display", "heatmap"),
+    ("columns", "rows"),
+    ("gradients", "backward_lens"),
+    ("engine",),
+    ("atlas", "editing", "doctor", "forecast"),
+    ("figures",),
+    ("serve",),
+    ("api", "cli"),
+    ("", "__main__"),
 )
+"""The package's files and folders, lowest first: each imports its own level's and lower ones' alone."""
 
+UPWARD = {("backlens.heatmap", "backlens.figures.heatmap"): "a heatmap that is saved as an image draws itself"}
+"""Imports inside functions that point up, and why."""
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """Modules in `packages` import nothing of `forbidden`; modules in `allowed` are left out."""
+BARE = {
+    "models": "the numerical core runs in a notebook and on a bare GPU machine",
+    "capture": "the numerical core runs in a notebook and on a bare GPU machine",
+    "projection": "the numerical core runs in a notebook and on a bare GPU machine",
+}
+"""What imports nothing of Ray, DuckDB, Arrow or the command line."""
+HEAVY = ("ray", "duckdb", "pyarrow", "cyclopts", "rich", "starlette", "uvicorn", "matplotlib")
 
-    packages: tuple[str, ...]
-    forbidden: tuple[str, ...]
-    why: str
-    allowed: tuple[str, ...] = ()
+WITHOUT_MODELS = ("backlens.store", "backlens.atlas", "backlens.figures", "backlens.serve")
+ASKED_FOR = ("backlens.atlas.neuron_weights", "backlens.atlas.build")
+"""Tables are written, read and drawn without a model at hand; these two are imported where they are asked for."""
 
-
-RULES = (
-    Rule(
-        CORE,
-        (
-            *("ray", "duckdb", "pyarrow", "cyclopts", "rich"),
-            *("backlens.cli", "backlens.doctor", "backlens.engine", "backlens.store", "backlens.atlas"),
-            "schemas",
-        ),
-        "the numerical core runs in a notebook and on a bare GPU machine",
-    ),
-    Rule(("backlens.models",), CORE[1:], "arrows point down: models is the lowest layer"),
-    Rule(("backlens.capture.hooks",), CORE[2:], "arrows point down: capture only knows models"),
-    Rule(
-        ("backlens.capture.factors", "backlens.projection.lens"),
-        ("backlens.projection.project",),
-        "arrows point down",
-    ),
-    Rule(("pipeline",), ("backlens.cli",), "the command line is the top", allowed=("backlens.cli",)),
-    Rule(
-        ("backlens.store", "backlens.atlas"),
-        ("torch", "ray", "transformers"),
-        "tables are written and read without a model at hand",
-        allowed=(
-            "backlens.atlas.neuron_weights",
-            "backlens.atlas.build",
-        ),  # imported where they are asked for
-    ),
-    Rule(
-        ("backlens.engine", "backlens.store", "backlens.atlas", "backlens.prompts"),
-        ("backlens.doctor",),
-        "nothing depends on being diagnosed",
-    ),
-    Rule(
-        ("backlens.doctor",),
-        ("ray", "duckdb", "pyarrow", "rich", "backlens.store", "backlens.atlas"),
-        "the doctor looks at models, and leaves showing what it found to the command line",
-    ),
-    Rule(("backlens.store",), ("backlens.engine", "backlens.atlas"), "arrows point down"),
-    Rule(("backlens.engine",), ("backlens.forecast",), "a run needs no forecast of itself"),
-    Rule(
-        ("backlens.atlas",),
-        ("backlens.engine",),
-        "finished runs are read without what made them",
-        allowed=("backlens.atlas.build",),  # the connection to Ray
-    ),
-    Rule(
-        ("backlens.figures",),
-        ("torch", "ray", "transformers", "backlens.engine"),
-        "figures are drawn from tables, without a model at hand",
-    ),
-    Rule(("backlens.atlas",), ("backlens.figures", "matplotlib"), "answers need no figures"),
-    Rule(("schemas",), ("pipeline",), "the schemas stand alone"),
+RETIRED_FILES = set(
+    "sieve screening selection lanes kernels gang fleet notes faults retry condemned written anatomy structure "
+    "draft spread widths asked plain twins standing tools values drive outlook pilot specimen sample text utils "
+    "util helpers helper common misc".split()
 )
-
-
-def module_name(file: Path) -> str:
-    """`pipeline/backlens/store/commit.py` is `backlens.store.commit`."""
-    parts = file.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+"""Words that are metaphors, or that name nothing; a file is named by a noun of the field."""
 
 
 @cache
-def imports() -> dict[str, frozenset[str]]:
-    """By module: every name that it imports anywhere in its file, inside functions too."""
-    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
-    assert files
-    return {
-        module_name(file): frozenset(imported_names(ast.parse(file.read_text("utf-8")))) for file in files
-    }
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for file in SOURCE.rglob("*.py"):
+        parts = file.relative_to(SOURCE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    assert found
+    return found
 
 
-def imported_names(tree: ast.AST) -> Iterator[str]:
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(modules()[module].read_text("utf-8"))
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Every name that a module imports anywhere in its file, inside functions too."""
+    return frozenset(imported_names(tree(module)))
+
+
+def imported_names(node: ast.AST) -> Iterator[str]:
     """`import a.b` gives `a.b`; `from a.b import c` gives `a.b.c`, for c may be a module."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: write the whole name, not a relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    for each in ast.walk(node):
+        if isinstance(each, ast.Import):
+            yield from (alias.name for alias in each.names)
+        elif isinstance(each, ast.ImportFrom):
+            assert each.level == 0, f"line {each.lineno}: write the whole name, not a relative import"
+            yield from (f"{each.module}.{alias.name}" for alias in each.names)
 
 
-def within(name: str, packages: tuple[str, ...]) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
+def own_imports(module: str) -> set[str]:
+    """The modules of the package that a module imports."""
+    found = set()
+    for name in imports(module):
+        target = name if name in modules() else name.rpartition(".")[0]
+        if target in modules():
+            found.add(target)
+    return found - {module}
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.packages[0]}: {rule.why}")
-def test_imports_point_down(rule: Rule):
+def level(module: str) -> int:
+    group = module.removeprefix("backlens").removeprefix(".").partition(".")[0]
+    return next(number for number, groups in enumerate(LEVELS) if group in groups)
+
+
+def test_imports_point_down():
+    broken = [
+        f"{module} imports {target}"
+        for module in modules()
+        for target in own_imports(module)
+        if level(target) > level(module) and (module, target) not in UPWARD and module != "backlens"
+    ]
+    assert not broken
+    assert all(target in own_imports(module) for module, target in UPWARD)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """A module is removed once everything that it imports is; what is left is a circle."""
+    left = {module: own_imports(module) - {"backlens"} for module in modules()}
+    left = {module: {t for t in targets if (module, t) not in UPWARD} for module, targets in left.items()}
+    while free := [module for module, targets in left.items() if not targets & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left
+
+
+@pytest.mark.parametrize("package", BARE)
+def test_the_numerical_core_imports_nothing_heavy(package: str):
     broken = [
         f"{module} imports {name}"
-        for module, names in imports().items()
-        for name in names
-        if within(module, rule.packages) and not within(module, rule.allowed) and within(name, rule.forbidden)
+        for module in modules()
+        if module.startswith(f"backlens.{package}")
+        for name in imports(module)
+        if name.partition(".")[0] in HEAVY
     ]
-    assert not broken, f"{rule.why}: {broken}"
+    assert not broken, BARE[package]
 
 
-def test_every_rule_names_modules_that_exist():
-    named = {name for rule in RULES for name in rule.packages + rule.forbidden if within(name, ("pipeline",))}
-    assert not [name for name in named if not any(within(module, (name,)) for module in imports())]
+def test_tables_are_written_and_read_without_a_model():
+    broken = [
+        f"{module} imports {name}"
+        for module in modules()
+        if module.startswith(WITHOUT_MODELS) and module not in ASKED_FOR
+        for name in imports(module)
+        if name.partition(".")[0] in ("torch", "transformers", "ray")
+    ]
+    assert not broken
 
 
-def test_schemas_import_pyarrow_only():
-    used = {
-        name.partition(".")[0]
-        for module, names in imports().items()
-        if within(module, ("schemas",))
-        for name in names
-    }
-    assert used - sys.stdlib_module_names - {"schemas"} == {"pyarrow"}
-
-
-def loaded_by(modules: str, heavy: tuple[str, ...]) -> list[str]:
-    """Which of `heavy` a fresh interpreter has loaded once it has imported `modules`."""
-    code = f"import sys, {modules}; print(*(name for name in {heavy} if name in sys.modules))"
+def loaded_by(code: str, heavy: tuple[str, ...]) -> list[str]:
+    """Which of `heavy` a fresh interpreter has loaded once it has run `code`."""
+    code = f"import sys; {code}; print(*(name for name in {heavy} if name in sys.modules))"
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, timeout=300, check=True
     )
     return ran.stdout.split()
 
 
-def test_the_core_loads_without_tables_queries_or_ray():
-    heavy = ("ray", "duckdb", "pyarrow.dataset", "datasets", "cyclopts", "rich")
-    assert not loaded_by(
-        "backlens.projection.project, backlens.capture.hooks, backlens.capture.factors", heavy
-    )
+def test_import_backlens_loads_nothing_heavy():
+    assert not loaded_by("import backlens", (*HEAVY, "torch", "transformers", "numpy"))
+
+
+def test_the_library_loads_without_ray_duckdb_or_a_server():
+    heavy = ("ray", "duckdb", "pyarrow.dataset", "datasets", "rich", "starlette", "matplotlib")
+    assert not loaded_by("import backlens; backlens.BackwardLens, backlens.Gradients", heavy)
 
 
 def test_the_command_line_starts_without_torch_or_ray():
-    assert not loaded_by("backlens.cli.main", ("torch", "ray", "transformers", "duckdb", "pyarrow"))
+    assert not loaded_by("import backlens.cli.main", ("torch", "ray", "transformers", "duckdb", "pyarrow"))
 
 
-def test_no_file_is_a_drawer_for_anything():
-    drawers = {"utils.py", "util.py", "helpers.py", "helper.py", "common.py", "misc.py"}
-    found = [
-        str(file.relative_to(ROOT))
-        for package in (*PACKAGES, "tests", "jobs", "benchmarks", "docs")
-        for file in (ROOT / package).rglob("*.py")
-        if file.name in drawers
+def test_there_are_at_most_130_files():
+    assert len(modules()) <= 130
+
+
+def test_a_file_is_named_by_a_noun_of_the_field():
+    assert not [module for module in modules() if module.rpartition(".")[2] in RETIRED_FILES]
+
+
+def test_no_two_classes_share_a_name():
+    places: defaultdict[str, list[str]] = defaultdict(list)
+    for module in modules():
+        for node in tree(module).body:
+            if isinstance(node, ast.ClassDef):
+                places[node.name.lstrip("_")].append(module)
+    assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_no_docstring_begins_with_a_fragment():
+    fragments = Counter(
+        module
+        for module in modules()
+        for text in re.findall(r'"""(?:Of|What|Whether|As)\b', modules()[module].read_text("utf-8"))
+        if text
+    )
+    assert not fragments
+
+
+def test_nothing_else_is_installed_at_top_level():
+    assert [path.name for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()] == [
+        "backlens"
     ]
-    assert not found
 
 
 def test_everything_imported_is_declared():
@@ -183,8 +208,8 @@ def test_everything_imported_is_declared():
     extras = project["optional-dependencies"].values()
     listed = [*project["dependencies"], *(line for extra in extras for line in extra)]
     declared = {normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in listed}
-    used = {name.partition(".")[0] for names in imports().values() for name in names}
-    third_party = used - sys.stdlib_module_names - set(PACKAGES)
+    used = {name.partition(".")[0] for module in modules() for name in imports(module)}
+    third_party = used - sys.stdlib_module_names - {"backlens"}
     assert {normal("pyyaml" if name == "yaml" else name) for name in third_party} <= declared
 
 

@@ -78,6 +78,12 @@ class Answer:
             raise AttributeError(name)
         return getattr(self.table, name)
 
+    def to_polars(self) -> Any:
+        """A polars DataFrame, where polars is installed."""
+        import polars
+
+        return polars.DataFrame(self.table)
+
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         return self.table.__arrow_c_stream__(requested_schema)
 

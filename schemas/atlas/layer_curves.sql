@@ -1,0 +1,30 @@
+-- The curves of the paper's figures: sizes and ranks by layer and kind of position.
+-- One row per layer × module (× expert) × position class.
+CREATE TABLE layer_curves (
+    -- Index of the block, from 0.
+    layer              SMALLINT NOT NULL,
+    -- The weight matrix: `mlp.up`, `mlp.gate`, `mlp.down`, `attn.q`, `attn.k`, `attn.v` or `attn.o`.
+    module             VARCHAR NOT NULL,
+    -- Index of the expert in a mixture-of-experts block, from 0; null where the block has no experts.
+    expert             SMALLINT,
+    -- `last` (the prompt's last position), else `subject_last`, else `subject_first`, else `other`; a subject of one token is `subject_last`.
+    position_class     VARCHAR NOT NULL,
+    -- How many positions the row is about.
+    positions          BIGINT NOT NULL,
+    -- In how many prompts they are.
+    prompts            BIGINT NOT NULL,
+    -- Mean L2 norm of the module's input x there.
+    input_norm         DOUBLE NOT NULL,
+    -- Mean L2 norm of the VJP δ there, exact zeros included.
+    vjp_norm           DOUBLE NOT NULL,
+    -- At how many of them δ is exactly zero.
+    zeros              BIGINT NOT NULL,
+    -- Mean rank of the target; null if every projected vector is zero.
+    target_rank        DOUBLE,
+    -- Median of it; null where `target_rank` is.
+    target_rank_median DOUBLE,
+    -- Entropy of the first top token, in bits; null where `target_rank` is.
+    top_entropy        DOUBLE,
+    -- Entropy of the first bottom token; null where `target_rank` is.
+    bottom_entropy     DOUBLE
+);

@@ -1,0 +1,22 @@
+-- The lists of `tokens`, an entry a row, token after token: at which positions a token stands out.
+-- One row per prompt × layer × module (× expert) × position × side × place.
+CREATE TABLE position_topk (
+    -- The token in the list, not that at the position; joins `vocab.token_id`.
+    token_id  INTEGER NOT NULL,
+    -- Index of the block, from 0.
+    layer     SMALLINT NOT NULL,
+    -- The weight matrix: `mlp.up`, `mlp.gate`, `mlp.down`, `attn.q`, `attn.k`, `attn.v` or `attn.o`.
+    module    VARCHAR NOT NULL,
+    -- Index of the expert in a mixture-of-experts block, from 0; null where the block has no experts.
+    expert    SMALLINT,
+    -- The prompt: its ordinal in the input, from 0; joins `prompts.prompt_id`.
+    prompt_id BIGINT NOT NULL,
+    -- Index of the token in the prompt, from 0; padding is never counted.
+    position  INTEGER NOT NULL,
+    -- The list: `top` (what an update takes away) or `bottom` (what an update adds, for it subtracts gradients).
+    side      VARCHAR NOT NULL,
+    -- Where the token stands in that list, 0 = most extreme.
+    place     SMALLINT NOT NULL,
+    -- The token's lens score of the position's vector, in logits.
+    score     FLOAT NOT NULL
+);
