@@ -123,6 +123,12 @@ def test_a_model_in_memory_is_used_as_it_is_and_left_as_it_was(family: str, tmp_
     assert after == before
 
 
+def test_a_callers_inference_mode_does_not_matter(folder: Path):
+    with torch.inference_mode():
+        found = BackwardLens(str(folder)).gradient("the quick brown", " fox")
+    assert found.tokens == BackwardLens(str(folder)).gradient("the quick brown", " fox").tokens
+
+
 def test_token_ids_are_taken_as_they_are(lens: BackwardLens):
     ids = byte_tokenizer()("the quick brown")["input_ids"]
     target = byte_tokenizer()(" fox")["input_ids"]

@@ -87,14 +87,15 @@ class BackwardLens:
                 )
             source = ModelSource(model, revision, dtype, attention, trust_remote_code, allow_pickle, layout)
             where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            self._hold(load_model(source, where), scaling)
+            with torch.inference_mode(False):  # weights made in a caller's inference mode have no graph
+                self._hold(load_model(source, where), scaling)
             self._in_memory = False
             return
         if tokenizer is None:
             raise BacklensError(
                 "BackwardLens: give the tokenizer beside the model: BackwardLens(model, tokenizer)"
             )
-        with borrowed(model, attention):
+        with torch.inference_mode(False), borrowed(model, attention):
             self._hold(adopt(model, tokenizer, layout, attention), scaling)
         self._in_memory = True
 
@@ -211,7 +212,8 @@ class BackwardLens:
         examples, rejected = self.examples(
             records, prepend_bos=prepend_bos, target_mode=target_mode, chat_template=chat_template
         )
-        with self._borrowed():
+        # A caller's inference mode would leave no graph.
+        with torch.inference_mode(False), self._borrowed():
             computed = self.compute(examples, options, TokenBudget(batch_tokens, self.loaded.device))
         failures = [*rejected, *computed.failed]
         if failures and len(records) == 1:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backlens.models.blocks import anatomy
@@ -37,14 +36,12 @@ def borrowed(model: PreTrainedModel, attention: Attention = "exact") -> Iterator
     own_attention, own_experts = config._attn_implementation, config._experts_implementation
     wanted = exact_attention(config) if attention == "exact" else own_attention
     try:
-        # Parameters of a caller's inference mode have no graph; nothing is changed inside it.
-        with torch.inference_mode(False):
-            model.eval()
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            if wanted != own_attention:
-                model.set_attn_implementation(wanted)
-            yield
+        model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        if wanted != own_attention:
+            model.set_attn_implementation(wanted)
+        yield
     finally:
         for module, was_training in training.items():
             module.training = was_training
