@@ -107,7 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is not current")
     check = parser.parse_args(arguments).check
     wanted = contract()
-    there = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.*") if path.suffix in (".json", ".sql")}
+    there = {
+        str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.*") if path.suffix in (".json", ".sql")
+    }
     if check:
         stale = [
             name

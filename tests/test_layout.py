@@ -34,7 +34,9 @@ LEVELS = (
 )
 """The package's files and folders, lowest first: each imports its own level's and lower ones' alone."""
 
-UPWARD = {("backlens.heatmap", "backlens.figures.heatmap"): "a heatmap that is saved as an image draws itself"}
+UPWARD = {
+    ("backlens.heatmap", "backlens.figures.heatmap"): "a heatmap that is saved as an image draws itself"
+}
 """Imports inside functions that point up, and why."""
 
 BARE = {
@@ -152,7 +154,12 @@ def loaded_by(code: str, heavy: tuple[str, ...]) -> list[str]:
     """Which of `heavy` a fresh interpreter has loaded once it has run `code`."""
     code = f"import sys; {code}; print(*(name for name in {heavy} if name in sys.modules))"
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
     )
     return ran.stdout.split()
 
@@ -198,9 +205,9 @@ def test_no_docstring_begins_with_a_fragment():
 
 
 def test_nothing_else_is_installed_at_top_level():
-    assert [path.name for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()] == [
-        "backlens"
-    ]
+    assert [
+        path.name for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    ] == ["backlens"]
 
 
 def test_everything_imported_is_declared():

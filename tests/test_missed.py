@@ -35,7 +35,7 @@ def rows(model: LoadedModel, recompute: bool = False) -> Counter[tuple[int, str]
 
     layers = range(len(model.anatomy.blocks))
     batch = make_batch(BATCH, torch.device("cpu"))
-    capture(model, batch, layers, model.anatomy.modules, count, recompute=recompute)
+    capture(model, batch, layers, model.anatomy.modules, count, activation_checkpointing=recompute)
     return seen
 
 
@@ -150,8 +150,8 @@ def test_experts_that_are_computed_past_us_are_named(family: str, recompute: boo
     with pytest.raises(MatrixMissed, match=r"of layer 1 cannot be had: \w+_proj is never called"):
         rows(model, recompute)
     with pytest.raises(MatrixMissed, match="is never called"):
-        verify_capture(model, [1], ["mlp.up"], recompute=recompute)
-    verify_capture(model, [0], ["mlp.up"], recompute=recompute)
+        verify_capture(model, [1], ["mlp.up"], activation_checkpointing=recompute)
+    verify_capture(model, [0], ["mlp.up"], activation_checkpointing=recompute)
 
 
 def test_experts_under_no_grad_and_experts_called_twice_are_named(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """`python -m backlens` is the `backlens` command."""
 
-import sys
-
-from backlens.cli.main import main
+from backlens.cli.entry import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

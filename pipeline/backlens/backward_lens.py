@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backlens.capture.batch import Side, make_batch
-from backlens.capture.hooks import capture
+from backlens.capture.hooks import MatrixMissed, capture, verify_capture
 from backlens.capture.loss import Outcome
 from backlens.capture.memory import (
     PROMPT_ERRORS,
@@ -24,12 +24,14 @@ from backlens.capture.memory import (
 )
 from backlens.capture.packing import Packer, TokenBudget
 from backlens.columns import Block, fact_table, failure_table, prompt_table, without_prompts
+from backlens.config import Vocabulary
 from backlens.errors import BacklensError
 from backlens.gradients import Gradients
+from backlens.models.checkpoint import Attention, Dtype, ModelSource
 from backlens.models.device_map import Spread
 from backlens.models.in_memory import adopt, borrowed
 from backlens.models.layout import read_layout
-from backlens.models.load import Attention, Dtype, LoadedModel, ModelSource, load_model
+from backlens.models.load import LoadedModel, load_model
 from backlens.models.module_tree import full_shape
 from backlens.models.zero3 import Zero3, whole_for_the_lens
 from backlens.projection.lens import Lens, Scaling, make_lens, verify_lens
@@ -67,6 +69,7 @@ class BackwardLens:
         allow_pickle: bool = False,
         anatomy: str | None = None,
         scaling: Scaling = "raw",
+        vocabulary: Vocabulary = "tokenizer",
         device: str | torch.device | None = None,
     ) -> None:
         """Load `model` from a directory or a hub id, or use a model and tokenizer that are in memory.
@@ -88,7 +91,7 @@ class BackwardLens:
             source = ModelSource(model, revision, dtype, attention, trust_remote_code, allow_pickle, layout)
             where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             with torch.inference_mode(False):  # weights made in a caller's inference mode have no graph
-                self._hold(load_model(source, where), scaling)
+                self._hold(load_model(source, where), scaling, vocabulary)
             self._in_memory = False
             return
         if tokenizer is None:
@@ -96,7 +99,7 @@ class BackwardLens:
                 "BackwardLens: give the tokenizer beside the model: BackwardLens(model, tokenizer)"
             )
         with torch.inference_mode(False), borrowed(model, attention):
-            self._hold(adopt(model, tokenizer, layout, attention), scaling)
+            self._hold(adopt(model, tokenizer, layout, attention), scaling, vocabulary)
         self._in_memory = True
 
     @classmethod
@@ -105,11 +108,16 @@ class BackwardLens:
         source: ModelSource,
         device: torch.device,
         scaling: Scaling = "raw",
+        vocabulary: Vocabulary = "tokenizer",
+        *,
         device_map: Spread | None = None,
         zero3: Zero3 | None = None,
     ) -> "BackwardLens":
         """Load a model as a worker holds it: on one device, spread over several, or partitioned over ranks."""
-        return cls._held(load_model(source, device, device_map, zero3), scaling)
+        made = cls.__new__(cls)
+        made._hold(load_model(source, device, device_map, zero3), scaling, vocabulary)
+        made._in_memory = False
+        return made
 
     @classmethod
     def from_parts(cls, loaded: LoadedModel, lens: Lens, copies: Sequence[Lens] = ()) -> "BackwardLens":
@@ -119,20 +127,19 @@ class BackwardLens:
         made._any_computed, made._raised = False, 0
         return made
 
-    @classmethod
-    def _held(cls, loaded: LoadedModel, scaling: Scaling) -> "BackwardLens":
-        made = cls.__new__(cls)
-        made._hold(loaded, scaling)
-        made._in_memory = False
-        return made
-
-    def _hold(self, loaded: LoadedModel, scaling: Scaling) -> None:
+    def _hold(self, loaded: LoadedModel, scaling: Scaling, vocabulary: Vocabulary) -> None:
         parts = loaded.anatomy
         self.loaded = loaded
-        self.lens = make_lens(whole_for_the_lens(parts) if loaded.partitioned else parts, scaling)
+        whole = whole_for_the_lens(parts) if loaded.partitioned else parts
+        self.lens = make_lens(whole, scaling, loaded.token_ids if vocabulary == "tokenizer" else None)
         verify_lens(loaded.model, parts, self.lens)
         self._lenses = (self.lens, *(self.lens.to(device) for device in loaded.lens_copies))
         self._any_computed, self._raised = False, 0
+
+    def verify(self, options: RowOptions) -> None:
+        """Capture a few tokens. Raises MatrixMissed when a matrix would be missing from the tables."""
+        twice = options.activation_checkpointing or self.loaded.offloaded
+        verify_capture(self.loaded, options.layers, options.modules, activation_checkpointing=twice)
 
     @property
     def layers(self) -> int:
@@ -214,6 +221,7 @@ class BackwardLens:
         )
         # A caller's inference mode would leave no graph.
         with torch.inference_mode(False), self._borrowed():
+            self.verify(options)
             computed = self.compute(examples, options, TokenBudget(batch_tokens, self.loaded.device))
         failures = [*rejected, *computed.failed]
         if failures and len(records) == 1:
@@ -242,6 +250,7 @@ class BackwardLens:
                 prepend_bos=prepend_bos,
                 target_mode=target_mode,
                 context=context,
+                rows=self.loaded.anatomy.rows,
                 chat_template=chat_template,
             )
         )
@@ -349,6 +358,8 @@ class BackwardLens:
         self._raised += 1
         if self._raised == FAILING and not self._any_computed:
             raise error
+        if isinstance(error, MatrixMissed):
+            return rejected_prompt(example.prompt, "matrix-missed", str(error))
         return rejected_prompt(example.prompt, "raised", f"{type(error).__name__}: {error}")
 
 

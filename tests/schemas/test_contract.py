@@ -7,10 +7,10 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from docs.write_schemas import FOLDER, main
+
 from backlens.atlas.tables import ATLAS_TABLES
 from backlens.store.tables import TABLES, Table
-
-from docs.write_schemas import FOLDER, main
 
 FILES = [*FOLDER.glob("*.json"), *(FOLDER / "atlas").glob("*.json")]
 EVERY: dict[str, Table] = TABLES | ATLAS_TABLES
@@ -22,7 +22,9 @@ def read_type(described: dict, children: list[dict]) -> pa.DataType:
         case "int":
             return getattr(pa, f"int{described['bitWidth']}")()
         case "floatingpoint":
-            return {"HALF": pa.float16(), "SINGLE": pa.float32(), "DOUBLE": pa.float64()}[described["precision"]]
+            return {"HALF": pa.float16(), "SINGLE": pa.float32(), "DOUBLE": pa.float64()}[
+                described["precision"]
+            ]
         case "list":
             return pa.list_(read_field(children[0]))
         case name:
@@ -58,6 +60,8 @@ def test_the_ddl_makes_a_table_that_takes_the_parquet_files(file: Path, tmp_path
         database.execute(file.with_suffix(".sql").read_text("utf-8"))
         database.execute(f"INSERT INTO {file.stem} SELECT * FROM read_parquet('{tmp_path}/empty.parquet')")
         declared = database.execute(f"DESCRIBE {file.stem}").fetchall()
-        stored = database.execute(f"DESCRIBE SELECT * FROM read_parquet('{tmp_path}/empty.parquet')").fetchall()
+        stored = database.execute(
+            f"DESCRIBE SELECT * FROM read_parquet('{tmp_path}/empty.parquet')"
+        ).fetchall()
     assert [column[:2] for column in declared] == [column[:2] for column in stored]
     assert [column[2] == "YES" for column in declared] == [c.nullable for c in EVERY[file.stem].columns]

@@ -20,12 +20,12 @@ from backlens.cli.console import (
 )
 from backlens.cli.edit import app as edit_app
 from backlens.cli.edit import plot as plot_edits
-from backlens.cli.entry import INTERRUPTED
+
 from backlens.cli.jobs import Address
 from backlens.cli.jobs import app as jobs_app
 from backlens.cli.serve import export_html, serve
 from backlens.config import DoctorOptions, PlanOptions, RunConfig, flag, read_yaml
-from backlens.errors import BacklensError
+from backlens.errors import BacklensError, Interrupted
 
 app = App(
     name="backlens",
@@ -350,7 +350,7 @@ def call(tokens: list[str]) -> int:
             return BacklensError.status
         except KeyboardInterrupt:
             say_interrupted(format)
-            return INTERRUPTED
+            return Interrupted.status
         except BrokenPipeError:
             return 0
         finally:
