@@ -30,7 +30,7 @@ from benchmarks.shape import VOCABULARY, word
 
 from backlens.store.commit import commit_shard, write_vocab
 from backlens.store.directory import Directory
-from backlens.store.run_record import Plan, finish, open_run
+from backlens.store.run_record import ShardPlan, finish, open_run
 from backlens.store.tables import TABLES
 
 LAYERS, MODULES, NEURONS, WIDTH, K = 12, ("mlp.up", "mlp.down"), 16, 3072, 10
@@ -82,7 +82,7 @@ def write_run(folder: str, prompts: int) -> None:
     shards = -(-prompts // SHARD)
     config = {"model": "random", "top_k": K, "neurons": NEURONS}
     model = {"name": "random", "layers": LAYERS, "modules": list(MODULES), "vocabulary": VOCABULARY}
-    plan = Plan(prompts, shards, SHARD)
+    plan = ShardPlan(prompts, shards, SHARD)
     run = open_run(directory, config, config=config, config_yaml="", plan=plan, model=model)
     texts = [word(index) for index in range(VOCABULARY)]
     write_vocab(directory, texts, [text.encode() for text in texts])

@@ -22,11 +22,11 @@ import torch
 
 from backlens.demo import FACTS, MODEL
 from backlens.editing.delta import add_deltas, edited
-from backlens.editing.evaluate import Exam, ask, exam
+from backlens.editing.evaluate import Evaluation, ask, exam
 from backlens.editing.forward import batches, logits_of
 from backlens.editing.methods.forward_shift import ForwardShift
 from backlens.editing.request import read_requests
-from backlens.models.blocks import anatomy
+from backlens.models.blocks import find_parts
 from backlens.models.load import LoadedModel, ModelSource, load_model
 
 
@@ -64,24 +64,24 @@ def main() -> None:
         )
 
 
-def ours(loaded: LoadedModel, method: ForwardShift, exams: Sequence[Exam]) -> None:
+def ours(loaded: LoadedModel, method: ForwardShift, exams: Sequence[Evaluation]) -> None:
     for each in exams:
         with edited(loaded, method(loaded, each.request)):
             ask(loaded, [each])
 
 
 @torch.no_grad()
-def passes(loaded: LoadedModel, exams: Sequence[Exam]) -> None:
+def passes(loaded: LoadedModel, exams: Sequence[Evaluation]) -> None:
     for each in exams:
         for _, batch in batches(loaded, each.rows):
             logits_of(loaded, batch)
 
 
 @torch.no_grad()
-def deep_copy(loaded: LoadedModel, method: ForwardShift, exams: Sequence[Exam]) -> None:
+def deep_copy(loaded: LoadedModel, method: ForwardShift, exams: Sequence[Evaluation]) -> None:
     for each in exams:
         model = copy.deepcopy(loaded.model)
-        parts = LoadedModel(model, loaded.tokenizer, anatomy(model), loaded.attention)
+        parts = LoadedModel(model, loaded.tokenizer, find_parts(model), loaded.attention)
         add_deltas(parts, method(parts, each.request))
         for question in each.questions:
             for reading in (question.new, question.true):

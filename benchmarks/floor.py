@@ -56,8 +56,8 @@ def main() -> None:
 
 
 def measure(loaded: LoadedModel, work: Sequence[Sequence[Example]], rounds: int) -> None:
-    lens = make_lens(loaded.anatomy, "raw")
-    layers = tuple(range(len(loaded.anatomy.blocks)))
+    lens = make_lens(loaded.parts, "raw")
+    layers = tuple(range(len(loaded.parts.blocks)))
     prompts = sum(map(len, work))
     rows = sum(len(layers) * len(example.token_ids) for batch in work for example in batch)
     rows += sum((len(layers) - 1) * len(example.token_ids) + 1 for batch in work for example in batch)

@@ -69,7 +69,7 @@ def make_models(folder: Path) -> None:
 def compare(folder: Path, label: str, model: Path, arguments: list[str], threads: int) -> None:
     from backlens.cli.main import app
     from backlens.config import PlanOptions
-    from backlens.forecast.forecast import look_ahead
+    from backlens.forecast.forecast import make_forecast
 
     out = folder / f"run of {label}"
     common = [
@@ -82,7 +82,7 @@ def compare(folder: Path, label: str, model: Path, arguments: list[str], threads
         *arguments,
     ]
     _, bound, *_ = app.parse_args(["run", *common])
-    outlook = look_ahead(bound.arguments["options"], PlanOptions(calibrate=True))
+    outlook = make_forecast(bound.arguments["options"], PlanOptions(calibrate=True))
     entry = [
         sys.executable,
         "-c",

@@ -12,7 +12,7 @@ from tests.agreement import measure
 from tests.families import CONFIGS
 from tests.tiny import random_model
 
-from backlens.models.blocks import anatomy
+from backlens.models.blocks import find_parts
 from backlens.terms import MODULES
 
 PAGE = Path(__file__).with_name("models.md")
@@ -69,7 +69,7 @@ def main() -> None:
     left_out: dict[str, str] = {}
     for case in sorted(CONFIGS):
         model = random_model(CONFIGS[case]).requires_grad_(False)
-        for block in anatomy(model).blocks:
+        for block in find_parts(model).blocks:
             left_out |= {
                 f"* {case.partition(',')[0]}: `{path}`, {what}": ""
                 for path, what in block.not_covered.items()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from backlens.capture.batch import Side, make_batch
 from backlens.capture.hooks import Gradient, capture
-from backlens.models.blocks import anatomy
+from backlens.models.blocks import find_parts
 from backlens.models.load import LoadedModel
 from backlens.projection.lens import lens_error, make_lens
 from tests.families import EXPERTS, columns_of, expert_gradient
@@ -44,7 +44,7 @@ class Agreement:
 
 
 def measure(model: PreTrainedModel, case: str) -> Agreement:
-    parts = anatomy(model)
+    parts = find_parts(model)
     every = range(len(PROMPTS))
     alone = [captured(model, [row])[0] for row in every]
     return Agreement(
@@ -59,7 +59,7 @@ def captured(
     model: PreTrainedModel, rows: Sequence[int], side: Side = "right", *, recompute: bool = False
 ) -> list[Captured]:
     """(x, δ) of every weight matrix, for each of the given prompts in one batch."""
-    loaded = LoadedModel(model, byte_tokenizer(), anatomy(model))
+    loaded = LoadedModel(model, byte_tokenizer(), find_parts(model))
     batch = make_batch([(PROMPTS[row], TARGETS[row]) for row in rows], CPU, side)
     found: list[Captured] = [{} for _ in rows]
 
@@ -70,8 +70,8 @@ def captured(
                 key = gradient.layer, gradient.module, gradient.expert
                 found[int(prompt)][key] = x[own].clone(), vjp[own].clone()
 
-    layers = range(len(loaded.anatomy.blocks))
-    capture(loaded, batch, layers, loaded.anatomy.modules, keep, activation_checkpointing=recompute)
+    layers = range(len(loaded.parts.blocks))
+    capture(loaded, batch, layers, loaded.parts.modules, keep, activation_checkpointing=recompute)
     return found
 
 
@@ -93,7 +93,7 @@ def weight_gradients(model: PreTrainedModel, case: str, row: int) -> dict[Key, T
     logits = model(torch.tensor([PROMPTS[row]])).logits[0, -1].float()
     (-logits.log_softmax(-1)[TARGETS[row][0]]).backward()
     gradients: dict[Key, Tensor] = {}
-    for layer, block in enumerate(anatomy(model).blocks):
+    for layer, block in enumerate(find_parts(model).blocks):
         for module, located in block.matrices.items():
             fused = columns_of(case, module)
             submodule = block.module.get_submodule(fused[0] if fused else located.path)

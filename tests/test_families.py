@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from backlens.errors import BacklensError
-from backlens.models.blocks import anatomy
+from backlens.models.blocks import find_parts
 from backlens.models.layout import LAYOUTS
 from backlens.models.load import ModelSource, load_model
 from backlens.projection.lens import lens_tolerance, make_lens, verify_lens
@@ -56,7 +56,7 @@ def test_factors_are_the_same_when_blocks_are_computed_twice(model: PreTrainedMo
         for key, factors in expected.items():
             for one, other in zip(found[key], factors, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
-    assert not any("forward" in vars(block.module) for block in anatomy(model).blocks)
+    assert not any("forward" in vars(block.module) for block in find_parts(model).blocks)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -89,7 +89,7 @@ def test_a_block_with_a_matrix_that_no_module_name_covers_is_refused() -> None:
     model = LlamaForCausalLM(LlamaConfig(**MODERN))
     model.get_submodule("model.layers.1.mlp").add_module("adapter", nn.Linear(32, 32))
     with pytest.raises(BacklensError, match=r"block 1 .*mlp\.adapter"):
-        anatomy(model)
+        find_parts(model)
 
 
 def test_a_head_that_is_not_affine_is_refused() -> None:
@@ -99,6 +99,6 @@ def test_a_head_that_is_not_affine_is_refused() -> None:
 
     model = LlamaForCausalLM(LlamaConfig(**MODERN)).eval()
     model.lm_head = Squared(32, 300, bias=False)
-    parts = anatomy(model)
+    parts = find_parts(model)
     with pytest.raises(BacklensError, match="does not give this model's logits"):
         verify_lens(model, parts, make_lens(parts, "raw"))

@@ -9,7 +9,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from backlens.errors import BacklensError
-from backlens.models.blocks import anatomy
+from backlens.models.blocks import find_parts
 from backlens.models.final_norm import probe_norm
 from backlens.projection.lens import make_lens
 from tests.tiny import CONFIGS, random_model
@@ -60,7 +60,7 @@ def test_a_norm_that_is_not_affine_up_to_a_scalar_is_refused(module: nn.Module) 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_lens_of_the_last_hidden_state_equals_the_models_own_logits(family: str) -> None:
     model = random_model(CONFIGS[family])
-    parts = anatomy(model)
+    parts = find_parts(model)
     kept: list[Tensor] = []
     assert parts.final_norm is not None
     parts.final_norm.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
@@ -78,7 +78,7 @@ def test_unit_scaling_is_the_norm_of_the_vector_divided_by_its_length(
     exponent: int, seed: int, centred: bool
 ) -> None:
     model = random_model(CONFIGS["gpt2" if centred else "llama"])
-    lens = make_lens(anatomy(model), "unit")
+    lens = make_lens(find_parts(model), "unit")
     generator = torch.Generator().manual_seed(seed)
     vector = torch.randn(32, generator=generator).double() * 10.0**exponent
     scale = lens.scale(vector.square().sum(), lens.norm.centre(vector).square().sum())

@@ -33,9 +33,9 @@ def rows(model: LoadedModel, recompute: bool = False) -> Counter[tuple[int, str]
         for gradient in group:
             seen[gradient.layer, gradient.module] += len(gradient.slots.prompts)
 
-    layers = range(len(model.anatomy.blocks))
+    layers = range(len(model.parts.blocks))
     batch = make_batch(BATCH, torch.device("cpu"))
-    capture(model, batch, layers, model.anatomy.modules, count, activation_checkpointing=recompute)
+    capture(model, batch, layers, model.parts.modules, count, activation_checkpointing=recompute)
     return seen
 
 
@@ -107,7 +107,7 @@ FAULTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_matrix_that_is_passed_by_is_named(fault: str, recompute: bool, tmp_path: Path) -> None:
     model = loaded(tmp_path)
-    mlp: Any = model.anatomy.blocks[1].module.get_submodule("mlp")
+    mlp: Any = model.parts.blocks[1].module.get_submodule("mlp")
     forward, says = FAULTS[fault]
     mlp.forward = lambda x: forward(mlp, x)
     with pytest.raises(MatrixMissed) as refused:
@@ -123,7 +123,7 @@ def test_one_call_with_a_graph_is_enough(
 ) -> None:
     model = loaded(tmp_path)
     expected = rows(model)
-    mlp: Any = model.anatomy.blocks[1].module.get_submodule("mlp")
+    mlp: Any = model.parts.blocks[1].module.get_submodule("mlp")
     mlp.forward = lambda x: forward(mlp, x)
     assert rows(model, recompute) == expected
     assert set(expected.values()) == {3}
@@ -134,7 +134,7 @@ def test_a_fused_matrix_that_is_passed_by_is_named_by_all_its_modules(
     recompute: bool, tmp_path: Path
 ) -> None:
     model = loaded(tmp_path, "gpt2")
-    fused = model.anatomy.blocks[0].module.get_submodule("attn.c_attn")
+    fused = model.parts.blocks[0].module.get_submodule("attn.c_attn")
     fused.__class__ = type("PastHooks", (type(fused),), {"__call__": type(fused).forward})
     with pytest.raises(MatrixMissed, match=r"attn\.q, attn\.k, attn\.v of layer 0 .* attn\.c_attn is never"):
         rows(model, recompute)
@@ -145,7 +145,7 @@ def test_a_fused_matrix_that_is_passed_by_is_named_by_all_its_modules(
 def test_experts_that_are_computed_past_us_are_named(family: str, recompute: bool, tmp_path: Path) -> None:
     model = loaded(tmp_path, family)
     rows(model, recompute)  # experts that got no token have no rows, and that is no fault
-    experts: Any = model.anatomy.blocks[1].experts and model.anatomy.blocks[1].experts.module
+    experts: Any = model.parts.blocks[1].experts and model.parts.blocks[1].experts.module
     experts.forward = lambda hidden, *_: hidden * experts.down_proj.mean()
     with pytest.raises(MatrixMissed, match=r"of layer 1 cannot be had: \w+_proj is never called"):
         rows(model, recompute)
@@ -156,7 +156,7 @@ def test_experts_that_are_computed_past_us_are_named(family: str, recompute: boo
 
 def test_experts_under_no_grad_and_experts_called_twice_are_named(tmp_path: Path) -> None:
     model = loaded(tmp_path, "mixtral")
-    experts: Any = model.anatomy.blocks[0].experts and model.anatomy.blocks[0].experts.module
+    experts: Any = model.parts.blocks[0].experts and model.parts.blocks[0].experts.module
     own = type(experts).forward
 
     def without_graph(*given: Any) -> Tensor:

@@ -90,7 +90,7 @@ def test_factors_multiply_to_the_gradient_of_the_weights_that_they_stand_for(
         captured.update({(g.layer, g.module): (g.x[0].clone(), g.vjp[0].clone()) for g in group})
 
     batch = make_batch([(PROMPT, TARGET)], CPU)
-    outcome = capture(quantized, batch, range(3), quantized.anatomy.modules, keep)
+    outcome = capture(quantized, batch, range(3), quantized.parts.modules, keep)
     model: Any = dequantized(folder, quantized)
     loss = -model(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)[TARGET[0]]
     loss.backward()
@@ -98,7 +98,7 @@ def test_factors_multiply_to_the_gradient_of_the_weights_that_they_stand_for(
     assert outcome.loss.item() == pytest.approx(loss.item(), rel=limit)
     assert len(captured) == 3 * 7
     for (layer, module), (x, vjp) in captured.items():
-        path = quantized.anatomy.blocks[layer].matrices[module].path
+        path = quantized.parts.blocks[layer].matrices[module].path
         gradient = model.model.layers[layer].get_submodule(path).weight.grad.T
         assert (x.T @ vjp - gradient).norm() <= limit * gradient.norm(), (layer, module)
 
@@ -113,9 +113,7 @@ def test_checkpointing_and_passes_without_a_graph_change_nothing(quantized: Load
             factors.update({(g.layer, g.module): g.vjp[0].clone() for g in group})
 
         batch = make_batch([(PROMPT, TARGET)], CPU)
-        capture(
-            quantized, batch, range(3), quantized.anatomy.modules, keep, activation_checkpointing=recompute
-        )
+        capture(quantized, batch, range(3), quantized.parts.modules, keep, activation_checkpointing=recompute)
         found.append(factors)
         with torch.no_grad():
             quantized.model(torch.tensor([PROMPT]))
@@ -133,7 +131,7 @@ def test_the_doctor_passes_a_quantized_model_and_says_what_it_could_not_check(fo
 
 
 def test_the_lens_is_that_of_the_unquantized_head(quantized: LoadedModel) -> None:
-    error = lens_error(quantized.model, quantized.anatomy, make_lens(quantized.anatomy, "raw"))
+    error = lens_error(quantized.model, quantized.parts, make_lens(quantized.parts, "raw"))
     assert error <= lens_tolerance(quantized.model)
 
 
@@ -155,7 +153,7 @@ def test_a_kernel_without_a_backward_pass_is_an_error(form: str, folder: Path) -
     if not converted:
         pytest.skip("this CPU has no such kernel (it takes avx512_bf16)")
     with pytest.raises(BacklensError, match=r"no gradient passes through self_attn\.q_proj of block 0"):
-        verify_backward(loaded.model, [block.module for block in loaded.anatomy.blocks])
+        verify_backward(loaded.model, [block.module for block in loaded.parts.blocks])
 
 
 @pytest.mark.skipif(

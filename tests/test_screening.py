@@ -21,10 +21,10 @@ from backlens.projection import candidates as sieve
 from backlens.projection import cpu as kernels
 from backlens.projection import float32_bound as screening
 from backlens.projection import project as projection
-from backlens.projection.exact import Exact
-from backlens.projection.float32_bound import Screen, Screening, prepare
+from backlens.projection.exact import ExactScores
+from backlens.projection.float32_bound import ApproximateScores, Screening, prepare
 from backlens.projection.lens import Lens
-from backlens.projection.project import Selection, Vectors, project, spread_of
+from backlens.projection.project import TopK, Vectors, project, spread_of
 
 WORDS = ("normal", "near ties", "duplicates", "whole numbers", "all the same", "of every length", "denormal")
 SIZES = (1.0, 1e30, 1e-30, 1e-40)
@@ -126,7 +126,7 @@ def scale_of(lens: Lens, vectors: Tensor) -> Tensor:
     return lens.scale(wide.square().sum(-1), lens.norm.centre(wide).square().sum(-1))
 
 
-def full_sort(vectors: Vectors, lens: Lens, targets: Tensor, k: int) -> list[Selection | None]:
+def full_sort(vectors: Vectors, lens: Lens, targets: Tensor, k: int) -> list[TopK | None]:
     """Every score by its definition, then a plain sort by score and id."""
     unembedding, constant = lens.unembedding.double().numpy(), lens.constant.double().numpy()
     found = []
@@ -145,18 +145,16 @@ def full_sort(vectors: Vectors, lens: Lens, targets: Tensor, k: int) -> list[Sel
             bottom = np.argsort(scores, kind="stable")[:k]
             rows.append((top, scores[top], bottom, scores[bottom], target, (scores > target).sum()))
         found.append(
-            Selection(*(torch.tensor(np.array(column)) for column in zip(*rows, strict=True)))
-            if rows
-            else None
+            TopK(*(torch.tensor(np.array(column)) for column in zip(*rows, strict=True))) if rows else None
         )
     return found
 
 
-def assert_same(found: Selection, expected: Selection | None) -> None:
+def assert_same(found: TopK, expected: TopK | None) -> None:
     if expected is None:
         assert len(found.target_rank) == 0
         return
-    for name in Selection.__dataclass_fields__:
+    for name in TopK.__dataclass_fields__:
         assert torch.equal(getattr(found, name).double(), getattr(expected, name).double()), name
 
 
@@ -198,10 +196,10 @@ def test_a_projection_is_a_full_sort_when_there_is_no_room_for_doubts(
 def test_a_screened_score_is_within_the_proven_error(case: Case, screening: Screening) -> None:
     lens = case.lens()
     spread = spread_of(case.vectors(lens), lens, case.targets())
-    screen, stop = Screen(spread, lens, prepare(lens), screening), min(case.vocabulary, 640)
+    screen, stop = ApproximateScores(spread, lens, prepare(lens), screening), min(case.vocabulary, 640)
     rows = torch.arange(len(spread.targets))
     out = torch.cat([scores for _, scores in screen.tile(0, stop).scores()])
-    distance = (out.double() - Exact(spread, lens).of_tile(rows, 0, stop).double()).abs().amax(-1)
+    distance = (out.double() - ExactScores(spread, lens).of_tile(rows, 0, stop).double()).abs().amax(-1)
     sound = screen.sound()
     assert (distance <= screen.error(0, stop))[sound].all()
 
@@ -214,7 +212,7 @@ def test_a_prompts_selection_is_the_same_alone_and_in_a_batch(mixes: int) -> Non
     together = project(vectors, lens, targets, 10)
     alone = [project(vectors[i : i + 1], lens, targets[i : i + 1], 10) for i in range(3)]
     for place in range(2):
-        for name in Selection.__dataclass_fields__:
+        for name in TopK.__dataclass_fields__:
             rows = torch.cat([getattr(pair[place], name) for pair in alone])
             assert torch.equal(getattr(together[place], name), rows)
 
@@ -224,13 +222,13 @@ def test_few_tokens_are_left_in_doubt() -> None:
     lens = case.lens()
     vectors, targets = case.vectors(lens), case.targets()
     scored: list[int] = []
-    original = Exact.of_pairs
+    original = ExactScores.of_pairs
 
-    def counted(exact: Exact, rows: Tensor, ids: Tensor) -> Tensor:
+    def counted(exact: ExactScores, rows: Tensor, ids: Tensor) -> Tensor:
         scored.append(len(ids))
         return original(exact, rows, ids)
 
-    with mock.patch.object(Exact, "of_pairs", counted):
+    with mock.patch.object(ExactScores, "of_pairs", counted):
         project(vectors, lens, targets, 10)
     rows = int(vectors.wanted.sum() + vectors.mix_wanted.sum())
     assert sum(scored) < 60 * rows

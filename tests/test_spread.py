@@ -14,8 +14,8 @@ from transformers import LlamaConfig, PreTrainedModel
 from backlens.capture.batch import make_batch
 from backlens.capture.hooks import Gradient, capture
 from backlens.errors import BacklensError
-from backlens.models.blocks import anatomy
-from backlens.models.device_map import Device, Spread, lens_bytes, place
+from backlens.models.blocks import find_parts
+from backlens.models.device_map import Device, DeviceMapOptions, lens_bytes, place
 from backlens.models.load import LoadedModel, ModelSource, empty_model, load_model
 from backlens.projection.lens import make_lens, verify_lens
 from tests.families import CONFIGS
@@ -43,7 +43,7 @@ LENS = size(MODEL.lm_head.parameters())
 
 def placed(limits: Mapping[Device, int], offload: str | None = None) -> tuple[list[Device], set[Device]]:
     """The blocks' devices in order, and those of everything else."""
-    found = dict(place(MODEL, torch.float32, Spread(limits, offload)).devices)
+    found = dict(place(MODEL, torch.float32, DeviceMapOptions(limits, offload)).devices)
     blocks = [found.pop(f"model.layers.{index}") for index in range(LAYERS)]
     assert set(found) == {"model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"}
     return blocks, set(found.values())
@@ -66,7 +66,7 @@ def test_what_is_outside_the_blocks_has_its_room_kept_on_the_last_gpu() -> None:
 
 def test_gpus_with_blocks_keep_room_for_a_lens_of_their_own() -> None:
     limits: dict[Device, int] = {0: WHOLE, 1: LENS + 6 * BLOCK, 2: WHOLE, 3: WHOLE}
-    found = place(MODEL, torch.float32, Spread(limits))
+    found = place(MODEL, torch.float32, DeviceMapOptions(limits))
     blocks = [found.devices[f"model.layers.{index}"] for index in range(LAYERS)]
     assert found.lens_copies == (2, 1, 0)
     assert 1 <= blocks.count(1) <= 6
@@ -75,21 +75,21 @@ def test_gpus_with_blocks_keep_room_for_a_lens_of_their_own() -> None:
 
 def test_a_lens_that_would_push_out_blocks_is_left_where_the_head_is() -> None:
     tight: dict[Device, int] = {0: 20 * BLOCK, 1: OUTSIDE + 22 * BLOCK}
-    found = place(MODEL, torch.float32, Spread(tight))
+    found = place(MODEL, torch.float32, DeviceMapOptions(tight))
     assert found.lens_copies == ()
     assert {found.devices[f"model.layers.{index}"] for index in range(LAYERS)} == {0, 1}
-    assert place(MODEL, torch.float32, Spread(tight | {0: 24 * BLOCK + LENS})).lens_copies == (0,)
+    assert place(MODEL, torch.float32, DeviceMapOptions(tight | {0: 24 * BLOCK + LENS})).lens_copies == (0,)
 
 
 def test_a_gpu_without_blocks_has_no_lens() -> None:
     limits: dict[Device, int] = {0: LENS, 1: WHOLE, 2: WHOLE}
-    assert place(MODEL, torch.float32, Spread(limits)).lens_copies == (1,)
+    assert place(MODEL, torch.float32, DeviceMapOptions(limits)).lens_copies == (1,)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt, as 350m"])
 def test_the_room_of_a_lens_is_what_its_unembedding_takes(family: str) -> None:
     model = random_model(CONFIGS[family]).bfloat16()
-    lens = make_lens(anatomy(model), "raw")
+    lens = make_lens(find_parts(model), "raw")
     assert lens_bytes(model, torch.bfloat16) == lens.unembedding.nbytes
 
 
@@ -119,20 +119,20 @@ def test_a_head_that_is_tied_to_the_embeddings_is_counted_once() -> None:
     model = llama(tied=True)
     table = 3000 * 32 * 4
     limits: dict[Device, int] = {0: WHOLE, 1: OUTSIDE - table + BLOCK}
-    assert place(model, torch.float32, Spread(limits)).devices["lm_head"] == 1
+    assert place(model, torch.float32, DeviceMapOptions(limits)).devices["lm_head"] == 1
 
 
 def test_half_precision_takes_half_the_room() -> None:
     limits: dict[Device, int] = {0: WHOLE // 2 + 2 * BLOCK}
-    assert set(place(MODEL, torch.bfloat16, Spread(limits)).devices.values()) == {0}
+    assert set(place(MODEL, torch.bfloat16, DeviceMapOptions(limits)).devices.values()) == {0}
     with pytest.raises(BacklensError, match="fit on no device"):
-        place(MODEL, torch.float32, Spread(limits))
+        place(MODEL, torch.float32, DeviceMapOptions(limits))
 
 
 @pytest.mark.parametrize("family", FEW)
 def test_every_weight_of_every_family_has_one_place(family: str) -> None:
     model = empty_model(ModelSource(""), FEW[family])
-    found = place(model, torch.float32, Spread({0: 10**9, 1: 10**9})).devices
+    found = place(model, torch.float32, DeviceMapOptions({0: 10**9, 1: 10**9})).devices
     for name, _ in model.named_parameters():
         assert sum(name == path or name.startswith(f"{path}.") for path in found) == 1, name
 
@@ -174,11 +174,11 @@ def test_a_model_dispatched_to_emulated_gpus_gives_the_factors_of_the_whole_one(
     whole = load_model(source, torch.device("cpu"))
     expected = _gradients(whole)
     limits: dict[Device, int] = dict.fromkeys(range(3), 10**6)
-    places = place(whole.model, torch.float32, Spread(limits)).devices
+    places = place(whole.model, torch.float32, DeviceMapOptions(limits)).devices
     with EmulatedGpus() as emulated:
         dispatched: Any = {path: f"cuda:{device}" for path, device in places.items()}
         dispatch_model(whole.model, dispatched, main_device=torch.device("cuda:2"), force_hooks=True)
-        parts = anatomy(whole.model)
+        parts = find_parts(whole.model)
         verify_lens(whole.model, parts, make_lens(parts, "raw"))
         spread = LoadedModel(whole.model, whole.tokenizer, parts, whole.attention)
         found = _gradients(spread)
@@ -199,5 +199,5 @@ def _gradients(loaded: LoadedModel) -> dict[tuple[int, str], tuple[torch.Tensor,
             found[each.layer, each.module] = (each.x.clone(), each.vjp.clone())
 
     batch = make_batch([([1, 2, 3, 4], [5]), ([6, 7], [8])], loaded.device)
-    capture(loaded, batch, (0, 1, 2), loaded.anatomy.modules, keep)
+    capture(loaded, batch, (0, 1, 2), loaded.parts.modules, keep)
     return found

@@ -8,7 +8,7 @@ from backlens.config import PlanOptions, RunConfig, nearest
 from backlens.engine.run import NoProgress
 from backlens.engine.run import run as run_config
 from backlens.errors import BacklensError
-from backlens.forecast.forecast import Outlook, look_ahead
+from backlens.forecast.forecast import Forecast, make_forecast
 
 
 def run(**options: Any) -> Run:
@@ -21,11 +21,11 @@ def run(**options: Any) -> Run:
     return Run(run_config(RunConfig(**options), NoProgress()).out)
 
 
-def plan(**options: Any) -> Outlook:
+def plan(**options: Any) -> Forecast:
     """Say what a run would take: rows, bytes, devices, time and cost. The options are those of `backlens plan`."""
     _check("plan", options, RunConfig, PlanOptions)
     planning = {field.name: options.pop(field.name) for field in fields(PlanOptions) if field.name in options}
-    return look_ahead(RunConfig(**options), PlanOptions(**planning))
+    return make_forecast(RunConfig(**options), PlanOptions(**planning))
 
 
 def open(out: str) -> Run:

@@ -23,12 +23,12 @@ from backlens.capture.memory import (
     release_freed_memory,
 )
 from backlens.capture.packing import Packer, TokenBudget
-from backlens.columns import Block, fact_table, failure_table, prompt_table, without_prompts
+from backlens.columns import MatrixRows, fact_table, failure_table, prompt_table, without_prompts
 from backlens.config import Vocabulary
 from backlens.errors import BacklensError
 from backlens.gradients import Gradients
 from backlens.models.checkpoint import Attention, Dtype, ModelSource
-from backlens.models.device_map import Spread
+from backlens.models.device_map import DeviceMapOptions
 from backlens.models.in_memory import adopt, borrowed
 from backlens.models.layout import read_layout
 from backlens.models.load import LoadedModel, load_model
@@ -110,7 +110,7 @@ class BackwardLens:
         scaling: Scaling = "raw",
         vocabulary: Vocabulary = "tokenizer",
         *,
-        device_map: Spread | None = None,
+        device_map: DeviceMapOptions | None = None,
         zero3: Zero3 | None = None,
     ) -> "BackwardLens":
         """Load a model as a worker holds it: on one device, spread over several, or partitioned over ranks."""
@@ -128,7 +128,7 @@ class BackwardLens:
         return made
 
     def _hold(self, loaded: LoadedModel, scaling: Scaling, vocabulary: Vocabulary) -> None:
-        parts = loaded.anatomy
+        parts = loaded.parts
         self.loaded = loaded
         whole = whole_for_the_lens(parts) if loaded.partitioned else parts
         self.lens = make_lens(whole, scaling, loaded.token_ids if vocabulary == "tokenizer" else None)
@@ -144,12 +144,12 @@ class BackwardLens:
     @property
     def layers(self) -> int:
         """Number of blocks."""
-        return len(self.loaded.anatomy.blocks)
+        return len(self.loaded.parts.blocks)
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Names of the weight matrices that gradients are taken of."""
-        return self.loaded.anatomy.modules
+        return self.loaded.parts.modules
 
     @property
     def embedded_tokens(self) -> int:
@@ -250,7 +250,7 @@ class BackwardLens:
                 prepend_bos=prepend_bos,
                 target_mode=target_mode,
                 context=context,
-                rows=self.loaded.anatomy.rows,
+                rows=self.loaded.parts.rows,
                 chat_template=chat_template,
             )
         )
@@ -370,7 +370,7 @@ class Computed:
         self.examples: list[Example] = []
         self.outcomes: list[Outcome] = []
         self.failed: list[Rejected] = []
-        self.blocks: defaultdict[str, list[Block]] = defaultdict(list)
+        self.blocks: defaultdict[str, list[MatrixRows]] = defaultdict(list)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.padded = 0
         """Tokens of the batches, padding included."""
@@ -398,7 +398,7 @@ class Computed:
         self._overflowed += other._overflowed
         self._add_rows(other.blocks, other.seconds)
 
-    def _add_rows(self, blocks: Mapping[str, list[Block]], seconds: Mapping[str, float]) -> None:
+    def _add_rows(self, blocks: Mapping[str, list[MatrixRows]], seconds: Mapping[str, float]) -> None:
         for name, more in blocks.items():
             self.blocks[name] += more
         for stage, taken in seconds.items():

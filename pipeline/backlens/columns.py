@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from backlens.capture.loss import Outcome
-from backlens.projection.project import Selection
+from backlens.projection.project import TopK
 from backlens.prompts.prompt import Rejected
 from backlens.prompts.tokenize import Example
 from backlens.store.tables import FAILURES, MODULE, PROMPTS, TABLES, Table
@@ -34,8 +34,8 @@ class Projections:
     target_rank: np.ndarray
 
     @classmethod
-    def of(cls, selection: Selection, valid: Bool[Tensor, " row"]) -> "Projections":
-        columns = {name: getattr(selection, name).cpu().numpy() for name in Selection.__dataclass_fields__}
+    def of(cls, selection: TopK, valid: Bool[Tensor, " row"]) -> "Projections":
+        columns = {name: getattr(selection, name).cpu().numpy() for name in TopK.__dataclass_fields__}
         return cls(valid=valid.cpu().numpy(), **columns)
 
     def of_mixes(self, shape: torch.Size, mixes: slice) -> "Projections":
@@ -67,7 +67,7 @@ class Ragged:
 
 
 @dataclass(frozen=True)
-class Block:
+class MatrixRows:
     """Rows of one table for one weight matrix: plain columns, then lists, then projection columns."""
 
     layer: int
@@ -78,7 +78,7 @@ class Block:
     projections: Projections | None = None
 
 
-def fact_table(name: str, blocks: Sequence[Block]) -> pa.Table:
+def fact_table(name: str, blocks: Sequence[MatrixRows]) -> pa.Table:
     """The rows of one fact table, in the order of the blocks."""
     table = TABLES[name]
     if not blocks:

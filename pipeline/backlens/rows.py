@@ -35,11 +35,11 @@ from backlens.capture.factors import (
 )
 from backlens.capture.hooks import Gradient, capture
 from backlens.capture.loss import Outcome
-from backlens.columns import Block, Projections, Ragged
+from backlens.columns import MatrixRows, Projections, Ragged
 from backlens.models.load import LoadedModel
 from backlens.projection.float32_bound import Screening
 from backlens.projection.lens import Lens
-from backlens.projection.project import Selection, Vectors, extremes, project
+from backlens.projection.project import TopK, Vectors, extremes, project
 from backlens.projection.threads import at_once, device_threads
 from backlens.prompts.tokenize import Example, TargetMode
 from backlens.terms import READS
@@ -71,7 +71,7 @@ class BatchRows:
 
     outcome: Outcome
     finite: Bool[Tensor, " prompt"]
-    blocks: dict[str, list[Block]]
+    blocks: dict[str, list[MatrixRows]]
     seconds: dict[str, float]
     """By stage; together the time that the batch took. With several threads, those of the busiest."""
 
@@ -124,7 +124,7 @@ def batch_rows(
         )
     # In the order of the lenses and of each one's groups, whichever was done first.
     finite = outcome.loss.isfinite()
-    blocks: defaultdict[str, list[Block]] = defaultdict(list)
+    blocks: defaultdict[str, list[MatrixRows]] = defaultdict(list)
     for collector in collectors.values():
         finite &= collector.finite.to(finite.device)
         for table, some in collector.blocks.items():
@@ -171,7 +171,7 @@ class RowCollector:
         chosen: Bool[Tensor, "prompt position"],
         examples: Sequence[Example],
     ) -> None:
-        self.blocks: defaultdict[str, list[Block]] = defaultdict(list)
+        self.blocks: defaultdict[str, list[MatrixRows]] = defaultdict(list)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.finite = torch.ones(len(examples), dtype=torch.bool, device=batch.mask.device)
         self._lens = lens
@@ -246,7 +246,7 @@ class RowCollector:
         )
         return _Group(tokens, vectors, modules, residual_gram)
 
-    def _emit(self, group: "_Group", own: Selection, mixed: Selection) -> None:
+    def _emit(self, group: "_Group", own: TopK, mixed: TopK) -> None:
         token_projections = Projections.of(own, group.vectors.wanted[group.tokens.chosen])
         per_mix = Projections.of(mixed, group.vectors.mix_wanted.flatten())
         shape = group.vectors.mix_wanted.shape
@@ -298,10 +298,10 @@ class RowCollector:
     @staticmethod
     def _block(
         module: "_Module", columns: dict[str, Tensor], projections: Projections | None = None
-    ) -> Block:
+    ) -> MatrixRows:
         factors = module.factors
         arrays = {name: column.cpu().numpy() for name, column in columns.items()}
-        return Block(factors.layer, factors.module, factors.expert, arrays, projections=projections)
+        return MatrixRows(factors.layer, factors.module, factors.expert, arrays, projections=projections)
 
 
 @dataclass(frozen=True, eq=False)

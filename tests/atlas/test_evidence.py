@@ -12,7 +12,7 @@ from backlens.atlas import Atlas
 from backlens.atlas.build import build_atlas
 from backlens.store.commit import commit_shard, write_vocab
 from backlens.store.directory import Directory
-from backlens.store.run_record import Plan, finish, open_run
+from backlens.store.run_record import ShardPlan, finish, open_run
 from backlens.store.tables import TABLES
 from tests.store.examples import arrow
 
@@ -96,7 +96,7 @@ def written(folder: Path, neurons: list[Row], floor: float = FLOOR) -> str:
         {"model": "tiny"},
         config={"neurons": KEPT, "top_k": K},
         config_yaml="",
-        plan=Plan(prompts=PROMPTS, shards=1, shard_prompts=PROMPTS),
+        plan=ShardPlan(prompts=PROMPTS, shards=1, shard_prompts=PROMPTS),
         model={"name": "tiny", "layers": 3, "modules": ["mlp.up", "mlp.down"], "norm_floor": floor},
     )
     write_vocab(directory, VOCABULARY, [token.encode() for token in VOCABULARY])

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from backlens.atlas import Atlas
 from backlens.atlas.neuron_weights import neuron_weights
 from backlens.cli.main import call
-from backlens.models.blocks import Block, anatomy
+from backlens.models.blocks import Block, find_parts
 from tests.families import CONFIGS, columns_of, expert_gradient
 from tests.oracle import PATHS, WRITES
 from tests.tiny import random_model, save_tiny
@@ -46,7 +46,7 @@ def _takes(layer: torch.nn.Module, width: int) -> bool:
 @torch.no_grad()
 def test_every_familys_neurons_are_columns_they_read_or_rows_they_write(case: str):
     seen = 0
-    for block in anatomy(random_model(CONFIGS[case])).blocks:
+    for block in find_parts(random_model(CONFIGS[case])).blocks:
         units: list[tuple[str, int | None]] = [(module, None) for module in block.matrices]
         units += [(module, 1) for module in (block.experts.matrices if block.experts else ())]
         for module, expert in units:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from backlens.models.blocks import anatomy, describe_blocks, misfits
+from backlens.models.blocks import describe_blocks, find_parts, misfits
 from backlens.models.layout import LAYOUTS, Cut, Layout, read_layout
 from backlens.models.recognition import draft_layout, see_blocks
 from tests.doctor.models import RenamedConfig, save
@@ -46,7 +46,7 @@ def without_weights(config: PretrainedConfig) -> PreTrainedModel:
 def test_an_unedited_draft_names_every_matrix_and_fits_every_width(family: str, tmp_path: Path) -> None:
     assert family not in LAYOUTS
     model = random_model(UNKNOWN[family])
-    found = anatomy(model, drafted(model, tmp_path))
+    found = find_parts(model, drafted(model, tmp_path))
     gate = set() if family in ("nemotron", "persimmon", "xglm", "openai-gpt") else {"mlp.gate"}
     assert set(found.modules) == {"mlp.up", "mlp.down", "attn.q", "attn.k", "attn.v", "attn.o"} | gate
     assert misfits(found.blocks, found.d_model) == []

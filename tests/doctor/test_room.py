@@ -8,8 +8,8 @@ from torch import nn
 
 from backlens.capture.memory import free_memory
 from backlens.doctor import examine, gradients
-from backlens.doctor.model_copy import Trial
-from backlens.models.blocks import anatomy
+from backlens.doctor.model_copy import ModelCopy
+from backlens.models.blocks import find_parts
 from backlens.models.load import LoadedModel
 from tests.doctor.models import save
 from tests.doctor.test_doctor import doctor
@@ -45,10 +45,10 @@ def test_without_room_for_float32_half_precision_has_a_limit_of_its_own(tmp_path
 
 def test_quantized_weights_have_no_gradient_to_compare_with() -> None:
     model = random_model(CONFIGS["gpt2"]).requires_grad_(False)
-    loaded = LoadedModel(model, byte_tokenizer(), anatomy(model))
+    loaded = LoadedModel(model, byte_tokenizer(), find_parts(model))
     packed = nn.Parameter(torch.zeros(32, 128, dtype=torch.uint8), requires_grad=False)
-    loaded.anatomy.blocks[1].module.get_submodule("mlp.c_fc").weight = packed
-    found = list(gradients.gradient_checks(Trial(loaded, None, (), ())))
+    loaded.parts.blocks[1].module.get_submodule("mlp.c_fc").weight = packed
+    found = list(gradients.gradient_checks(ModelCopy(loaded, None, (), ())))
     assert [check.status for check in found] == ["skip", "skip"]
     assert "quantized" in found[0].detail
 

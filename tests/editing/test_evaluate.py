@@ -8,7 +8,17 @@ import pytest
 
 from backlens.demo import FACTS
 from backlens.editing.delta import edited
-from backlens.editing.evaluate import KINDS, Answer, Exam, Question, Reading, _result, ask, exam, summary
+from backlens.editing.evaluate import (
+    KINDS,
+    Evaluation,
+    EvaluationPrompt,
+    Reading,
+    TargetScores,
+    _result,
+    ask,
+    exam,
+    summary,
+)
 from backlens.editing.methods.forward_shift import ForwardShift
 from backlens.editing.request import Metrics, Request, read_requests
 from backlens.editing.side_effects import generate, ngram_entropy, reference_score
@@ -59,11 +69,11 @@ def test_targets_of_several_tokens_are_teacher_forced(demo):
 
 
 def test_zsre_counts_tokens_and_counterfact_whole_targets():
-    half = Answer(1.0, (True, False), 0)
+    half = TargetScores(1.0, (True, False), 0)
     expected: dict[Metrics, float] = {"zsre": 0.5, "counterfact": 0.0}
     for metrics, accuracy in expected.items():
         request = Request(0, "here", "p", " t", metrics=metrics)
-        asked = Exam(request, (), (Question("efficacy", Reading(0, (1, 2)), None),))
+        asked = Evaluation(request, (), (EvaluationPrompt("efficacy", Reading(0, (1, 2)), None),))
         result = _result(asked, [("efficacy", half, None)])
         assert result.accuracy["efficacy"] == accuracy
         assert result.success["efficacy"] is None

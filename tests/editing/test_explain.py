@@ -47,7 +47,7 @@ def test_the_new_target_is_added_and_not_taken_away(
 
 def inputs(loaded: LoadedModel, request: Request, module: str) -> torch.Tensor:
     """What a module of the layer reads of the prompt, by a hook of our own."""
-    block = loaded.anatomy.blocks[LAYER]
+    block = loaded.parts.blocks[LAYER]
     kept: list[torch.Tensor] = []
     hook = block.module.get_submodule(block.matrices[module].path).register_forward_hook(
         lambda _module, args, _output: kept.append(args[0][0])
@@ -60,10 +60,10 @@ def inputs(loaded: LoadedModel, request: Request, module: str) -> torch.Tensor:
 
 def listed(loaded: LoadedModel, vector: torch.Tensor) -> tuple[list[str], list[str]]:
     """The five tokens that the model's own norm and head score highest and lowest."""
-    norm = loaded.anatomy.final_norm
+    norm = loaded.parts.final_norm
     assert norm is not None
     with torch.no_grad():
-        order = loaded.anatomy.head(norm(vector)).argsort(descending=True).tolist()
+        order = loaded.parts.head(norm(vector)).argsort(descending=True).tolist()
     texts = [str(loaded.tokenizer.decode([token])) for token in (*order[:5], *order[-5:])]
     return texts[:5], texts[:4:-1]
 
@@ -81,7 +81,7 @@ def test_a_direction_has_the_sign_of_the_edited_positions_part_along_it(
     place = (
         len(demo.tokenizer(request.prompt[:end])["input_ids"]) - 1 if position == "subject" else len(x) - 1
     )
-    width = {"mlp.down": (x.shape[1], demo.anatomy.d_model), "mlp.up": (x.shape[1], 4 * x.shape[1])}[module]
+    width = {"mlp.down": (x.shape[1], demo.parts.d_model), "mlp.up": (x.shape[1], 4 * x.shape[1])}[module]
     change = 0.1 * torch.randn(width, generator=torch.Generator().manual_seed(0))
     left, values, right = torch.linalg.svd(change, full_matrices=False)
     for sign in (1.0, -1.0):

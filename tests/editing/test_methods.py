@@ -156,7 +156,7 @@ def test_every_method_edits_every_dense_family_and_leaves_it_as_it_was(family, t
 
 
 def test_a_matrix_is_seen_the_way_round_it_multiplies(demo):
-    block = demo.anatomy.blocks[0].module.get_submodule("mlp.c_proj")
+    block = demo.parts.blocks[0].module.get_submodule("mlp.c_proj")
     assert isinstance(block, Conv1D)
     assert not isinstance(block, nn.Linear)
     assert matrix(demo, 0, "mlp.down").read().shape == (512, 128)

@@ -22,7 +22,7 @@ from transformers import (
 from backlens.editing import sweep as drive
 from backlens.engine import run as driver
 from backlens.errors import BacklensError
-from backlens.models.device_map import Spread
+from backlens.models.device_map import DeviceMapOptions
 from backlens.models.load import ModelSource, load_model
 from backlens.models.zero3 import Zero3
 from tests.engine.command import (
@@ -146,7 +146,7 @@ def test_so_it_is_in_several_files_and_in_pickles(form: str, flaw: str, llama: P
 def test_so_it_is_where_accelerate_places_the_weights(flaw: str, llama: Path, tmp_path: Path) -> None:
     change, said = FLAWS[flaw]
     model = changed(llama, tmp_path / "model", change)
-    spread = Spread({"cpu": 100_000}, offload=str(tmp_path / "offload"))
+    spread = DeviceMapOptions({"cpu": 100_000}, offload=str(tmp_path / "offload"))
     with pytest.raises(BacklensError, match=re.escape(said)):
         load_model(ModelSource(str(model)), CPU, spread)
     load_model(ModelSource(str(llama)), CPU, spread)

@@ -47,8 +47,8 @@ def loaded(tmp_path: Path) -> LoadedModel:
 
 
 def wanted(loaded: LoadedModel) -> RowOptions:
-    layers = tuple(range(len(loaded.anatomy.blocks)))
-    return RowOptions(layers, loaded.anatomy.modules, top_k=5, neurons=4, save_factors=True)
+    layers = tuple(range(len(loaded.parts.blocks)))
+    return RowOptions(layers, loaded.parts.modules, top_k=5, neurons=4, save_factors=True)
 
 
 def rows(extracted: BatchRows) -> list[tuple[object, ...]]:
@@ -73,7 +73,7 @@ def rows(extracted: BatchRows) -> list[tuple[object, ...]]:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "mixtral"])
 def test_rows_and_their_order_are_the_same_in_threads(family: str, tmp_path: Path) -> None:
     loaded = load(family, tmp_path)
-    lens = make_lens(loaded.anatomy, "raw")
+    lens = make_lens(loaded.parts, "raw")
     one, other = (
         BackwardLens.from_parts(loaded, lens).rows(EXAMPLES, wanted(loaded), threads=each)
         for each in (False, True)
@@ -120,7 +120,7 @@ def test_vectors_are_projected_where_they_arise_or_else_where_the_head_is(
     home: int | None, copy: int | None, loaded: LoadedModel
 ) -> None:
     """They arise in main memory here."""
-    lens = make_lens(loaded.anatomy, "raw")
+    lens = make_lens(loaded.parts, "raw")
     expected = rows(BackwardLens.from_parts(loaded, lens).rows(EXAMPLES, wanted(loaded)))
     first, second = Watched.on(home, lens), Watched.on(copy, lens)
     with EmulatedGpus():
@@ -131,7 +131,7 @@ def test_vectors_are_projected_where_they_arise_or_else_where_the_head_is(
 
 def test_every_device_projects_while_the_others_do(loaded: LoadedModel) -> None:
     """Each device's first piece waits for those of all others, which the backward pass has yet to reach."""
-    devices = [torch.device("cuda", number) for number in range(len(loaded.anatomy.blocks))]
+    devices = [torch.device("cuda", number) for number in range(len(loaded.parts.blocks))]
     together = threading.Barrier(len(devices))
     done: defaultdict[torch.device, list[str]] = defaultdict(list)
     handed: defaultdict[torch.device, list[str]] = defaultdict(list)
@@ -151,7 +151,7 @@ def test_every_device_projects_while_the_others_do(loaded: LoadedModel) -> None:
             hand_over(device, project)
 
         batch = make_batch([([1, 2, 3], [4]), ([5, 6], [7])], loaded.device)
-        capture(loaded, batch, range(len(devices)), loaded.anatomy.modules, consume)
+        capture(loaded, batch, range(len(devices)), loaded.parts.modules, consume)
     assert done == handed
     assert all(len(modules) > 1 for modules in done.values())
     assert len(set.union(*threads.values())) == len(devices)
@@ -172,7 +172,7 @@ class Starved(Lens):
 def test_a_projection_that_runs_out_of_memory_is_the_batchs_error_and_leaves_nothing(
     loaded: LoadedModel,
 ) -> None:
-    lens = make_lens(loaded.anatomy, "raw")
+    lens = make_lens(loaded.parts, "raw")
     before = rows(BackwardLens.from_parts(loaded, lens).rows(EXAMPLES, wanted(loaded), threads=True))
     with pytest.raises(RuntimeError, match="out of memory") as raised:
         BackwardLens.from_parts(loaded, Starved.like(lens)).rows(EXAMPLES, wanted(loaded), threads=True)
@@ -244,6 +244,6 @@ def test_whoever_hands_over_does_not_wait(loaded: LoadedModel) -> None:
 
             hand_over(CPU, project)
 
-        capture(loaded, make_batch([([1, 2, 3], [4])], CPU), (0, 1), loaded.anatomy.modules, consume)
+        capture(loaded, make_batch([([1, 2, 3], [4])], CPU), (0, 1), loaded.parts.modules, consume)
         passed.set()
     assert len(order) == 2 * 4

@@ -139,10 +139,10 @@ def test_a_batch_may_be_padded_on_either_side(
     family: str, target_mode: str, positions: str, tmp_path: Path
 ) -> None:
     loaded = load_model(ModelSource(str(save_tiny(tmp_path, family))), torch.device("cpu"))
-    reader = BackwardLens.from_parts(loaded, make_lens(loaded.anatomy, "raw"))
+    reader = BackwardLens.from_parts(loaded, make_lens(loaded.parts, "raw"))
     wanted = RowOptions(
         layers=(0, 1, 2),
-        modules=loaded.anatomy.modules,
+        modules=loaded.parts.modules,
         positions=positions,  # pyright: ignore[reportArgumentType]
         target_mode=target_mode,  # pyright: ignore[reportArgumentType]
         top_k=5,

@@ -17,7 +17,7 @@ from backlens.errors import BacklensError
 from backlens.forecast.bytes import Estimate
 from backlens.forecast.cluster import read_cluster
 from backlens.forecast.fit import Fit, fit
-from backlens.forecast.forecast import Outlook, look_ahead
+from backlens.forecast.forecast import Forecast, make_forecast
 from backlens.forecast.prompts import Assumed
 from tests.engine.command import called, error_line, write_jsonl
 from tests.engine.conftest import some_prompts
@@ -126,7 +126,7 @@ def test_rows_are_counted_and_bytes_foreseen(
         vocabulary="model",
         **options,  # pyright: ignore[reportArgumentType]
     )
-    expected = look_ahead(config, PlanOptions()).expected
+    expected = make_forecast(config, PlanOptions()).expected
     rows, sizes = measured(config)
     written = {table: count for table, count in rows.items() if count}
     assert {table: count for table, count in expected.rows.items() if count} == written
@@ -134,7 +134,7 @@ def test_rows_are_counted_and_bytes_foreseen(
     # random factors, which larger models' plans are made from, do not know that in the first layers of a tiny
     # Llama equal tokens make equal rows
     monkeypatch.setattr("backlens.forecast.pilot.WEIGHTS", 0)
-    assert_foreseen(look_ahead(config, PlanOptions()).expected, sizes, off)
+    assert_foreseen(make_forecast(config, PlanOptions()).expected, sizes, off)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_few_of_the_prompts_tell_what_a_trained_model_writes(
         **options,  # pyright: ignore[reportArgumentType]
     )
     monkeypatch.setattr("backlens.forecast.pilot.OPERATIONS", 3e10)
-    expected = look_ahead(config, PlanOptions()).expected
+    expected = make_forecast(config, PlanOptions()).expected
     assert expected.pilot is not None
     assert expected.pilot.prompts < limit / 2
     assert_foreseen(expected, measured(config)[1], 0.05)
@@ -175,7 +175,7 @@ def test_some_of_the_prompts_tell_what_a_narrow_model_writes(
         limit=60,
         vocabulary="model",
     )
-    expected = look_ahead(config, PlanOptions()).expected
+    expected = make_forecast(config, PlanOptions()).expected
     assert expected.pilot is not None
     assert expected.pilot.prompts < 60
     assert_foreseen(expected, measured(config)[1], 0.05)
@@ -184,7 +184,7 @@ def test_some_of_the_prompts_tell_what_a_narrow_model_writes(
 @pytest.mark.slow
 def test_a_calibrated_plan_foresees_the_time(gpt2: Path, prompts: Path, tmp_path: Path) -> None:
     config = RunConfig(model=str(gpt2), prompts=str(prompts), out=str(tmp_path / "out"))
-    planned = look_ahead(config, PlanOptions(calibrate=True)).times.stages
+    planned = make_forecast(config, PlanOptions(calibrate=True)).times.stages
     files = ("--model", gpt2, "--prompts", prompts, "--out", tmp_path / "out")
     assert called("run", *files, "--executor", "local").status == 0
     taken = sum(
@@ -197,9 +197,9 @@ def test_a_calibrated_plan_foresees_the_time(gpt2: Path, prompts: Path, tmp_path
     assert taken / 3 <= sum(planned.values()) <= taken * 3
 
 
-def ahead(model: Path, cluster: Path, **options: object) -> Outlook:
+def ahead(model: Path, cluster: Path, **options: object) -> Forecast:
     config = RunConfig(model=str(model), **options)  # pyright: ignore[reportArgumentType]
-    return look_ahead(config, PlanOptions(cluster=str(cluster), prompt_count=100_000))
+    return make_forecast(config, PlanOptions(cluster=str(cluster), prompt_count=100_000))
 
 
 def test_a_configuration_is_enough_to_place_a_model(large: Path, cluster: Path) -> None:

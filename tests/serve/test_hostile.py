@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from backlens.serve import run_pages as sql_page
 from backlens.serve import sandbox
-from backlens.serve.sandbox import Answer
+from backlens.serve.sandbox import SandboxReply
 from tests.store.examples import ExampleRun
 
 BINARY = [
@@ -216,8 +216,8 @@ def test_hostile_sql_is_refused_or_answered(
 ):
     """Two hundred statements past the process, which takes a second to start: the guard alone must hold."""
 
-    def inside(out: str, statement: str, limit: int) -> Answer:
-        return Answer(**sandbox.answer(out, statement, limit, seconds=5))
+    def inside(out: str, statement: str, limit: int) -> SandboxReply:
+        return SandboxReply(**sandbox.answer(out, statement, limit, seconds=5))
 
     monkeypatch.setattr(sql_page, "ask_sandbox", inside)
     asked = statements(secret, untouched / "written.csv")

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from backlens.store.commit import commit_shard, write_vocab
 from backlens.store.directory import Directory
-from backlens.store.run_record import Plan, RunDirectory, finish, open_run
+from backlens.store.run_record import RunDirectory, ShardPlan, finish, open_run
 from backlens.store.tables import TABLES
 
 VOCAB = ["Paris", " Paris", " paris", " Rome", "\n", " the", "é", "'quoted'", "%", " London"] + [
@@ -118,7 +118,7 @@ def start_run(directory: Directory, *, prompts: int = 8, shard_prompts: int = 4)
         {"model": "tiny", "top_k": K, "dtype": "float32"},
         config={"model": "tiny", "top_k": K},
         config_yaml="model: tiny\ntop_k: 3\n",
-        plan=Plan(prompts=prompts, shards=-(-prompts // shard_prompts), shard_prompts=shard_prompts),
+        plan=ShardPlan(prompts=prompts, shards=-(-prompts // shard_prompts), shard_prompts=shard_prompts),
         model={"name": "tiny", "layers": len(LAYERS), "modules": MODULES, "vocab": len(VOCAB)},
     )
     write_vocab(directory, VOCAB, [token.encode() for token in VOCAB])

@@ -9,14 +9,14 @@ from backlens.errors import BacklensError
 from backlens.store.commit import commit_shard, write_vocab
 from backlens.store.directory import Directory
 from backlens.store.lock import DriverLock
-from backlens.store.run_record import Plan, finish, load_run, open_run
+from backlens.store.run_record import ShardPlan, finish, load_run, open_run
 from backlens.store.verify import read_table
 from tests.store.examples import VOCAB, example_run
 
-PLAN = Plan(prompts=8, shards=2, shard_prompts=4)
+PLAN = ShardPlan(prompts=8, shards=2, shard_prompts=4)
 
 
-def open_with(directory: Directory, plan: Plan = PLAN, config_yaml: str = "a: 1\n", **fingerprint):
+def open_with(directory: Directory, plan: ShardPlan = PLAN, config_yaml: str = "a: 1\n", **fingerprint):
     return open_run(directory, fingerprint, config={"a": 1}, config_yaml=config_yaml, plan=plan)
 
 
@@ -38,7 +38,7 @@ def test_a_new_directory_becomes_a_run(directory: Directory):
 def test_the_same_fingerprint_resumes_with_the_plan_the_run_was_made_with(directory: Directory):
     first = open_with(directory, top_k=10)
     again = open_with(
-        directory, plan=Plan(prompts=8, shards=8, shard_prompts=1), config_yaml="a: 2\n", top_k=10
+        directory, plan=ShardPlan(prompts=8, shards=8, shard_prompts=1), config_yaml="a: 2\n", top_k=10
     )
     assert again.resumed
     assert again.record.plan == PLAN
@@ -81,7 +81,7 @@ def test_leftovers_of_a_crash_at_the_start_are_not_other_files(tmp_path: Path):
 
 
 def test_a_finished_run_says_so_until_a_shard_is_missing(directory: Directory):
-    run = open_with(directory, plan=Plan(prompts=4, shards=1, shard_prompts=4))
+    run = open_with(directory, plan=ShardPlan(prompts=4, shards=1, shard_prompts=4))
     commit_shard(directory, 0, {}, first_prompt=0, prompts=4)
     done = finish(run)
     assert load_run(directory).status == "done"
@@ -105,7 +105,7 @@ def test_the_card_has_a_config_for_each_table_and_true_numbers(directory: Direct
 
 
 def test_the_card_offers_only_what_can_be_loaded(directory: Directory):
-    run = open_with(directory, plan=Plan(prompts=4, shards=1, shard_prompts=4))
+    run = open_with(directory, plan=ShardPlan(prompts=4, shards=1, shard_prompts=4))
     commit_shard(directory, 0, {}, first_prompt=0, prompts=4)
     finish(run)
     card = directory.read("README.md").decode()

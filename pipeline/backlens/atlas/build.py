@@ -33,7 +33,7 @@ from backlens.atlas.pieces import (
     WEIGHT_TABLES,
     Files,
     Piece,
-    Work,
+    PieceTask,
     build_pieces,
     connected,
     recorded,
@@ -51,25 +51,25 @@ from backlens.store.verify import losses
 Made = tuple[Piece, dict[str, FileRecord]]
 
 
-class Executor(Protocol):
+class PieceExecutor(Protocol):
     """Builds pieces that do not read each other's files; yields each when it is done, in any order."""
 
-    def build(self, work: Work, pieces: Sequence[Piece], files: Files) -> Iterator[Made]: ...
+    def build(self, work: PieceTask, pieces: Sequence[Piece], files: Files) -> Iterator[Made]: ...
 
     def stop(self) -> None: ...
 
 
-class LocalExecutor:
+class LocalPieces:
     """One piece after the other; DuckDB uses every core for each."""
 
-    def build(self, work: Work, pieces: Sequence[Piece], files: Files) -> Iterator[Made]:
+    def build(self, work: PieceTask, pieces: Sequence[Piece], files: Files) -> Iterator[Made]:
         return build_pieces(work, pieces, files)
 
     def stop(self) -> None:
         """Nothing outlives `build`."""
 
 
-class RayExecutor:
+class RayPieces:
     """Tasks of one core. They hold nothing that is not in their files, so Ray itself may try a lost one again."""
 
     def __init__(self, address: str | None) -> None:
@@ -84,7 +84,7 @@ class RayExecutor:
         self._ray = ray
         self._cores = int(ray.cluster_resources().get("CPU", 1))
 
-    def build(self, work: Work, pieces: Sequence[Piece], files: Files) -> Iterator[Made]:
+    def build(self, work: PieceTask, pieces: Sequence[Piece], files: Files) -> Iterator[Made]:
         from backlens.engine.executors.ray_session import errors_as_ours
 
         task = self._ray.remote(_built).options(num_cpus=1)
@@ -99,7 +99,7 @@ class RayExecutor:
         self._ray.shutdown()
 
 
-def _built(shared: tuple[Work, Files], pieces: Sequence[Piece]) -> list[Made]:
+def _built(shared: tuple[PieceTask, Files], pieces: Sequence[Piece]) -> list[Made]:
     return list(build_pieces(shared[0], pieces, shared[1]))
 
 
@@ -127,7 +127,7 @@ GROUP BY token_id ORDER BY token_id
 """
 
 
-class Progress(Protocol):
+class BuildProgress(Protocol):
     """Who watches a build."""
 
     def planned(self, text: str, pieces: int) -> None: ...
@@ -154,7 +154,7 @@ DEFAULTS = BuildOptions()
 
 
 def build_atlas(
-    out: str | Directory, progress: Progress | None = None, options: BuildOptions = DEFAULTS
+    out: str | Directory, progress: BuildProgress | None = None, options: BuildOptions = DEFAULTS
 ) -> Manifest:
     """The atlas of the shards that are committed now; one that stands already is returned as it is.
 
@@ -185,7 +185,7 @@ def build_atlas(
             for table in FACTS
         }
         model = weights if isinstance(weights, WeightSource) else None
-        work = Work(directory, facts, source, options.memory, model, norm_floor(record))
+        work = PieceTask(directory, facts, source, options.memory, model, norm_floor(record))
         plan = _plan_line(len(commits), record.plan.shards, standing)
         files = _build(work, commits.values(), options, progress, plan)
         manifest = Manifest(
@@ -222,7 +222,11 @@ def _plan_line(shards: int, planned: int, standing: Manifest | None) -> str:
 
 
 def _build(
-    work: Work, commits: Iterable[ShardCommit], options: BuildOptions, progress: Progress | None, plan: str
+    work: PieceTask,
+    commits: Iterable[ShardCommit],
+    options: BuildOptions,
+    progress: BuildProgress | None,
+    plan: str,
 ) -> dict[str, list[FileRecord]]:
     """Every piece that is not recorded already; the files of all of them, by table."""
     files: dict[str, list[FileRecord]] = {table: [] for table in ATLAS_TABLES}
@@ -238,11 +242,11 @@ def _build(
 
 
 def _build_some(
-    work: Work,
+    work: PieceTask,
     pieces: Sequence[Piece],
     files: dict[str, list[FileRecord]],
-    executor: Callable[[], Executor],
-    progress: Progress | None,
+    executor: Callable[[], PieceExecutor],
+    progress: BuildProgress | None,
     known: int,
 ) -> None:
     """Pieces that do not read each other's files; they are added to `files` in their own order."""
@@ -262,13 +266,13 @@ def _build_some(
 
 
 @contextmanager
-def _executor(options: BuildOptions) -> Iterator[Callable[[], Executor]]:
+def _executor(options: BuildOptions) -> Iterator[Callable[[], PieceExecutor]]:
     """The executor, started when it is first asked for: a build that has nothing left to do needs no cluster."""
-    started: list[Executor] = []
+    started: list[PieceExecutor] = []
 
-    def start() -> Executor:
+    def start() -> PieceExecutor:
         if not started:
-            started.append(RayExecutor(options.address) if options.executor == "ray" else LocalExecutor())
+            started.append(RayPieces(options.address) if options.executor == "ray" else LocalPieces())
         return started[0]
 
     try:
@@ -278,7 +282,7 @@ def _executor(options: BuildOptions) -> Iterator[Callable[[], Executor]]:
             executor.stop()
 
 
-def _layer_pieces(work: Work) -> list[Piece]:
+def _layer_pieces(work: PieceTask) -> list[Piece]:
     of_tables = " UNION ".join(
         f"SELECT DISTINCT layer FROM {table}" for table in ("layers", "neurons", "tokens")
     )
@@ -304,13 +308,13 @@ def _prompt_pieces(commits: Iterable[ShardCommit]) -> list[Piece]:
     return pieces
 
 
-def _weight_pieces(work: Work, layers: Sequence[Piece]) -> list[Piece]:
+def _weight_pieces(work: PieceTask, layers: Sequence[Piece]) -> list[Piece]:
     if work.weights is None:
         return []
     return [Piece(f"weights-{p.first:06d}", WEIGHT_TABLES, "layer", p.first, p.last) for p in layers]
 
 
-def _token_pieces(work: Work, files: Files) -> list[Piece]:
+def _token_pieces(work: PieceTask, files: Files) -> list[Piece]:
     """Ranges of tokens with about as many entries each as are sorted at a time."""
     with connected(work) as opened:
         view(work, opened, "neuron_topk", work.locations(files["neuron_topk"]))

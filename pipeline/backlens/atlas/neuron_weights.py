@@ -31,7 +31,7 @@ from backlens.models.checkpoint import ModelSource, Proof, pinned
 from backlens.models.layout import read_layout
 from backlens.models.load import load_model, prove
 from backlens.projection.lens import Lens, Scaling, make_lens
-from backlens.projection.project import Selection, Vectors, project
+from backlens.projection.project import TopK, Vectors, project
 from backlens.store.directory import Directory
 from backlens.store.input_paths import located
 from backlens.store.run_record import RunRecord
@@ -163,7 +163,7 @@ class WeightLens:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._loaded = load_model(source.model, device)
         tokens = self._loaded.token_ids if source.vocabulary == "tokenizer" else None
-        self._lens = make_lens(self._loaded.anatomy, source.scaling, tokens)
+        self._lens = make_lens(self._loaded.parts, source.scaling, tokens)
         self._k = min(source.top_k, self._lens.vocabulary)
 
     def rows(self, kept: pa.Table) -> pa.Table:
@@ -173,7 +173,7 @@ class WeightLens:
             [("neuron", "list")]
         )
         for unit in units.to_pylist():
-            block = self._loaded.anatomy.blocks[unit["layer"]]
+            block = self._loaded.parts.blocks[unit["layer"]]
             weights = neuron_weights(block, unit["module"], unit["expert"])
             neurons = sorted(unit["neuron_list"])
             vectors = weights[torch.tensor(neurons, device=weights.device)].float()
@@ -199,7 +199,7 @@ def _lists(
     selection, _ = project(asked, lens, target, k)
     return {
         f"weight_{name}": _spread(getattr(selection, name), asked.wanted[0])
-        for name in Selection.__dataclass_fields__
+        for name in TopK.__dataclass_fields__
         if name.startswith(("top", "bottom"))
     }
 

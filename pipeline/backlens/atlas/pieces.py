@@ -62,7 +62,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Work:
+class PieceTask:
     """What every piece is built from, and how; small, and sent to every worker."""
 
     directory: Directory
@@ -89,7 +89,7 @@ class Work:
         return [self.directory.location(file.path) for file in files]
 
 
-def recorded(work: Work, piece: Piece) -> dict[str, FileRecord] | None:
+def recorded(work: PieceTask, piece: Piece) -> dict[str, FileRecord] | None:
     """The files of a piece that is done, if they are still there and as long as they were."""
     name = work.record(piece)
     if not work.directory.exists(name):
@@ -106,7 +106,7 @@ def recorded(work: Work, piece: Piece) -> dict[str, FileRecord] | None:
 
 
 def build_pieces(
-    work: Work, pieces: Sequence[Piece], files: Files
+    work: PieceTask, pieces: Sequence[Piece], files: Files
 ) -> Iterator[tuple[Piece, dict[str, FileRecord]]]:
     """The files of each piece, one after the other; `files` are those of earlier pieces that these read.
 
@@ -125,7 +125,7 @@ def build_pieces(
         yield piece, made
 
 
-def _load(work: Work) -> "WeightLens":
+def _load(work: PieceTask) -> "WeightLens":
     from backlens.atlas.neuron_weights import WeightLens
 
     assert work.weights is not None
@@ -135,7 +135,7 @@ def _load(work: Work) -> "WeightLens":
         raise BacklensError(f"{error} (--weights none builds the atlas without it)") from error
 
 
-def _derived_files(work: Work, piece: Piece, files: Files) -> dict[str, FileRecord]:
+def _derived_files(work: PieceTask, piece: Piece, files: Files) -> dict[str, FileRecord]:
     made: dict[str, FileRecord] = {}
     with connected(work) as opened:
         if piece.tables in (LAYER_TABLES, PROMPT_TABLES):
@@ -158,7 +158,7 @@ def _derived_files(work: Work, piece: Piece, files: Files) -> dict[str, FileReco
     return made
 
 
-def _weight_files(work: Work, piece: Piece, files: Files, lens: "WeightLens") -> dict[str, FileRecord]:
+def _weight_files(work: PieceTask, piece: Piece, files: Files, lens: "WeightLens") -> dict[str, FileRecord]:
     with connected(work) as opened:
         view(work, opened, "neuron_summary", work.locations(files["neuron_summary"]), piece.condition)
         kept = opened.sql("SELECT layer, module, expert, neuron FROM neuron_summary ORDER BY ALL")
@@ -169,7 +169,7 @@ def _weight_files(work: Work, piece: Piece, files: Files, lens: "WeightLens") ->
 
 
 def _write_query(
-    work: Work, opened: duckdb.DuckDBPyConnection, piece: Piece, name: str, where: str
+    work: PieceTask, opened: duckdb.DuckDBPyConnection, piece: Piece, name: str, where: str
 ) -> FileRecord | None:
     """A derived table's rows of this piece, in its order, to its file; None, and no file, if there are no rows."""
     table = ATLAS_TABLES[name]
@@ -180,7 +180,7 @@ def _write_query(
     return _write(work, piece, table, _row_groups(rows, table))
 
 
-def _write(work: Work, piece: Piece, table: Table, groups: Iterator[pa.Table]) -> FileRecord | None:
+def _write(work: PieceTask, piece: Piece, table: Table, groups: Iterator[pa.Table]) -> FileRecord | None:
     first = next(groups, None)
     if first is None:
         return None
@@ -216,7 +216,7 @@ def _row_groups(batches: pa.RecordBatchReader, table: Table) -> Iterator[pa.Tabl
 
 
 @contextmanager
-def connected(work: Work) -> Iterator[duckdb.DuckDBPyConnection]:
+def connected(work: PieceTask) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection of our own, for SQL of our own: it may spill to disk what memory does not hold."""
     opened = duckdb.connect(":memory:", config={"python_enable_replacements": False})
     try:
@@ -255,7 +255,7 @@ def _spilling(directory: Directory) -> Iterator[str]:
 
 
 def view(
-    work: Work,
+    work: PieceTask,
     opened: duckdb.DuckDBPyConnection,
     table: str,
     paths: Sequence[str],

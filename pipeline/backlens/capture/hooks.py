@@ -82,12 +82,12 @@ def capture(
         if loaded.attention == "exact":
             hooks.enter_context(sdpa_kernel(SDPBackend.MATH))
         if activation_checkpointing:
-            hooks.enter_context(_recomputed([block.module for block in loaded.anatomy.blocks]))
-        hooks.enter_context(only_loss_positions(loaded.anatomy.head, batch.loss_positions))
+            hooks.enter_context(_recomputed([block.module for block in loaded.parts.blocks]))
+        hooks.enter_context(only_loss_positions(loaded.parts.head, batch.loss_positions))
         slots_at = cache(Slots.every(batch).to)
         watchers: dict[nn.Module, Begin] = {}
         for layer in layers:
-            block = loaded.anatomy.blocks[layer]
+            block = loaded.parts.blocks[layer]
             recorder = _LayerRecorder(layer, slots_at, consume)
             for path, matrices in _by_submodule(block.matrices, modules):
                 accounts.append(_Account(layer, path, matrices))

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from backlens.atlas.build import BuildOptions, build_atlas
-from backlens.atlas.build import Progress as ProgressProtocol
+from backlens.atlas.build import BuildProgress as ProgressProtocol
 from backlens.atlas.manifest import ATLAS, Manifest
 from backlens.cli.console import WIDE, console, human_bytes, say
 from backlens.store.directory import Directory
@@ -31,14 +31,14 @@ def print_atlas(out: str, options: BuildOptions, as_json: bool) -> int:
 def _shown_progress() -> Iterator[ProgressProtocol]:
     """A bar on a terminal, plain lines elsewhere."""
     if not sys.stderr.isatty():
-        yield _Lines()
+        yield _BuildLines()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console(stderr=True)) as bar:
-        yield _Bar(bar)
+        yield _BuildBar(bar)
 
 
-class _Bar:
+class _BuildBar:
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
 
@@ -50,7 +50,7 @@ class _Bar:
         self._bar.update(self._task, advance=1, total=pieces, description=piece)
 
 
-class _Lines:
+class _BuildLines:
     def planned(self, text: str, pieces: int) -> None:
         self._done = 0
         say(text, stderr=True)

@@ -63,7 +63,7 @@ def edit(
     else:
         options = options.with_demo_defaults()
     from backlens.cli.edit_report import print_edit
-    from backlens.editing.methods.registry import make_method, make_tools
+    from backlens.editing.methods.registry import make_method, measure_shared
     from backlens.editing.request import load, load_editable, model_source
 
     if typed:
@@ -72,8 +72,8 @@ def edit(
         loaded, requests = load_editable(model_source(options)), [request]
     else:
         loaded, requests = load(options, _noted)
-    chosen = default_layer(len(loaded.anatomy.blocks)) if layer is None else layer
-    tools = make_tools(options, loaded, [name], [chosen])
+    chosen = default_layer(len(loaded.parts.blocks)) if layer is None else layer
+    tools = measure_shared(options, loaded, [name], [chosen])
     if layer is None and tools.editor is not None:
         chosen = tools.editor.layers[-1]
     made = make_method(options, tools, name, chosen, lr)
@@ -198,11 +198,11 @@ def train_mend(editor: str, /, *, training: MendOptions = MEND_DEFAULTS, debug: 
     from backlens.engine.plan import parse_layers
 
     loaded, requests = load(training, _noted)
-    depth = len(loaded.anatomy.blocks)
+    depth = len(loaded.parts.blocks)
     layers = parse_layers(training.layers or f"{max(0, depth - 3)}-{depth - 1}", depth)
     plan = Training(layers, training.rank, training.steps, training.batch, training.lr, training.locality)
     texts = list(read_texts(training.text)) if training.text is not None else []
-    made = train(loaded, requests, texts, plan, _Losses(training.steps))
+    made = train(loaded, requests, texts, plan, _TrainingProgress(training.steps))
     made.save(
         editor, {"model": model_digest(loaded), "edits": str(len(requests)), "steps": str(training.steps)}
     )
@@ -210,7 +210,7 @@ def train_mend(editor: str, /, *, training: MendOptions = MEND_DEFAULTS, debug: 
     return 0
 
 
-class _Losses:
+class _TrainingProgress:
     """Says how the training goes, ten times."""
 
     def __init__(self, steps: int) -> None:
@@ -285,14 +285,14 @@ def explain(
     ]
     options = options.with_demo_defaults()
     from backlens.cli.edit_report import print_explanation
-    from backlens.editing.methods.registry import make_method, make_tools
+    from backlens.editing.methods.registry import make_method, measure_shared
     from backlens.editing.request import load
 
     loaded, requests = load(options, _noted)
     if not 0 <= case < len(requests):
         raise BacklensError(f"--case {case}: there are cases 0 to {len(requests) - 1}")
-    chosen = default_layer(len(loaded.anatomy.blocks)) if layer is None else layer
-    tools = make_tools(options, loaded, names, [chosen])
+    chosen = default_layer(len(loaded.parts.blocks)) if layer is None else layer
+    tools = measure_shared(options, loaded, names, [chosen])
     made = {}
     for name in names:
         rate = lr if name == names[0] or name in ("forward-shift", "gradient-shift") else None

@@ -16,7 +16,7 @@ from backlens.editing.methods import Method
 from backlens.editing.options import Place
 from backlens.editing.request import Request
 from backlens.editing.side_effects import generate
-from backlens.editing.sweep import Swept
+from backlens.editing.sweep import SweepReport
 from backlens.errors import BacklensError
 from backlens.models.load import LoadedModel
 
@@ -96,7 +96,7 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} %"
 
 
-def print_sweep(swept: Swept) -> None:
+def print_sweep(swept: SweepReport) -> None:
     shown = _console()
     if swept.before:
         shown.print(f"{swept.before:,} shards were done before")

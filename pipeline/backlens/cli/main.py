@@ -20,7 +20,6 @@ from backlens.cli.console import (
 )
 from backlens.cli.edit import app as edit_app
 from backlens.cli.edit import plot as plot_edits
-
 from backlens.cli.jobs import Address
 from backlens.cli.jobs import app as jobs_app
 from backlens.cli.serve import export_html, serve
@@ -87,9 +86,9 @@ def plan(
     Example: backlens plan --model gpt2 --prompt-count 100000 --cluster docs/h100.yaml
     """
     from backlens.cli.plan import print_outlook
-    from backlens.forecast.forecast import look_ahead
+    from backlens.forecast.forecast import make_forecast
 
-    print_outlook(look_ahead(options, planning))
+    print_outlook(make_forecast(options, planning))
     return 0
 
 
@@ -218,12 +217,12 @@ def query(
     csv
         CSV, in UTF-8, instead of a table; lists and structs are JSON in it.
     """
-    from backlens.cli.query import Question, print_answer
+    from backlens.cli.query import QueryOptions, print_answer
 
     style: Literal["json", "csv", "table"] = "json" if json else "csv" if csv else "table"
     if json and csv:
         raise BacklensError("query: choose one of --json and --csv")
-    question = Question(
+    question = QueryOptions(
         token, neuron, prompt, sql, show, compare, by, layer, module, position, min_prompts, limit, memory
     )
     return print_answer(out, question, style)

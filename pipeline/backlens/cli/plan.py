@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 
 from backlens.cli.console import console, human_bytes, human_seconds
-from backlens.forecast.forecast import Outlook
+from backlens.forecast.forecast import Forecast
 from backlens.forecast.pilot import Pilot
 from backlens.prompts.subject import subject_lines
 
 
-def print_outlook(outlook: Outlook) -> None:
+def print_outlook(outlook: Forecast) -> None:
     """The plan's size, rows and bytes, operations, devices, and time."""
     shown = console()
     plan, expected = outlook.plan, outlook.expected
@@ -39,7 +39,7 @@ def print_outlook(outlook: Outlook) -> None:
         shown.print(line, soft_wrap=True)
 
 
-def _tables(outlook: Outlook) -> Table:
+def _tables(outlook: Forecast) -> Table:
     rows, sizes = outlook.expected.rows, outlook.expected.bytes
     lines = [(name, f"{count:,}", human_bytes(sizes[name])) for name, count in rows.items()]
     return _table(
@@ -56,13 +56,13 @@ def _measured_on(pilot: Pilot | None) -> str:
     return f"sizes measured on rows of {prompts}, computed here with {weights}"
 
 
-def _work(outlook: Outlook) -> Table:
+def _work(outlook: Forecast) -> Table:
     flops = outlook.work.flops
     lines = [(name, f"{value:.2e}") for name, value in flops.items()]
     return _table(("work", "operations"), [*lines, ("all", f"{sum(flops.values()):.2e}")])
 
 
-def _devices(outlook: Outlook) -> Table:
+def _devices(outlook: Forecast) -> Table:
     return _table(
         ("device of a copy", "blocks", "weights", "activations", "lens", "peak"),
         [
@@ -76,12 +76,12 @@ def _devices(outlook: Outlook) -> Table:
     )
 
 
-def _times(outlook: Outlook) -> Table:
+def _times(outlook: Forecast) -> Table:
     shares = outlook.times.shares
     return _table(("time", "alone"), [(name, human_seconds(seconds)) for name, seconds in shares.items()])
 
 
-def _summary(outlook: Outlook) -> Iterable[str]:
+def _summary(outlook: Forecast) -> Iterable[str]:
     cluster, times = outlook.cluster, outlook.times
     count = len(outlook.fit.devices)
     together = "projecting at once" if outlook.fit.busiest < 1 else "one at work at a time"

@@ -26,7 +26,7 @@ BATCH = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class QueryOptions:
     """The options of `backlens query`."""
 
     token: str | None = None
@@ -53,7 +53,7 @@ SHOWS = {
 """What `--show` can ask of each kind of thing; the first is what is shown without it."""
 
 
-def print_answer(out: str, question: Question, style: Style) -> int:
+def print_answer(out: str, question: QueryOptions, style: Style) -> int:
     """Answer the one question that is asked and return the exit status."""
     kind = _kind(question)
     if style == "table" and question.limit is None:
@@ -79,7 +79,7 @@ def print_answer(out: str, question: Question, style: Style) -> int:
     return 0
 
 
-def _kind(question: Question) -> str:
+def _kind(question: QueryOptions) -> str:
     """What is asked about: a token, a neuron, a prompt, SQL's tables, or the run."""
     asked = {
         "--token": question.token,
@@ -107,7 +107,7 @@ def _kind(question: Question) -> str:
     return kind
 
 
-def _show(question: Question, kind: str) -> str:
+def _show(question: QueryOptions, kind: str) -> str:
     if kind == "sql" or question.compare is not None:
         if question.show is not None:
             beside = "--sql" if kind == "sql" else "--compare"
@@ -123,7 +123,7 @@ def _show(question: Question, kind: str) -> str:
     return question.show
 
 
-def _answer(atlas: Atlas, question: Question, kind: str, show: str) -> Answer:
+def _answer(atlas: Atlas, question: QueryOptions, kind: str, show: str) -> Answer:
     within = {"limit": question.limit, "layer": question.layer, "module": question.module}
     if question.sql is not None:
         with bounded_memory(question.memory):
@@ -152,7 +152,7 @@ def _of_token(atlas: Atlas, token: str, show: str, within: dict[str, Any]) -> An
     return atlas.token_layers(token, **within) if show == "layers" else atlas.by_token(token, **within)
 
 
-def _refuse_contradiction(question: Question, neuron: Neuron) -> None:
+def _refuse_contradiction(question: QueryOptions, neuron: Neuron) -> None:
     """The address says where the neuron is; an option that says otherwise would be ignored."""
     said = (("layer", question.layer, neuron.layer), ("module", question.module, neuron.module))
     for flag, given, own in said:
@@ -170,7 +170,9 @@ def _of_neuron(atlas: Atlas, neuron: str, show: str, limit: int | None) -> Answe
     return atlas.similar_neurons(neuron, limit) if show == "similar" else atlas.by_neuron(neuron, limit)
 
 
-def _of_prompt(atlas: Atlas, question: Question, prompt: int, show: str, within: dict[str, Any]) -> Answer:
+def _of_prompt(
+    atlas: Atlas, question: QueryOptions, prompt: int, show: str, within: dict[str, Any]
+) -> Answer:
     if question.compare is not None:
         return atlas.compare_prompts(prompt, _prompt_number(question.compare), **within)
     if show == "neurons":

@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from backlens.cli.console import LogFormat, console, duration, say, say_json
-from backlens.engine.executors.base import Standing
+from backlens.engine.executors.base import ReplicaCounts
 from backlens.engine.plan import RunPlan
 from backlens.engine.run import NoProgress, Report
-from backlens.engine.run import Progress as ProgressProtocol
+from backlens.engine.run import RunProgress as ProgressProtocol
 from backlens.prompts.subject import subject_lines
 from backlens.store.commit import ShardCommit
 from backlens.store.status import RunStatus, run_status
@@ -59,7 +59,7 @@ class BarProgress:
         self._bar.update(self._task, description="projecting")
         self._pace.begin()
 
-    def committed(self, commit: ShardCommit, standing: Standing) -> None:
+    def committed(self, commit: ShardCommit, standing: ReplicaCounts) -> None:
         self._bar.update(self._task, advance=commit.prompts, pace=self._pace.after(commit, standing))
 
     def note(self, text: str) -> None:
@@ -78,7 +78,7 @@ class PlainProgress:
         self._shown_at = time.monotonic()
         self.note(_start_line(workers, devices, seconds))
 
-    def committed(self, commit: ShardCommit, standing: Standing) -> None:
+    def committed(self, commit: ShardCommit, standing: ReplicaCounts) -> None:
         pace, now = self._pace.after(commit, standing), time.monotonic()
         if not self._pace.left or now - self._shown_at >= SECONDS_BETWEEN_LINES:
             self._shown_at = now
@@ -105,7 +105,7 @@ class _Pace:
     def begin(self) -> None:
         self._started = time.monotonic()
 
-    def after(self, commit: ShardCommit, standing: Standing) -> str:
+    def after(self, commit: ShardCommit, standing: ReplicaCounts) -> str:
         self.done += commit.prompts
         self._prompts += commit.prompts
         self._failures += commit.rows.get("failures", 0)

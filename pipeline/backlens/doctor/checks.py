@@ -16,11 +16,11 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from backlens.capture.batch import Side
-from backlens.doctor.model_copy import Factors, Rows, Trial, apart, drift, rows_alone, together
+from backlens.doctor.model_copy import Factors, ModelCopy, Rows, apart, drift, rows_alone, together
 from backlens.errors import BacklensError
 from backlens.models.blocks import Block, describe_blocks, layout_of, misfits, modules_of, unproven_cuts
 from backlens.models.layout import Layout
-from backlens.models.recognition import Draft, SeenBlock, draft_layout, see_blocks
+from backlens.models.recognition import ProposedLayout, SeenBlock, draft_layout, see_blocks
 
 Status = Literal["pass", "FAIL", "info", "skip"]
 """`info`: a number to know, which no promise depends on. `skip`: not looked at, and why."""
@@ -84,7 +84,7 @@ class Structure:
     checks: tuple[Check, ...]
     seen: tuple[SeenBlock, ...] = ()
     """The blocks as they are; empty when they cannot be told."""
-    draft: Draft | None = None
+    draft: ProposedLayout | None = None
     """A description to edit; None where nothing is wrong, or no blocks were found."""
     unproven: Mapping[str, str] = field(default_factory=dict)
     """Cuts of fused matrices that nothing proves, of the description in use or else of the draft, by module."""
@@ -166,7 +166,7 @@ HALF_LIMIT = 0.1
 """For weights in bfloat16 or float16, or inputs in 8 bits: in another batch products round differently."""
 
 
-def padding_checks(trial: Trial, by_itself: Sequence[Factors]) -> Iterator[Check]:
+def padding_checks(trial: ModelCopy, by_itself: Sequence[Factors]) -> Iterator[Check]:
     """x and δ of a batch against those of each prompt by itself."""
     if len(trial.examples) < 2:
         yield from (
@@ -188,7 +188,7 @@ def padding_checks(trial: Trial, by_itself: Sequence[Factors]) -> Iterator[Check
         yield at_most(name, largest, _limit(trial), what, _remedy(trial))
 
 
-def row_check(trial: Trial, in_batch: Rows) -> Iterator[Check]:
+def row_check(trial: ModelCopy, in_batch: Rows) -> Iterator[Check]:
     """Scores of a batch's rows, token by token, against those of each prompt by itself."""
     if len(trial.examples) < 2:
         yield skipped(ROWS, "there is only one prompt", "give more --prompts")
@@ -206,11 +206,11 @@ def row_check(trial: Trial, in_batch: Rows) -> Iterator[Check]:
         yield at_most(ROWS, largest, _limit(trial), what, _remedy(trial))
 
 
-def _limit(trial: Trial) -> float:
+def _limit(trial: ModelCopy) -> float:
     return HALF_LIMIT if trial.coarse else LIMIT
 
 
-def _remedy(trial: Trial) -> str:
+def _remedy(trial: ModelCopy) -> str:
     if trial.loaded.model.config._attn_implementation != "eager":
         return "use --attention exact"
     if trial.half:

@@ -15,7 +15,7 @@ from backlens.backward_lens import BackwardLens
 from backlens.capture.memory import release_freed_memory
 from backlens.config import RunConfig
 from backlens.doctor.checks import Check, skipped, told
-from backlens.doctor.model_copy import Trial, tokenized
+from backlens.doctor.model_copy import ModelCopy, tokenized
 from backlens.prompts.prompt import Prompt
 from backlens.prompts.tokenize import Example
 from backlens.rows import RowOptions
@@ -35,12 +35,12 @@ class _Peak:
     bytes: int | None = None
 
 
-def cost_checks(trial: Trial, texts: Sequence[Prompt], config: RunConfig) -> Iterator[Check]:
+def cost_checks(trial: ModelCopy, texts: Sequence[Prompt], config: RunConfig) -> Iterator[Check]:
     """Memory, then the seconds of each stage, per 1,000 tokens."""
     assert trial.lens is not None
-    modules = tuple(name for name in trial.loaded.anatomy.modules if name.startswith("mlp"))
+    modules = tuple(name for name in trial.loaded.parts.modules if name.startswith("mlp"))
     lens = BackwardLens.from_parts(trial.loaded, trial.lens)
-    options = RowOptions(tuple(trial.layers), modules or trial.loaded.anatomy.modules)
+    options = RowOptions(tuple(trial.layers), modules or trial.loaded.parts.modules)
     peaks, seconds, tokens = [], {}, []
     for batch in _batches(trial.examples):
         release_freed_memory()

@@ -40,8 +40,8 @@ from backlens.doctor.gradients import BIASES, WEIGHTS, gradient_checks
 from backlens.doctor.gradients import REMEDY as WRONG_TABLES
 from backlens.doctor.model_copy import (
     Factors,
+    ModelCopy,
     Rows,
-    Trial,
     alone,
     read_texts,
     rows_together,
@@ -52,7 +52,7 @@ from backlens.engine.plan import model_source
 from backlens.errors import BacklensError
 from backlens.models.checkpoint import ModelSource, refuse_pickle
 from backlens.models.load import LoadedModel, empty_model, load_config, load_model
-from backlens.models.recognition import Draft, SeenBlock
+from backlens.models.recognition import ProposedLayout, SeenBlock
 from backlens.projection.lens import Lens, lens_error, lens_tolerance, make_lens
 from backlens.prompts.prompt import Prompt
 from backlens.prompts.tokenize import Example
@@ -65,7 +65,7 @@ WRONG_SCORES = (
 
 def lens_check(loaded: LoadedModel, lens: Lens) -> Iterator[Check]:
     """The lens of the last hidden state is what the model says."""
-    error, limit = lens_error(loaded.model, loaded.anatomy, lens), lens_tolerance(loaded.model)
+    error, limit = lens_error(loaded.model, loaded.parts, lens), lens_tolerance(loaded.model)
     detail = "the lens of the last hidden state against the model's logits, largest difference, relative"
     yield at_most(LENS, error, limit, detail, WRONG_SCORES)
 
@@ -75,11 +75,11 @@ BOS, WRITTEN, VOCABULARY = "beginning of sequence", "beginning written out", "vo
 
 def vocabulary_check(loaded: LoadedModel, config: RunConfig) -> Check:
     """Rows of the unembedding that are no tokens, and tokens without an embedding."""
-    rows = loaded.anatomy.vocabulary
+    rows = loaded.parts.vocabulary
     padding = rows - len(loaded.token_ids)
     kept = "in lists and ranks" if config.vocabulary == "model" else "left out of lists and ranks"
     detail = f"of the unembedding's {rows:,} rows are no tokens, {kept} (--vocabulary {config.vocabulary})"
-    beyond = [index for index in loaded.tokenizer.get_vocab().values() if index >= loaded.anatomy.rows]
+    beyond = [index for index in loaded.tokenizer.get_vocab().values() if index >= loaded.parts.rows]
     if not beyond:
         return told(VOCABULARY, padding, detail)
     some = ", ".join(repr(loaded.tokenizer.convert_ids_to_tokens(index)) for index in sorted(beyond)[:3])
@@ -148,7 +148,7 @@ class Diagnosis:
     device: str
     checks: tuple[Check, ...]
     blocks: tuple[SeenBlock, ...]
-    draft: Draft | None
+    draft: ProposedLayout | None
     """A description of the blocks to edit, where they are not understood; then nothing else was checked."""
     unproven_cuts: Mapping[str, str]
     """By module, the parts of fused matrices that a description gives and no check proves."""
@@ -193,7 +193,7 @@ def examine(config: RunConfig, note: Note) -> Diagnosis:
     structure = look_at_blocks(skeleton, source.layout)
     checks = structure.checks
     if structure.understood:
-        patient = _Patient(config, source, texts, device, sum(p.numel() for p in skeleton.parameters()))
+        patient = _LoadedCopies(config, source, texts, device, sum(p.numel() for p in skeleton.parameters()))
         del skeleton
         checks += patient.checks(note)
     family = str(model_config.model_type)
@@ -215,7 +215,7 @@ class _Answers:
 
 
 @dataclass(frozen=True)
-class _Patient:
+class _LoadedCopies:
     """A model whose blocks are understood, and what it is tried with."""
 
     config: RunConfig
@@ -241,7 +241,7 @@ class _Patient:
         loaded = load_model(self.source, self.device)
         lens, found = self._lens_of(loaded)
         examples = tokenized(self.texts, loaded, self.config)
-        trial = Trial(loaded, lens, examples, with_unlikely_targets(examples, loaded))
+        trial = ModelCopy(loaded, lens, examples, with_unlikely_targets(examples, loaded))
         found += attempted(BOS, "", lambda: token_checks(loaded, examples, self.config))
         found += (vocabulary_check(loaded, self.config),)
         if not trial.half:
@@ -294,15 +294,15 @@ class _Patient:
         trial = self._copy(replace(self.source, dtype="bfloat16"), answers)
         yield from half_checks(rows_together(trial), answers.rows, "bfloat16")
 
-    def _copy(self, source: ModelSource, answers: _Answers) -> Trial:
+    def _copy(self, source: ModelSource, answers: _Answers) -> ModelCopy:
         """Another copy, tried on the same tokens."""
         loaded = load_model(source, self.device)
-        return Trial(loaded, self._lens_of(loaded)[0], answers.examples, answers.probes)
+        return ModelCopy(loaded, self._lens_of(loaded)[0], answers.examples, answers.probes)
 
     def _lens_of(self, loaded: LoadedModel) -> tuple[Lens | None, tuple[Check, ...]]:
         tokens = loaded.token_ids if self.config.vocabulary == "tokenizer" else None
         try:
-            lens = make_lens(loaded.anatomy, "raw", tokens)
+            lens = make_lens(loaded.parts, "raw", tokens)
         except BacklensError as error:
             return None, (Check(LENS, "FAIL", str(error), remedy=WRONG_SCORES),)
         return lens, attempted(LENS, WRONG_SCORES, lambda: lens_check(loaded, lens))
@@ -319,7 +319,7 @@ def _place_in_table(check: Check) -> int:
     return next(place for place, name in enumerate(TABLE) if check.name.startswith(name))
 
 
-def _batches(trial: Trial) -> tuple[tuple[Check, ...], Sequence[Factors], Rows | None]:
+def _batches(trial: ModelCopy) -> tuple[tuple[Check, ...], Sequence[Factors], Rows | None]:
     """The checks of batches, every prompt's factors by itself, and the rows of all; none where none can be had."""
     try:
         factors = alone(trial)

@@ -18,7 +18,7 @@ from backlens.capture.batch import make_batch
 from backlens.capture.hooks import Gradient, capture
 from backlens.capture.memory import free_memory
 from backlens.doctor.checks import Check, at_most, skipped
-from backlens.doctor.model_copy import Place, Trial, place_name
+from backlens.doctor.model_copy import ModelCopy, Place, place_name
 from backlens.models.blocks import Block, Located
 from backlens.prompts.tokenize import Example
 from backlens.rows import sequence
@@ -50,9 +50,9 @@ class Compared:
     """Of autograd's gradient."""
 
 
-def gradient_checks(trial: Trial, why_half: str = "") -> Iterator[Check]:
+def gradient_checks(trial: ModelCopy, why_half: str = "") -> Iterator[Check]:
     """One check for weights, one for biases; `why_half` says why weights in half precision had to do."""
-    quantized = _without_float_weights(trial.loaded.anatomy.blocks)
+    quantized = _without_float_weights(trial.loaded.parts.blocks)
     if quantized:
         reason = f"quantized weights have no gradient to compare with ({quantized})"
         yield from (skipped(name, reason, "check the unquantized model") for name in (WEIGHTS, BIASES))
@@ -76,7 +76,7 @@ def gradient_checks(trial: Trial, why_half: str = "") -> Iterator[Check]:
         yield at_most(name, worst, limit, detail, REMEDY)
 
 
-def _precision(trial: Trial) -> str:
+def _precision(trial: ModelCopy) -> str:
     return str(trial.loaded.model.dtype).removeprefix("torch.")
 
 
@@ -87,17 +87,17 @@ def _spread(examples: Sequence[Example]) -> list[Example]:
     return [by_length[index] for index in wanted[:MOST_PROMPTS]]
 
 
-def _compare(trial: Trial, example: Example) -> dict[str, list[Compared]]:
+def _compare(trial: ModelCopy, example: Example) -> dict[str, list[Compared]]:
     found: dict[str, list[Compared]] = {WEIGHTS: [], BIASES: []}
     for layers in _chunks(trial):
-        blocks = {layer: trial.loaded.anatomy.blocks[layer] for layer in layers}
+        blocks = {layer: trial.loaded.parts.blocks[layer] for layer in layers}
         with _weight_gradients(trial.loaded.model, [*blocks.values()], example):
             _compare_layers(trial, example, blocks, found)
     return found
 
 
 def _compare_layers(
-    trial: Trial, example: Example, blocks: dict[int, Block], found: dict[str, list[Compared]]
+    trial: ModelCopy, example: Example, blocks: dict[int, Block], found: dict[str, list[Compared]]
 ) -> None:
     reached: set[Place] = set()
 
@@ -112,7 +112,7 @@ def _compare_layers(
                 found[BIASES].append(_compared(place, vjp.double().sum(0), bias))
 
     batch = make_batch([sequence(example, "first")], trial.loaded.model.device)
-    capture(trial.loaded, batch, [*blocks], trial.loaded.anatomy.modules, consume)
+    capture(trial.loaded, batch, [*blocks], trial.loaded.parts.modules, consume)
     for place in set(_places(blocks)) - reached:  # experts that no token came to: autograd says zero, too
         weight, bias = _autograds(blocks[place[0]], *place[1:])
         found[WEIGHTS].append(_compared(place, torch.zeros_like(weight), weight))
@@ -194,8 +194,8 @@ def _without_float_weights(blocks: Sequence[Block]) -> str:
     return ""
 
 
-def _chunks(trial: Trial) -> Iterator[range]:
-    blocks = trial.loaded.anatomy.blocks
+def _chunks(trial: ModelCopy) -> Iterator[range]:
+    blocks = trial.loaded.parts.blocks
     largest = max(sum(p.numel() * p.element_size() for p in _parameters(block)) for block in blocks)
     size = max(1, int(SHARE * free_memory(trial.loaded.model.device) / largest))
     for start in range(0, len(blocks), size):

@@ -15,7 +15,7 @@ from torch import Tensor
 from backlens.backward_lens import BackwardLens
 from backlens.capture.batch import Side, make_batch
 from backlens.capture.hooks import Gradient, capture
-from backlens.columns import Block
+from backlens.columns import MatrixRows
 from backlens.config import RunConfig
 from backlens.errors import BacklensError
 from backlens.models.load import LoadedModel
@@ -51,7 +51,7 @@ Factors = Mapping[Place, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Trial:
+class ModelCopy:
     """A loaded copy of the model, its lens if it has one, and the prompts."""
 
     loaded: LoadedModel
@@ -73,7 +73,7 @@ class Trial:
 
     @property
     def layers(self) -> range:
-        return range(len(self.loaded.anatomy.blocks))
+        return range(len(self.loaded.parts.blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def tokenized(texts: Sequence[Prompt], loaded: LoadedModel, config: RunConfig) -
         prepend_bos=config.prepend_bos,
         target_mode="first",
         context=context_length(loaded.model.config),
-        rows=loaded.anatomy.rows,
+        rows=loaded.parts.rows,
         chat_template=config.chat_template,
     )
     examples = [result for result in results if isinstance(result, Example)]
@@ -137,17 +137,17 @@ def _refuse_none(good: Sequence[object], records: Sequence[object], source: str)
         raise BacklensError(problem or f"prompts: {source} holds no prompts")
 
 
-def alone(trial: Trial) -> list[Factors]:
+def alone(trial: ModelCopy) -> list[Factors]:
     """Every prompt's factors, each in a batch of its own."""
     return [factors for example in trial.probes for factors in _captured(trial, [example], "right")]
 
 
-def together(trial: Trial, side: Side) -> list[Factors]:
+def together(trial: ModelCopy, side: Side) -> list[Factors]:
     """Every prompt's factors, all of them in one batch, padded on one side."""
     return _captured(trial, trial.probes, side)
 
 
-def _captured(trial: Trial, examples: Sequence[Example], side: Side) -> list[Factors]:
+def _captured(trial: ModelCopy, examples: Sequence[Example], side: Side) -> list[Factors]:
     batch = make_batch([sequence(example, "first") for example in examples], trial.loaded.model.device, side)
     found: list[dict[Place, tuple[Tensor, Tensor]]] = [{} for _ in examples]
 
@@ -158,7 +158,7 @@ def _captured(trial: Trial, examples: Sequence[Example], side: Side) -> list[Fac
             for prompt, own, x, vjp in zip(slots.prompts, slots.mask, gradient.x, gradient.vjp, strict=True):
                 found[int(prompt)][place] = x[own].float().cpu(), vjp[own].float().cpu()
 
-    capture(trial.loaded, batch, trial.layers, trial.loaded.anatomy.modules, keep)
+    capture(trial.loaded, batch, trial.layers, trial.loaded.parts.modules, keep)
     return [*found]
 
 
@@ -219,19 +219,19 @@ class Drift:
     """Rows that only one side has."""
 
 
-def rows_alone(trial: Trial) -> Rows:
+def rows_alone(trial: ModelCopy) -> Rows:
     """Every prompt in a batch of its own."""
     return _rows(trial, [[example] for example in trial.examples], "right")
 
 
-def rows_together(trial: Trial, side: Side = "right") -> Rows:
+def rows_together(trial: ModelCopy, side: Side = "right") -> Rows:
     """All prompts in one batch."""
     return _rows(trial, [trial.examples], side)
 
 
-def _rows(trial: Trial, batches: Sequence[Sequence[Example]], side: Side) -> Rows:
+def _rows(trial: ModelCopy, batches: Sequence[Sequence[Example]], side: Side) -> Rows:
     assert trial.lens is not None
-    modules = trial.loaded.anatomy.modules
+    modules = trial.loaded.parts.modules
     options = RowOptions(tuple(trial.layers), modules, top_k=min(10, trial.lens.vocabulary), neurons=0)
     lens = BackwardLens.from_parts(trial.loaded, trial.lens)
     blocks = [
@@ -247,7 +247,7 @@ def _rows(trial: Trial, batches: Sequence[Sequence[Example]], side: Side) -> Row
     )
 
 
-def _keys(block: Block) -> list[Key]:
+def _keys(block: MatrixRows) -> list[Key]:
     if block.projections is None:
         return []
     valid = block.projections.valid
@@ -256,7 +256,7 @@ def _keys(block: Block) -> list[Key]:
     return [(prompt, *matrix, position) for prompt, position in zip(prompts, positions, strict=True)]
 
 
-def _norms(block: Block) -> np.ndarray:
+def _norms(block: MatrixRows) -> np.ndarray:
     assert block.projections is not None
     norms = block.columns["vjp_norm"][block.projections.valid]
     return norms if block.module in WRITES else np.full_like(norms, np.inf)

@@ -94,7 +94,7 @@ def measure(
         mask: list[Tensor] = []
         for layer in layers:
             matrix(loaded, layer, module)  # refuses what is not there
-            block = loaded.anatomy.blocks[layer]
+            block = loaded.parts.blocks[layer]
             submodule = block.module.get_submodule(block.matrices[module].path)
             handle = submodule.register_forward_hook(partial(_add, sums, layer, mask))
             hooks.callback(handle.remove)

@@ -99,7 +99,7 @@ def described(about: Mapping[str, object]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, eq=False)
-class Matrix:
+class WeightMatrix:
     """One weight matrix of a model: the parameter that holds it, and how."""
 
     parameter: Tensor
@@ -120,9 +120,9 @@ class Matrix:
         stored[:, columns] = (stored[:, columns].float() + update).to(stored.dtype)
 
 
-def matrix(loaded: LoadedModel, layer: int, module: str) -> Matrix:
+def matrix(loaded: LoadedModel, layer: int, module: str) -> WeightMatrix:
     """Raises BacklensError where there is no such matrix, or none that can be changed in place."""
-    blocks = loaded.anatomy.blocks
+    blocks = loaded.parts.blocks
     if not 0 <= layer < len(blocks):
         raise BacklensError(f"layer {layer}: the model has layers 0 to {len(blocks) - 1}")
     located = blocks[layer].matrices.get(module)
@@ -136,7 +136,7 @@ def matrix(loaded: LoadedModel, layer: int, module: str) -> Matrix:
             f"layer {layer}: {module} is stored quantized or elsewhere than in memory, and cannot be edited in place; "
             "load the model unquantized and on one device"
         )
-    return Matrix(weight, not isinstance(submodule, Conv1D), located)
+    return WeightMatrix(weight, not isinstance(submodule, Conv1D), located)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class EvaluationPrompt:
     """A prompt of a case, and the targets that are compared there."""
 
     kind: Kind
@@ -49,17 +49,17 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Exam:
+class Evaluation:
     """All that is asked about one request, as token ids: made once, asked after every edit."""
 
     request: Request
     rows: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     """(prompt, target) ids, each different row once."""
-    questions: tuple[Question, ...]
+    questions: tuple[EvaluationPrompt, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TargetScores:
     """How the model takes a target."""
 
     nll: float
@@ -82,13 +82,13 @@ class Result:
     success: Mapping[Kind, float | None]
     """Probability form; None for zsRE."""
     accuracy: Mapping[Kind, float | None]
-    target: Answer
+    target: TargetScores
     """The new target after the prompt itself."""
-    true: Answer | None
+    true: TargetScores | None
     """The true one."""
 
 
-def exam(loaded: LoadedModel, request: Request) -> Exam:
+def exam(loaded: LoadedModel, request: Request) -> Evaluation:
     """Encode what is asked about a request."""
     asked = list(_asked(request))
     pairs = [(prompt, t) for _, prompt, *targets in asked for t in targets if t is not None]
@@ -106,8 +106,8 @@ def exam(loaded: LoadedModel, request: Request) -> Exam:
             kept.append((example.token_ids, example.target_ids))
         return Reading(rows[key], example.target_ids)
 
-    questions = tuple(Question(kind, reading(new), reading(true)) for kind, _, new, true in asked)
-    return Exam(request, tuple(kept), questions)
+    questions = tuple(EvaluationPrompt(kind, reading(new), reading(true)) for kind, _, new, true in asked)
+    return Evaluation(request, tuple(kept), questions)
 
 
 def _asked(request: Request) -> Iterator[tuple[Kind, str, str | None, str | None]]:
@@ -126,7 +126,7 @@ def _asked(request: Request) -> Iterator[tuple[Kind, str, str | None, str | None
 
 
 @torch.no_grad()
-def ask(loaded: LoadedModel, exams: Sequence[Exam], batch_tokens: int = BATCH_TOKENS) -> list[Result]:
+def ask(loaded: LoadedModel, exams: Sequence[Evaluation], batch_tokens: int = BATCH_TOKENS) -> list[Result]:
     """Put the questions to the model as it is now."""
     wanted = [
         (number, reading)
@@ -142,7 +142,7 @@ def ask(loaded: LoadedModel, exams: Sequence[Exam], batch_tokens: int = BATCH_TO
     for number, reading in wanted:
         by_row.setdefault(first_row[number] + reading.row, []).append(reading)
     sequences = [row for each in exams for row in each.rows]
-    answers: dict[tuple[int, tuple[int, ...]], Answer] = {}
+    answers: dict[tuple[int, tuple[int, ...]], TargetScores] = {}
     for indices, batch in batches(loaded, sequences, batch_tokens):
         logits = logits_of(loaded, batch)
         readings = [
@@ -153,7 +153,7 @@ def ask(loaded: LoadedModel, exams: Sequence[Exam], batch_tokens: int = BATCH_TO
         ):
             answers[index, reading.target] = found
 
-    def answer(number: int, reading: Reading | None) -> Answer | None:
+    def answer(number: int, reading: Reading | None) -> TargetScores | None:
         return None if reading is None else answers[first_row[number] + reading.row, reading.target]
 
     return [
@@ -164,7 +164,7 @@ def ask(loaded: LoadedModel, exams: Sequence[Exam], batch_tokens: int = BATCH_TO
 
 def _answers(
     logits: torch.Tensor, readings: Sequence[tuple[int, int, Reading]], token_ids: Sequence[int]
-) -> list[Answer]:
+) -> list[TargetScores]:
     """Every reading's answer, from the logits of their rows. An id that is no token is never the likeliest."""
     steps = max(len(reading.target) for _, _, reading in readings)
     rows = torch.tensor([place for place, _, _ in readings], device=logits.device)
@@ -179,12 +179,14 @@ def _answers(
     correct = (likeliest == targets).tolist()
     ranks = (among[:, 0] > own[:, 0]).sum(-1).tolist()
     return [
-        Answer(sum(n[: len(r.target)]) / len(r.target), tuple(c[: len(r.target)]), rank)
+        TargetScores(sum(n[: len(r.target)]) / len(r.target), tuple(c[: len(r.target)]), rank)
         for n, c, rank, (_, _, r) in zip(nll, correct, ranks, readings, strict=True)
     ]
 
 
-def _result(exam: Exam, answers: Sequence[tuple[Kind, Answer | None, Answer | None]]) -> Result:
+def _result(
+    exam: Evaluation, answers: Sequence[tuple[Kind, TargetScores | None, TargetScores | None]]
+) -> Result:
     success: dict[Kind, float | None] = {}
     accuracy: dict[Kind, float | None] = {}
     for kind in KINDS:
@@ -199,7 +201,7 @@ def _result(exam: Exam, answers: Sequence[tuple[Kind, Answer | None, Answer | No
     return Result(success, accuracy, target, true)
 
 
-def _accuracy(answer: Answer, metrics: Metrics) -> float:
+def _accuracy(answer: TargetScores, metrics: Metrics) -> float:
     if metrics == "counterfact":
         return float(all(answer.correct))
     return sum(answer.correct) / len(answer.correct)

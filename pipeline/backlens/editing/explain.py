@@ -65,8 +65,8 @@ def explain(
 
     `places` says by method which position the edit is made for: the prompt's last unless it is said.
     """
-    lens = make_lens(loaded.anatomy, "raw", loaded.token_ids)
-    texts, _ = vocabulary(loaded.tokenizer, loaded.anatomy.vocabulary)
+    lens = make_lens(loaded.parts, "raw", loaded.token_ids)
+    texts, _ = vocabulary(loaded.tokenizer, loaded.parts.vocabulary)
     first = next(iter(deltas))
     (example,) = wordings(loaded, request, ("",))
     of = {name: merged(each) for name, each in deltas.items()}

@@ -48,7 +48,7 @@ def encode(
         prepend_bos="auto",
         target_mode="all",
         context=context,
-        rows=loaded.anatomy.rows,
+        rows=loaded.parts.rows,
     )
     for one in encoded:
         if isinstance(one, Rejected):
@@ -99,7 +99,7 @@ def run_model(loaded: LoadedModel, batch: Batch) -> Any:
 
 def logits_of(loaded: LoadedModel, batch: Batch) -> Float[Tensor, "prompt step vocabulary"]:
     """The logits that predict each target token; float32."""
-    with only_loss_positions(loaded.anatomy.head, batch.loss_positions):
+    with only_loss_positions(loaded.parts.head, batch.loss_positions):
         return run_model(loaded, batch).logits.float()
 
 
@@ -117,21 +117,21 @@ class _Enough(BaseException):
 
 
 @dataclass(frozen=True)
-class Site:
+class EditSite:
     """A place in the model whose values are read: a module's input, or what a module or block puts out."""
 
     module: nn.Module
     side: str = "input"
 
 
-def down_input(loaded: LoadedModel, layer: int, module: str = "mlp.down") -> Site:
-    block = loaded.anatomy.blocks[layer]
-    return Site(block.module.get_submodule(block.matrices[module].path))
+def down_input(loaded: LoadedModel, layer: int, module: str = "mlp.down") -> EditSite:
+    block = loaded.parts.blocks[layer]
+    return EditSite(block.module.get_submodule(block.matrices[module].path))
 
 
 @torch.no_grad()
 def values_at(
-    loaded: LoadedModel, sequences: Sequences, positions: Sequence[Sequence[int]], site: Site
+    loaded: LoadedModel, sequences: Sequences, positions: Sequence[Sequence[int]], site: EditSite
 ) -> list[Float[Tensor, "chosen width"]]:
     """The site's float32 values at some positions of each sequence (positions in prompt and target, from 0)."""
     found: list[Tensor] = [torch.empty(0)] * len(sequences)
@@ -143,7 +143,7 @@ def values_at(
 
 
 @torch.no_grad()
-def whole_values(loaded: LoadedModel, batch: Batch, site: Site) -> Float[Tensor, "prompt position width"]:
+def whole_values(loaded: LoadedModel, batch: Batch, site: EditSite) -> Float[Tensor, "prompt position width"]:
     """The site's values of a whole batch; layers behind it are not computed."""
     kept: list[Tensor] = []
 

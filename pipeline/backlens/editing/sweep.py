@@ -26,9 +26,9 @@ import yaml
 from backlens import demo
 from backlens.capture.memory import PROMPT_ERRORS, DeviceLost, is_device_lost
 from backlens.editing.delta import edited, weights_digest
-from backlens.editing.evaluate import Exam, Result, ask, exam
+from backlens.editing.evaluate import Evaluation, Result, ask, exam
 from backlens.editing.methods import Method
-from backlens.editing.methods.registry import make_method, make_tools, refuse_missing
+from backlens.editing.methods.registry import make_method, measure_shared, refuse_missing
 from backlens.editing.options import EditOptions, MethodName
 from backlens.editing.request import Request, load_editable, model_source, read_requests, subject_notes
 from backlens.editing.side_effects import Bystanders, Untouched, generate, ngram_entropy, reference_score
@@ -44,7 +44,7 @@ from backlens.store.input_paths import published_name, recorded, remember
 from backlens.store.lock import DriverLock
 from backlens.store.run_record import (
     FingerprintValue,
-    Plan,
+    ShardPlan,
     finish,
     made_with_others,
     open_run,
@@ -67,7 +67,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class TrialCases:
     """One shard: a trial, and groups of cases. A worker is sent the cases with it, and reads no file of edits."""
 
     index: int
@@ -88,12 +88,12 @@ class Grid:
         points = product(self.methods, self.layers, self.rates, self.at_once)
         return [Trial(index, *point) for index, point in enumerate(points)]
 
-    def shards(self, requests: Sequence[Request]) -> list[Work]:
+    def shards(self, requests: Sequence[Request]) -> list[TrialCases]:
         """Every trial's cases in groups of `at_once`; those left over that make no whole group are left out.
 
         Raises BacklensError where there are not enough for one.
         """
-        work: list[Work] = []
+        work: list[TrialCases] = []
         for trial in self.trials():
             size = trial.at_once
             if size > len(requests):
@@ -102,12 +102,12 @@ class Grid:
             groups = [tuple(requests[start : start + size]) for start in starts]
             step = max(1, SHARD_CASES // size)
             for first in range(0, len(groups), step):
-                work.append(Work(len(work), trial, tuple(groups[first : first + step])))
+                work.append(TrialCases(len(work), trial, tuple(groups[first : first + step])))
         return work
 
 
 @dataclass(frozen=True, slots=True)
-class SweepJob:
+class SweepSetup:
     """Everything a worker of a sweep has to know; small, and sent to every worker."""
 
     model: ModelSource
@@ -125,14 +125,14 @@ class SweepJob:
 class SweepWorker:
     """Edits the model in memory, asks, and puts it back: one shard at a time, whichever thread calls."""
 
-    def __init__(self, job: SweepJob, threads: int | None = None) -> None:
+    def __init__(self, job: SweepSetup, threads: int | None = None) -> None:
         started = time.perf_counter()
         if threads is not None:
             torch.set_num_threads(threads)
         self._job = job
         self._loaded = load_editable(job.model)
-        self._tools = make_tools(job.options, self._loaded, job.grid.methods, job.grid.layers)
-        self._exams: dict[int, tuple[Exam, Result]] = {}
+        self._tools = measure_shared(job.options, self._loaded, job.grid.methods, job.grid.layers)
+        self._exams: dict[int, tuple[Evaluation, Result]] = {}
         self._digest = weights_digest(self._loaded)
         self._untouched = Untouched(self._loaded, job.bystanders)
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="compute")
@@ -141,7 +141,7 @@ class SweepWorker:
     def ready(self) -> Readiness:
         return self._readiness
 
-    def run(self, attempt: Attempt[Work], /) -> ShardCommit:
+    def run(self, attempt: Attempt[TrialCases], /) -> ShardCommit:
         """Compute and commit one shard; a shard that is already committed is left as it is.
 
         Raises BacklensError if the weights are not what they were.
@@ -161,7 +161,7 @@ class SweepWorker:
             always=SWEEP_TABLES,
         )
 
-    def _rows(self, work: Work) -> list[dict[str, object]]:
+    def _rows(self, work: TrialCases) -> list[dict[str, object]]:
         trial = work.trial
         method = make_method(self._job.options, self._tools, trial.method, trial.layer, trial.lr)
         try:
@@ -214,7 +214,7 @@ class SweepWorker:
                 "seconds_evaluate": (asked - made) / len(requests),
             }
 
-    def _exam(self, request: Request) -> tuple[Exam, Result]:
+    def _exam(self, request: Request) -> tuple[Evaluation, Result]:
         """The case's questions, and what the unedited model says to them: found once."""
         if request.prompt_id not in self._exams:
             made = exam(self._loaded, request)
@@ -249,7 +249,7 @@ class Reports:
 
 
 @dataclass(frozen=True, slots=True)
-class Swept:
+class SweepReport:
     """What a sweep did."""
 
     out: str
@@ -264,7 +264,7 @@ class Swept:
 
 def sweep(
     options: EditOptions, grid: Grid, side: Side, out: str, reports: Reports, ray: RayOptions | None = None
-) -> Swept:
+) -> SweepReport:
     """Compute what of the grid is not committed in `out` yet, in this process or with `ray` on a cluster.
 
     Raises BacklensError, before anything is computed, if `out` is another sweep's, and Interrupted when workers went on
@@ -289,7 +289,7 @@ def sweep(
             _fingerprint(options, proof, grid, side, requests, bystanders),
             config=kept,
             config_yaml=yaml.safe_dump(_plain(kept), sort_keys=False),
-            plan=Plan(sum(len(group) for each in work for group in each.groups), len(work), 0),
+            plan=ShardPlan(sum(len(group) for each in work for group in each.groups), len(work), 0),
             model={
                 "name": demo.NAME if given["model"] is None else published_name(given["model"]),
                 "layers": int(load_config(source).num_hidden_layers),
@@ -307,7 +307,7 @@ def sweep(
         reports.done(len(done), len(work))
         cases = deaths = 0
         if left:
-            job = SweepJob(
+            job = SweepSetup(
                 pinned(source, proof), _absolute(options), grid, bystanders, side.generate, directory
             )
             with executing(ray, reports.note) as executor:
@@ -320,7 +320,7 @@ def sweep(
             if len(committed(directory)) < len(work):
                 raise Interrupted(f"out: {directory} lacks shards; run the same command again")
         finish(opened)
-        return Swept(str(directory), len(left), cases, len(done), deaths)
+        return SweepReport(str(directory), len(left), cases, len(done), deaths)
 
 
 def _absolute(options: EditOptions) -> EditOptions:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from backlens.config import RunConfig, parse_max_memory
-from backlens.engine.worker import Job
+from backlens.engine.worker import RunSetup
 from backlens.errors import BacklensError
 from backlens.models.blocks import (
     Block,
@@ -28,7 +28,7 @@ from backlens.models.blocks import (
     widths,
 )
 from backlens.models.checkpoint import ModelSource, Proof, commit_of, pinned, refuse_pickle, weights_here
-from backlens.models.device_map import Spread
+from backlens.models.device_map import DeviceMapOptions
 from backlens.models.layout import read_layout
 from backlens.models.load import empty_model, load_config, load_tokenizer, verify_checkpoint
 from backlens.models.vocabulary import token_ids
@@ -37,8 +37,7 @@ from backlens.prompts.chat import chat_template
 from backlens.prompts.read import Survey, survey
 from backlens.rows import RowOptions
 from backlens.store.directory import Directory
-from backlens.store.run_record import FingerprintValue
-from backlens.store.run_record import Plan as ShardPlan
+from backlens.store.run_record import FingerprintValue, ShardPlan
 from backlens.terms import READS, parse_layers, parse_modules
 
 
@@ -196,9 +195,9 @@ class RunPlan:
             )
         return tuple(said)
 
-    def job(self, directory: Directory, proof: Proof) -> Job:
+    def job(self, directory: Directory, proof: Proof) -> RunSetup:
         """What every worker is told; `proof` is of the model that the plan was made for."""
-        return Job(
+        return RunSetup(
             model=pinned(self.source, proof),
             spread=spread_of(self.config),
             zero3=zero3_of(self.config),
@@ -310,12 +309,12 @@ def model_source(config: RunConfig) -> ModelSource:
     )
 
 
-def spread_of(config: RunConfig) -> Spread | None:
+def spread_of(config: RunConfig) -> DeviceMapOptions | None:
     """How a copy of the model is to be spread over devices. No part of the fingerprint: rows are the same."""
     if config.sharding != "accelerate":
         return None
     offload = os.path.abspath(config.offload) if config.offload is not None else None
-    return Spread(parse_max_memory(config.max_memory), offload)
+    return DeviceMapOptions(parse_max_memory(config.max_memory), offload)
 
 
 def zero3_of(config: RunConfig) -> Zero3 | None:

@@ -11,7 +11,7 @@ from backlens.config import RunConfig
 from backlens.engine.blame import forget_all
 from backlens.engine.events import emit, emit_shard, stage_seconds
 from backlens.engine.executors import executing
-from backlens.engine.executors.base import RayOptions, Standing
+from backlens.engine.executors.base import RayOptions, ReplicaCounts
 from backlens.engine.plan import RunPlan, fingerprint, make_plan
 from backlens.engine.worker import FAILED, FIRST_DONE, SUBJECTS_ABSENT, SUBJECTS_REPEATED
 from backlens.errors import Interrupted
@@ -30,14 +30,14 @@ from backlens.store.run_record import RunDirectory, finish, made_with_others, op
 from backlens.store.verify import losses
 
 
-class Progress(Protocol):
+class RunProgress(Protocol):
     """Told what happens, in order, to show it."""
 
     def planned(self, plan: RunPlan, already_done: int) -> None: ...
 
     def started(self, workers: int, devices: str, seconds: float) -> None: ...
 
-    def committed(self, commit: ShardCommit, standing: Standing) -> None: ...
+    def committed(self, commit: ShardCommit, standing: ReplicaCounts) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -49,7 +49,7 @@ class NoProgress:
 
     def started(self, workers: int, devices: str, seconds: float) -> None: ...
 
-    def committed(self, commit: ShardCommit, standing: Standing) -> None: ...
+    def committed(self, commit: ShardCommit, standing: ReplicaCounts) -> None: ...
 
     def note(self, text: str) -> None:
         emit("note", text=text)
@@ -85,7 +85,7 @@ class Report:
     """Prompts that name their subject several times."""
     positions: str = "all"
     """Which positions have rows in `tokens`."""
-    standing: Standing = field(default_factory=Standing)
+    standing: ReplicaCounts = field(default_factory=ReplicaCounts)
     """Replicas at the end, and what became of others."""
 
     @property
@@ -93,7 +93,7 @@ class Report:
         return self.prompts / max(self.seconds - self.seconds_to_start, 1e-9)
 
 
-def run(config: RunConfig, progress: Progress) -> Report:
+def run(config: RunConfig, progress: RunProgress) -> Report:
     """Run what `config` says, or what is left of it.
 
     Raises BacklensError before anything is computed for what the user can mend, Interrupted when the run stopped
@@ -196,7 +196,7 @@ def _failures(commits: Sequence[ShardCommit]) -> dict[str, int]:
 
 
 @dataclass
-class _Work:
+class _Tally:
     """What this command added up while shards came in."""
 
     prompts: int = 0
@@ -204,7 +204,7 @@ class _Work:
     stages: Counter[str] = field(default_factory=Counter)
     shards: int = 0
     out_of_memory: int = 0
-    standing: Standing = field(default_factory=Standing)
+    standing: ReplicaCounts = field(default_factory=ReplicaCounts)
 
     def add(self, commit: ShardCommit) -> None:
         self.prompts += commit.prompts
@@ -219,10 +219,10 @@ def _run_shards(
     opened: RunDirectory,
     done: set[int],
     lock: DriverLock,
-    progress: Progress,
+    progress: RunProgress,
     started: float,
-) -> _Work:
-    work = _Work()
+) -> _Tally:
+    work = _Tally()
     if len(done) == plan.shards.shards:
         work.seconds_to_start = time.perf_counter() - started
         return work

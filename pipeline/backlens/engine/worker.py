@@ -20,7 +20,7 @@ from backlens.engine.events import SECONDS
 from backlens.engine.executors.base import Attempt, Readiness
 from backlens.errors import BacklensError
 from backlens.models.checkpoint import ModelSource
-from backlens.models.device_map import Spread
+from backlens.models.device_map import DeviceMapOptions
 from backlens.models.zero3 import Zero3
 from backlens.projection.lens import Scaling
 from backlens.prompts.prompt import Prompt, Rejected, Shard
@@ -46,11 +46,11 @@ Compute = Callable[[Sequence[Example], Attempt[Shard]], Computed]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class RunSetup:
     """Everything a worker has to know; small, and sent to every worker."""
 
     model: ModelSource
-    spread: Spread | None
+    spread: DeviceMapOptions | None
     """Over which devices each copy of the model is spread; None for one device."""
     zero3: Zero3 | None
     """Over how many processes each copy is partitioned; None for one."""
@@ -88,7 +88,7 @@ class Worker:
     """
 
     def __init__(
-        self, job: Job, lens: BackwardLens, readiness: Readiness, compute: Compute | None = None
+        self, job: RunSetup, lens: BackwardLens, readiness: Readiness, compute: Compute | None = None
     ) -> None:
         """`compute` takes the place of computing in this process alone (ZeRO-3)."""
         self._job, self._lens, self._readiness = job, lens, readiness

@@ -10,7 +10,7 @@ from backlens.capture.packing import most_tokens
 from backlens.engine.plan import MatrixSize, RunPlan, every_matrix, spread_of
 from backlens.errors import BacklensError
 from backlens.forecast.cluster import Cluster
-from backlens.models.device_map import FREE_SHARE, Device, Spread, lens_bytes, place, stored_dtype
+from backlens.models.device_map import FREE_SHARE, Device, DeviceMapOptions, lens_bytes, place, stored_dtype
 from backlens.models.load import empty_model
 from backlens.models.module_tree import find_block_list
 
@@ -110,7 +110,7 @@ def _uses(plan: RunPlan, cluster: Cluster, count: int) -> list[DeviceUse]:
     limits = _limits(plan, cluster, count)
     # Accelerate warns of every device that this machine does not have
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    placement = place(model, dtype, Spread(limits))
+    placement = place(model, dtype, DeviceMapOptions(limits))
     placed = placement.devices
     path, _ = find_block_list(model)
     kept = _activations(plan, every_matrix(plan.blocks, plan.model_config), dtype)

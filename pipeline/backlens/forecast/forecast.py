@@ -8,20 +8,20 @@ from backlens.errors import BacklensError
 from backlens.forecast.bytes import Estimate, estimate
 from backlens.forecast.cluster import Cluster, read_cluster, this_machine
 from backlens.forecast.fit import Fit, fit
-from backlens.forecast.operations import Times, Work, times_of, work_of
+from backlens.forecast.operations import Operations, Times, times_of, work_of
 from backlens.forecast.prompts import Assumed, read_sample, sample_of
 from backlens.forecast.trial import trial
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Forecast:
     """What a run would take."""
 
     plan: RunPlan
     expected: Estimate
     cluster: Cluster
     fit: Fit
-    work: Work
+    work: Operations
     times: Times
     measured: bool
     """Whether the stages' times were measured on this machine, not reckoned."""
@@ -32,7 +32,7 @@ class Outlook:
         return None if price is None else price * self.cluster.nodes * self.times.seconds / 3600
 
 
-def look_ahead(config: RunConfig, options: PlanOptions) -> Outlook:
+def make_forecast(config: RunConfig, options: PlanOptions) -> Forecast:
     """Plan a run without running it. Raises BacklensError for what is not to be had, and for what does not fit."""
     assumed = None
     if options.prompt_count is not None:
@@ -56,4 +56,4 @@ def look_ahead(config: RunConfig, options: PlanOptions) -> Outlook:
     times = times_of(work, cluster, placed, sum(expected.bytes.values()))
     if options.calibrate:
         times = replace(times, stages=trial(plan, sample, expected.tokens).stages)
-    return Outlook(plan, expected, cluster, placed, work, times, options.calibrate)
+    return Forecast(plan, expected, cluster, placed, work, times, options.calibrate)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from backlens.engine.plan import RunPlan
-from backlens.models.blocks import anatomy
+from backlens.models.blocks import find_parts
 from backlens.models.checkpoint import weights_here
 from backlens.models.device_map import stored_dtype
 from backlens.models.load import LoadedModel, exact_attention, read_weights
@@ -43,7 +43,7 @@ def weights_at_hand(plan: RunPlan) -> bool:
 def _frozen(plan: RunPlan, model: PreTrainedModel) -> LoadedModel:
     model.eval().requires_grad_(False)
     tokenizer: Any = None  # prompts are tokenized already
-    return LoadedModel(model, tokenizer, anatomy(model, plan.source.layout), plan.source.attention)
+    return LoadedModel(model, tokenizer, find_parts(model, plan.source.layout), plan.source.attention)
 
 
 def _shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:

@@ -22,7 +22,7 @@ EIGEN = 20
 
 
 @dataclass(frozen=True)
-class Work:
+class Operations:
     """Floating-point operations and bytes of a whole run."""
 
     forward: float
@@ -52,7 +52,7 @@ class Work:
         }
 
 
-def work_of(plan: RunPlan, sample: Sample, expected: Estimate, fit: Fit) -> Work:
+def work_of(plan: RunPlan, sample: Sample, expected: Estimate, fit: Fit) -> Operations:
     """Count a run's work."""
     config = plan.model_config
     scored, d_model = plan.tokens, int(config.get_text_config().hidden_size)
@@ -66,7 +66,7 @@ def work_of(plan: RunPlan, sample: Sample, expected: Estimate, fit: Fit) -> Work
     groups = sum(m.experts for m in matrices if m.leads)
     batches = tokens / min(fit.batch_tokens, max(tokens, 1))
     crossings = (len(fit.devices) - 1) * 2 * tokens * d_model * 2 if len(fit.devices) > 1 else 0
-    return Work(
+    return Operations(
         forward=once * (2 if plan.config.activation_checkpointing else 1),
         backward=once,
         lens=2.0 * vectors * d_model * scored,
@@ -123,7 +123,7 @@ class Times:
         return max(self.shares, key=lambda name: self.shares[name])
 
 
-def times_of(work: Work, cluster: Cluster, fit: Fit, written: int) -> Times:
+def times_of(work: Operations, cluster: Cluster, fit: Fit, written: int) -> Times:
     """How long `work` takes on `cluster`, with `written` bytes of tables."""
     reached = cluster.efficiency
     weights = sum(use.weights for use in fit.devices)

@@ -21,7 +21,7 @@ import torch
 
 from backlens.backward_lens import BackwardLens
 from backlens.capture.packing import ON_CPU, pack
-from backlens.columns import Block, Projections, Ragged
+from backlens.columns import MatrixRows, Projections, Ragged
 from backlens.engine.plan import RunPlan, every_matrix, matrices_of
 from backlens.forecast.model import random_model, trained_model, weights_at_hand
 from backlens.forecast.prompts import Sample, numbered
@@ -46,7 +46,7 @@ SPREAD = 0.2
 class Pilot:
     """Rows of the fact tables: of a whole shard, or as many as fill a row group of the longest."""
 
-    blocks: Mapping[str, Sequence[Block]]
+    blocks: Mapping[str, Sequence[MatrixRows]]
     """By table; without `factors` where there are copies, which would not have their types' bits."""
     prompts: int
     """That were computed; the others are copies."""
@@ -99,10 +99,10 @@ def _made(plan: RunPlan) -> LoadedModel:
         return random_model(plan, len(plan.blocks), torch.device("cpu"))
 
 
-def _computed(plan: RunPlan, loaded: LoadedModel, examples: Sequence[Example]) -> dict[str, list[Block]]:
-    lens = BackwardLens.from_parts(loaded, make_lens(loaded.anatomy, plan.config.scaling, plan.token_ids))
+def _computed(plan: RunPlan, loaded: LoadedModel, examples: Sequence[Example]) -> dict[str, list[MatrixRows]]:
+    lens = BackwardLens.from_parts(loaded, make_lens(loaded.parts, plan.config.scaling, plan.token_ids))
     lengths = [len(example.token_ids) for example in examples]
-    found: dict[str, list[Block]] = {"layers": [], "neurons": [], "tokens": []}
+    found: dict[str, list[MatrixRows]] = {"layers": [], "neurons": [], "tokens": []}
     for indices in pack(lengths, ON_CPU):
         batch = [examples[index] for index in indices]
         for table, blocks in lens.rows(batch, plan.options).blocks.items():
@@ -111,8 +111,8 @@ def _computed(plan: RunPlan, loaded: LoadedModel, examples: Sequence[Example]) -
 
 
 def _stretched(
-    blocks: Mapping[str, Sequence[Block]], prompts: int, times: int, vocabulary: int
-) -> dict[str, list[Block]]:
+    blocks: Mapping[str, Sequence[MatrixRows]], prompts: int, times: int, vocabulary: int
+) -> dict[str, list[MatrixRows]]:
     """The rows of `prompts` prompts and of copies of them, `times` as many in all."""
     tokens = _Classes.of_tokens(blocks, prompts, vocabulary)
     neurons = _Classes.of_neurons(blocks["neurons"], prompts)
@@ -146,7 +146,9 @@ class _Classes:
         return cls([np.flatnonzero(number == each) for each in np.unique(number)])
 
     @classmethod
-    def of_tokens(cls, blocks: Mapping[str, Sequence[Block]], prompts: int, vocabulary: int) -> "_Classes":
+    def of_tokens(
+        cls, blocks: Mapping[str, Sequence[MatrixRows]], prompts: int, vocabulary: int
+    ) -> "_Classes":
         seen = np.zeros((prompts, vocabulary), dtype=bool)
         for block in (block for some in blocks.values() for block in some):
             found = block.projections
@@ -157,8 +159,8 @@ class _Classes:
         return cls._by(seen)
 
     @classmethod
-    def of_neurons(cls, blocks: Sequence[Block], prompts: int) -> "dict[_Place, _Classes]":
-        pairs: defaultdict[_Place, list[Block]] = defaultdict(list)
+    def of_neurons(cls, blocks: Sequence[MatrixRows], prompts: int) -> "dict[_Place, _Classes]":
+        pairs: defaultdict[_Place, list[MatrixRows]] = defaultdict(list)
         for block in blocks:
             pairs[block.layer, block.module, block.expert].append(block)
         found = {}
@@ -190,7 +192,7 @@ class _Copy:
     neurons: Mapping[_Place, np.ndarray]
     """What stands for each."""
 
-    def of(self, block: Block) -> Block:
+    def of(self, block: MatrixRows) -> MatrixRows:
         columns: dict[str, np.ndarray] = {
             name: values * self.factor if values.dtype == np.float32 else values
             for name, values in block.columns.items()

@@ -18,7 +18,7 @@ from torch import Tensor
 from backlens.capture.batch import Batch, Slots, make_batch
 from backlens.capture.hooks import Gradient
 from backlens.capture.loss import Outcome
-from backlens.columns import Block, Projections, Ragged, fact_table, prompt_table
+from backlens.columns import MatrixRows, Projections, Ragged, fact_table, prompt_table
 from backlens.engine.plan import MatrixSize
 from backlens.forecast.pilot import Pilot
 from backlens.forecast.prompts import Sample, numbered
@@ -111,12 +111,12 @@ def _kept(spec: ShardSpec, size: MatrixSize) -> int:
 
 def _blocks(
     spec: ShardSpec, examples: Sequence[Example], generator: torch.Generator
-) -> dict[str, list[Block]]:
+) -> dict[str, list[MatrixRows]]:
     """Rows of as many layers as fill a row group of the longest table, or of all."""
     kinds = min(spec.layers - spec.has_last, KINDS)
     made = [_layer(spec, examples, generator, last=False) for _ in range(kinds)]
     last = _layer(spec, examples, generator, last=True) if spec.has_last else None
-    found: dict[str, list[Block]] = {"layers": [], "neurons": [], "tokens": []}
+    found: dict[str, list[MatrixRows]] = {"layers": [], "neurons": [], "tokens": []}
     for table, blocks in found.items():
         one = (last or made[0]).get(table, [])
         rows = sum(len(block.columns["prompt_id"]) for block in one)
@@ -130,7 +130,7 @@ def _blocks(
     return found
 
 
-def _varied(block: Block, layer: int, spec: ShardSpec) -> Block:
+def _varied(block: MatrixRows, layer: int, spec: ShardSpec) -> MatrixRows:
     """The same rows for another layer: ids spread over the vocabulary and turned, numbers of another size.
 
     Modules that share their residual side go on sharing their rows of `tokens`.
@@ -174,12 +174,12 @@ def _vocabulary(spec: ShardSpec) -> int:
 
 def _layer(
     spec: ShardSpec, examples: Sequence[Example], generator: torch.Generator, *, last: bool
-) -> dict[str, list[Block]]:
+) -> dict[str, list[MatrixRows]]:
     """One layer's rows."""
     longest = max(len(example.token_ids) + len(example.target_ids) for example in examples)
     width = min(spec.d_model, max(WIDTH, longest))
     lens = _lens(spec, width, generator)
-    found: dict[str, list[Block]] = {}
+    found: dict[str, list[MatrixRows]] = {}
     at_once = max(1, AT_ONCE // (longest * max(NEURONS, width)))
     for first in range(0, len(examples), at_once):
         some = examples[first : first + at_once]
@@ -247,7 +247,7 @@ def _factors(spec: ShardSpec, sample: Sample, generator: torch.Generator) -> pa.
             if size.module in READS and 4 * size.wide * spec.prompts * sample.positions < REACH:
                 x = shared.setdefault((_side(size.module), rows), x)
             delta *= _lengths(rows, sample, generator, last and size.module not in ("attn.k", "attn.v"))
-            block = Block(
+            block = MatrixRows(
                 layer, size.module, None, {name: np.arange(rows) for name in ("prompt_id", "position")}
             )
             for name, values in (("x", x), ("delta", delta)):

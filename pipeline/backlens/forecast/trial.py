@@ -62,7 +62,7 @@ def _seconds(
 ) -> dict[str, float]:
     """Seconds of all the batches, by stage."""
     loaded = random_model(plan, layers, device)
-    lens = BackwardLens.from_parts(loaded, make_lens(loaded.anatomy, plan.config.scaling, plan.token_ids))
+    lens = BackwardLens.from_parts(loaded, make_lens(loaded.parts, plan.config.scaling, plan.token_ids))
     options = replace(plan.options, layers=tuple(range(layers)))
 
     def run(batch: Sequence[Example]) -> Mapping[str, float]:

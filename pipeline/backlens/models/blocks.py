@@ -57,7 +57,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelParts:
     """The blocks' matrices, and what turns the residual stream into logits."""
 
     blocks: tuple[Block, ...]
@@ -109,7 +109,7 @@ def layout_of(config: PretrainedConfig) -> Layout:
     return layout
 
 
-def anatomy(model: PreTrainedModel, layout: Layout | None = None) -> Anatomy:
+def find_parts(model: PreTrainedModel, layout: Layout | None = None) -> ModelParts:
     """Find the parts of `model`, by the layout of its family unless one is given; runs a few tokens through it.
 
     Raises BacklensError for a family without a layout, and when a block holds a matrix that the layout does not
@@ -124,7 +124,7 @@ def anatomy(model: PreTrainedModel, layout: Layout | None = None) -> Anatomy:
         )
     blocks = describe_blocks(model, layout)
     tail = find_tail(model, [block.module for block in blocks], head)
-    return Anatomy(
+    return ModelParts(
         blocks=blocks,
         embeddings=embeddings,
         final_norm=tail.final_norm,

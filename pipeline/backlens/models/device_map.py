@@ -35,7 +35,7 @@ FREE_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class DeviceMapOptions:
     """How a copy of a model is to be spread over the devices of its process."""
 
     max_memory: Mapping[Device, int] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Placement:
     """GPUs that have room for a lens of their own, beside the one with the head; as the backward pass comes by."""
 
 
-def place(model: PreTrainedModel, dtype: torch.dtype, spread: Spread) -> Placement:
+def place(model: PreTrainedModel, dtype: torch.dtype, spread: DeviceMapOptions) -> Placement:
     """Place a model without weights.
 
     Raises BacklensError when the model does not fit.
@@ -87,7 +87,7 @@ def place(model: PreTrainedModel, dtype: torch.dtype, spread: Spread) -> Placeme
     return Placement(placed | {f"{path}.{index}": device for index, device in enumerate(found)}, copies)
 
 
-def refuse_missing(spread: Spread) -> None:
+def refuse_missing(spread: DeviceMapOptions) -> None:
     """Raises BacklensError if a GPU is named that this process does not have."""
     there = torch.cuda.device_count()
     missing = [device for device in spread.max_memory if isinstance(device, int) and device >= there]

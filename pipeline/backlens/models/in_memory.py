@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from backlens.models.blocks import anatomy
+from backlens.models.blocks import find_parts
 from backlens.models.layout import Layout
 from backlens.models.load import Attention, LoadedModel, exact_attention
 from backlens.models.module_tree import verify_backward
@@ -20,9 +20,9 @@ def adopt(
 ) -> LoadedModel:
     """Find the parts of a model in memory; call it, and everything that uses its result, inside `borrowed`.
 
-    Raises BacklensError as `anatomy` does, and where a matrix passes no gradient.
+    Raises BacklensError as `find_parts` does, and where a matrix passes no gradient.
     """
-    parts = anatomy(model, layout)
+    parts = find_parts(model, layout)
     verify_backward(model, [block.module for block in parts.blocks])
     return LoadedModel(model, tokenizer, parts, attention)
 

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from backlens.errors import BacklensError
-from backlens.models.blocks import Anatomy, anatomy
+from backlens.models.blocks import ModelParts, find_parts
 from backlens.models.checkpoint import (
     Attention,
     Dtype,
@@ -41,7 +41,14 @@ from backlens.models.checkpoint import (
     weight_hash,
     weight_names,
 )
-from backlens.models.device_map import Device, Placement, Spread, place, refuse_missing, stored_dtype
+from backlens.models.device_map import (
+    Device,
+    DeviceMapOptions,
+    Placement,
+    place,
+    refuse_missing,
+    stored_dtype,
+)
 from backlens.models.module_tree import input_device, verify_backward
 from backlens.models.vocabulary import token_ids
 from backlens.models.weight_keys import refuse_other_keys, verify_keys
@@ -58,7 +65,7 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    anatomy: Anatomy
+    parts: ModelParts
     attention: Attention = "exact"
     placed: Mapping[str, Device] = field(default_factory=dict)
     """Where its parts are, by path, if it is spread over several devices."""
@@ -82,7 +89,7 @@ class LoadedModel:
     @cached_property
     def token_ids(self) -> tuple[int, ...]:
         """The ids that are tokens and that the model can predict, ascending."""
-        return token_ids(self.tokenizer, self.anatomy.vocabulary)
+        return token_ids(self.tokenizer, self.parts.vocabulary)
 
     @property
     def offloaded(self) -> bool:
@@ -91,7 +98,7 @@ class LoadedModel:
         Of partitioned weights it keeps those that are sliced, which only experts do.
         """
         if self.partitioned:
-            return any(block.experts is not None for block in self.anatomy.blocks)
+            return any(block.experts is not None for block in self.parts.blocks)
         places = set(self.placed.values())
         return "disk" in places or ("cpu" in places and self.device.type != "cpu")
 
@@ -139,7 +146,10 @@ def prove(source: ModelSource) -> Proof:
 
 
 def load_model(
-    source: ModelSource, device: torch.device, spread: Spread | None = None, zero3: Zero3 | None = None
+    source: ModelSource,
+    device: torch.device,
+    spread: DeviceMapOptions | None = None,
+    zero3: Zero3 | None = None,
 ) -> LoadedModel:
     """Load weights (safetensors, unless pickles are allowed), freeze them, and find the model's parts.
 
@@ -178,7 +188,7 @@ def load_model(
         partitioning.engage(model)
     elif not placed:
         nn.Module.to(model, device)
-    parts = anatomy(model, source.layout)
+    parts = find_parts(model, source.layout)
     verify_backward(model, [block.module for block in parts.blocks])
     copies = tuple(torch.device("cuda", gpu) for gpu in placement.lens_copies)
     return LoadedModel(model, tokenizer, parts, source.attention, placed, zero3 is not None, copies)
@@ -276,7 +286,7 @@ def _tame_bitsandbytes(model: PreTrainedModel) -> None:
             setattr(module, BITSANDBYTES_SWITCH, False)
 
 
-def _offload_folder(spread: Spread) -> str:
+def _offload_folder(spread: DeviceMapOptions) -> str:
     """A folder of this process's own: replicas on one machine may be given the same place."""
     assert spread.offload is not None
     try:

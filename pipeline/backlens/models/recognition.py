@@ -93,7 +93,7 @@ class SeenBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class ProposedLayout:
     """A description that `read_layout` accepts, with comments."""
 
     text: str
@@ -113,11 +113,11 @@ def see_blocks(model: PreTrainedModel) -> tuple[SeenBlock, ...]:
     return tuple(SeenBlock(tuple(indices), matrices) for matrices, indices in layers.items())
 
 
-def draft_layout(model: PreTrainedModel) -> Draft:
+def draft_layout(model: PreTrainedModel) -> ProposedLayout:
     """Describe the blocks of `model`. Raises BacklensError when they cannot be told."""
     seen = see_blocks(model)
     like, layout = _known(model, seen) or ((), _guessed(model, seen))
-    return Draft(_as_yaml(model, seen, like, layout), layout, like)
+    return ProposedLayout(_as_yaml(model, seen, like, layout), layout, like)
 
 
 def _see(block: nn.Module, path: str) -> SeenMatrix:

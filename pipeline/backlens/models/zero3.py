@@ -25,7 +25,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from transformers import PretrainedConfig, PreTrainedModel
 
 from backlens.errors import BacklensError
-from backlens.models.blocks import Anatomy
+from backlens.models.blocks import ModelParts
 from backlens.models.device_map import stored_dtype
 
 LONGEST_WAIT = timedelta(hours=1)
@@ -146,7 +146,7 @@ def _use_ready_made_collectives() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def whole_for_the_lens(parts: Anatomy) -> Anatomy:
+def whole_for_the_lens(parts: ModelParts) -> ModelParts:
     """`parts` with whole copies of what the lens reads; collective."""
     return replace(
         parts,

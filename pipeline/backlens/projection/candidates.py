@@ -97,7 +97,7 @@ class Pairs:
         self.add(*found)
 
 
-class Sieve:
+class Candidates:
     """Counts what is certainly above each row's target, and collects tokens in doubt and candidates for its lists.
 
     If k tokens certainly score at least b, a token that certainly scores below b is not among the k largest; every
@@ -138,7 +138,7 @@ class Sieve:
             self._collect(groups, first, start)
             self._make_room()
 
-    def join(self, other: "Sieve") -> None:
+    def join(self, other: "Candidates") -> None:
         """Take what another sieve for the same rows found in other tiles."""
         self.above += other.above
         self._doubtful.join(other._doubtful)

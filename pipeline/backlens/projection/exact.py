@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from backlens.projection.float32_bound import AT_ONCE, FEW, Spread
+from backlens.projection.float32_bound import AT_ONCE, FEW, ScoredRows
 from backlens.projection.lens import Lens
-from backlens.projection.threads import Lanes, parts
+from backlens.projection.threads import CpuThreads, parts
 
 try:
     from backlens.projection import cpu as kernels
@@ -16,11 +16,11 @@ except ImportError:  # without numba
     kernels = None
 
 
-class Exact:
+class ExactScores:
     """Scores of pairs, as they are defined."""
 
-    def __init__(self, spread: Spread, lens: Lens, lanes: Lanes | None = None) -> None:
-        self._spread, self._lens, self._lanes = spread, lens, lanes or Lanes()
+    def __init__(self, spread: ScoredRows, lens: Lens, lanes: CpuThreads | None = None) -> None:
+        self._spread, self._lens, self._lanes = spread, lens, lanes or CpuThreads()
 
     def of_pairs(self, rows: Int[Tensor, " pair"], ids: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
         spread = self._spread

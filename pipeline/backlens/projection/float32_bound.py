@@ -2,7 +2,7 @@
 
 The score of a vector v for token t is s(v) · A v · u_t + c_t evaluated in float64 and rounded to float32: a number that
 belongs to the pair alone, whatever is computed beside it. Products of matrices are done in float32, for speed;
-they decide about nearly every token, because their distance from the score is bounded here (`Screen`).
+they decide about nearly every token, because their distance from the score is bounded here (`ApproximateScores`).
 
 Vectors that are sums of others (a neuron's gradient, a singular direction) are not multiplied with the unembedding:
 their scores are the same sums of their terms' scores (see `lens.py`).
@@ -28,13 +28,13 @@ except ImportError:  # without numba
 
 
 Screening = Literal["float32", "bfloat16"]
-"""What the products that screen are made of; scores are the same either way (see `Screen`)."""
+"""What the products that screen are made of; scores are the same either way (see `ApproximateScores`)."""
 
 ROUNDING = 2.0**-24
 """Unit roundoff of float32."""
 
 FLOOR = 2.0**-48
-"""Added to lengths in bounds: pays for everything that underflows (see `Screen`)."""
+"""Added to lengths in bounds: pays for everything that underflows (see `ApproximateScores`)."""
 
 LONGEST = 2.0**48
 """Rows or unembedding rows longer than this are not screened: nothing may overflow."""
@@ -78,7 +78,7 @@ def prepare(lens: Lens) -> Prepared:
 
 
 @dataclass(frozen=True)
-class Run:
+class MixBatch:
     """Consecutive prompts with the same number of base rows: their mixes are one batched product."""
 
     rows: slice
@@ -92,12 +92,12 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Spread:
+class ScoredRows:
     """The rows to score: base rows s(v) · A v, then `runs` of mixes of them, each prompt's own."""
 
     base: Float[Tensor, "base d_model"]
     """In float64."""
-    runs: Sequence[Run]
+    runs: Sequence[MixBatch]
     wide: Float[Tensor, "row d_model"]
     """All rows, base and mixed, in float64."""
     targets: Int[Tensor, " row"]
@@ -120,7 +120,7 @@ class Tile:
 
     base: Float[Tensor, "base tile"]
     """Products of the base rows."""
-    runs: Sequence[Run]
+    runs: Sequence[MixBatch]
     constant: Float[Tensor, " tile"] | None
     """c, which every score has added; None for zeros."""
 
@@ -135,7 +135,7 @@ class Tile:
             first += len(part)
 
 
-class Screen:
+class ApproximateScores:
     """Approximate scores of all rows over a tile, and how far they may be from the scores.
 
     With u = 2⁻²⁴ and x a base row rounded to float32, y an unembedding row:
@@ -162,12 +162,12 @@ class Screen:
     """
 
     def __init__(
-        self, spread: Spread, lens: Lens, prepared: Prepared, screening: Screening = "float32"
+        self, spread: ScoredRows, lens: Lens, prepared: Prepared, screening: Screening = "float32"
     ) -> None:
         self._spread, self._lens, self._prepared = spread, lens, prepared
         self._halved = screening == "bfloat16"
         self._base = spread.base.float()
-        self._runs = [Run(run.rows, run.mixes.float()) for run in spread.runs]
+        self._runs = [MixBatch(run.rows, run.mixes.float()) for run in spread.runs]
         self._unit = _unit(
             lens.d_model, max((run.mixes.shape[-1] for run in spread.runs), default=0), self._halved
         )

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from backlens.errors import BacklensError
-from backlens.models.blocks import Anatomy
+from backlens.models.blocks import ModelParts
 from backlens.models.final_norm import TOLERANCE, Norm, probe_norm
 from backlens.models.module_tree import probe
 from backlens.models.vocabulary import index_of
@@ -112,7 +112,7 @@ class Lens:
 
 
 @torch.no_grad()
-def make_lens(parts: Anatomy, scaling: Scaling, token_ids: Sequence[int] | None = None) -> Lens:
+def make_lens(parts: ModelParts, scaling: Scaling, token_ids: Sequence[int] | None = None) -> Lens:
     """Probe the final norm, and fold what lies between it and the logits into U and c.
 
     Only `token_ids` (ascending) are scored, or every row of the unembedding. Rows are copied where there are gaps.
@@ -136,7 +136,7 @@ def make_lens(parts: Anatomy, scaling: Scaling, token_ids: Sequence[int] | None 
     return Lens(norm, unembedding, constant * parts.logit_scale, scaling, parts.logit_scale, ids)
 
 
-def verify_lens(model: PreTrainedModel, parts: Anatomy, lens: Lens) -> float:
+def verify_lens(model: PreTrainedModel, parts: ModelParts, lens: Lens) -> float:
     """`lens_error`, refused above `lens_tolerance`: then something behind the last block is not as we know it."""
     error, tolerance = lens_error(model, parts, lens), lens_tolerance(model)
     if not error <= tolerance:
@@ -151,7 +151,7 @@ def lens_tolerance(model: PreTrainedModel) -> float:
     return TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE
 
 
-def lens_error(model: PreTrainedModel, parts: Anatomy, lens: Lens) -> float:
+def lens_error(model: PreTrainedModel, parts: ModelParts, lens: Lens) -> float:
     """The lens of the last block's output against the model's own logits: the largest difference, relative."""
     kept: list[Tensor] = []
     handle = parts.blocks[-1].module.register_forward_hook(
@@ -169,7 +169,7 @@ def lens_error(model: PreTrainedModel, parts: Anatomy, lens: Lens) -> float:
     return float((scores - logits).abs().max() / logits.abs().max())
 
 
-def _final_norm(parts: Anatomy, device: torch.device) -> Norm:
+def _final_norm(parts: ModelParts, device: torch.device) -> Norm:
     if parts.final_norm is not None:
         return probe_norm(parts.final_norm, parts.d_model, device)
     ones = torch.ones(parts.d_model, device=device)

@@ -1,4 +1,4 @@
-"""Exact top-k, bottom-k, target score and target rank of many vectors through the lens.
+"""ExactScores top-k, bottom-k, target score and target rank of many vectors through the lens.
 
 All vectors of a group are projected together, a tile of the vocabulary at a time. A pass in float32 with a proven
 error (`screening.py`) settles nearly every token: those certainly outside a list, and those certainly above or
@@ -19,14 +19,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backlens.projection.candidates import PAIRS, Sieve, compiled_for
-from backlens.projection.exact import Exact
-from backlens.projection.float32_bound import Prepared, Run, Screen, Screening, Spread, prepare
+from backlens.projection.candidates import PAIRS, Candidates, compiled_for
+from backlens.projection.exact import ExactScores
+from backlens.projection.float32_bound import (
+    ApproximateScores,
+    MixBatch,
+    Prepared,
+    ScoredRows,
+    Screening,
+    prepare,
+)
 from backlens.projection.lens import Lens
-from backlens.projection.threads import Lanes, lanes, parts
+from backlens.projection.threads import CpuThreads, cpu_threads, parts
 from backlens.projection.topk import GROUP, Extremes, extremes, first_of_rows
 
-__all__ = ["GROUP", "Selection", "Vectors", "extremes", "project"]
+__all__ = ["GROUP", "TopK", "Vectors", "extremes", "project"]
 
 BLOCK = 1024
 """Narrowest tile."""
@@ -81,7 +88,7 @@ class Vectors:
 
 
 @dataclass(frozen=True)
-class Selection:
+class TopK:
     """What is kept of each vector's scores."""
 
     top_ids: Int[Tensor, "vector k"]
@@ -92,8 +99,8 @@ class Selection:
     target_rank: Int[Tensor, " vector"]
     """Tokens with a strictly larger score."""
 
-    def __getitem__(self, rows: Tensor | slice) -> "Selection":
-        return Selection(*(getattr(self, name)[rows] for name in Selection.__dataclass_fields__))
+    def __getitem__(self, rows: Tensor | slice) -> "TopK":
+        return TopK(*(getattr(self, name)[rows] for name in TopK.__dataclass_fields__))
 
 
 def project(
@@ -104,7 +111,7 @@ def project(
     tile_bytes: int | None = None,
     prepared: Prepared | None = None,
     screening: Screening = "float32",
-) -> tuple[Selection, Selection]:
+) -> tuple[TopK, TopK]:
     """Project the wanted residual vectors and mixes; each selection's rows are in (prompt, position | mix) order.
 
     `tile_bytes` bounds the scores that a lane holds at once; the default suits a CPU's cache or a GPU's memory. Prompts
@@ -120,13 +127,13 @@ def project(
     rows = vectors.residual.shape[1] + vectors.mixes.shape[1]
     size = max(1, MIXED_ROWS // rows if compiled_for(device) else tile_bytes // (4 * BLOCK * rows))
     found = []
-    with lanes(device) as side_by_side:
+    with cpu_threads(device) as side_by_side:
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             spread = spread_of(vectors[part], lens, targets[part])
             sweep = _Sweep(spread, lens, k, side_by_side)
             if lens.vocabulary > SMALL:
-                sweep.screen(Screen(spread, lens, prepared, screening), tile_bytes)
+                sweep.screen(ApproximateScores(spread, lens, prepared, screening), tile_bytes)
             own = int(spread.wanted[: len(spread.base)].sum())
             selection = sweep.selection()
             found.append((selection[:own], selection[own:]))
@@ -134,20 +141,18 @@ def project(
     return _with_tokens(_concatenated(own), lens), _with_tokens(_concatenated(mixed), lens)
 
 
-def _with_tokens(found: Selection, lens: Lens) -> Selection:
+def _with_tokens(found: TopK, lens: Lens) -> TopK:
     """From rows of the lens to token ids; both ascend together, so ties stay as they were settled."""
     return replace(found, top_ids=lens.tokens(found.top_ids), bottom_ids=lens.tokens(found.bottom_ids))
 
 
-def _concatenated(parts: Sequence[Selection]) -> Selection:
+def _concatenated(parts: Sequence[TopK]) -> TopK:
     if len(parts) == 1:
         return parts[0]
-    return Selection(
-        *(torch.cat([getattr(p, name) for p in parts]) for name in Selection.__dataclass_fields__)
-    )
+    return TopK(*(torch.cat([getattr(p, name) for p in parts]) for name in TopK.__dataclass_fields__))
 
 
-def spread_of(vectors: Vectors, lens: Lens, targets: Int[Tensor, " prompt"]) -> Spread:
+def spread_of(vectors: Vectors, lens: Lens, targets: Int[Tensor, " prompt"]) -> ScoredRows:
     """The rows of a batch: residual vectors that are wanted or mixed, then every mix.
 
     Base rows carry their own s(v). A mix Σ aᵢ vᵢ then has the coefficients aᵢ · s(mix) / s(vᵢ), so that no pass over
@@ -162,7 +167,7 @@ def spread_of(vectors: Vectors, lens: Lens, targets: Int[Tensor, " prompt"]) -> 
     mixes_BKT = (vectors.mixes * ratio_BKT).masked_fill(~keep, 0.0)
     runs = _runs(mixes_BKT, used)
     kept = vectors.mixes.shape[1]
-    spread = Spread(
+    spread = ScoredRows(
         base,
         runs,
         base,
@@ -170,10 +175,10 @@ def spread_of(vectors: Vectors, lens: Lens, targets: Int[Tensor, " prompt"]) -> 
         torch.cat([wanted[used], vectors.mix_wanted.flatten()]),
     )
     wide = torch.cat([base, *(part.flatten(0, 1) for part in spread.mixed(base))])
-    return Spread(base, runs, wide, spread.targets, spread.wanted)
+    return ScoredRows(base, runs, wide, spread.targets, spread.wanted)
 
 
-def _runs(mixes_BKT: Tensor, used: Bool[Tensor, "prompt position"]) -> list[Run]:
+def _runs(mixes_BKT: Tensor, used: Bool[Tensor, "prompt position"]) -> list[MixBatch]:
     if not mixes_BKT.shape[1]:
         return []
     counts, lengths = used.sum(-1).unique_consecutive(return_counts=True)
@@ -181,7 +186,7 @@ def _runs(mixes_BKT: Tensor, used: Bool[Tensor, "prompt position"]) -> list[Run]
     for count, length in zip(counts.tolist(), lengths.tolist(), strict=True):
         some = slice(prompt, prompt + length)
         mixes = mixes_BKT[some].mT[used[some]].unflatten(0, (length, count)).mT.contiguous()
-        runs.append(Run(slice(row, row + length * count), mixes))
+        runs.append(MixBatch(slice(row, row + length * count), mixes))
         prompt, row = prompt + length, row + length * count
     return runs
 
@@ -189,18 +194,18 @@ def _runs(mixes_BKT: Tensor, used: Bool[Tensor, "prompt position"]) -> list[Run]
 class _Sweep:
     """One pass over the vocabulary, and what it leaves in doubt settled."""
 
-    def __init__(self, spread: Spread, lens: Lens, k: int, lanes: Lanes) -> None:
-        self._spread, self._lens, self._k, self._lanes = spread, lens, k, lanes
-        self._exact = Exact(spread, lens, lanes)
+    def __init__(self, spread: ScoredRows, lens: Lens, k: int, cpu_threads: CpuThreads) -> None:
+        self._spread, self._lens, self._k, self._lanes = spread, lens, k, cpu_threads
+        self._exact = ExactScores(spread, lens, cpu_threads)
         every = torch.arange(len(spread.targets), device=spread.targets.device)
         self._target_score = self._exact.of_pairs(every, spread.targets)
         self._screened = torch.zeros_like(spread.wanted)
         self._sieve = self._sieve_for(torch.zeros_like(self._target_score), PAIRS)
 
-    def _sieve_for(self, error: Float[Tensor, " row"], room: int) -> Sieve:
-        return Sieve(self._target_score, self._screened, error.double(), self._k, room)
+    def _sieve_for(self, error: Float[Tensor, " row"], room: int) -> Candidates:
+        return Candidates(self._target_score, self._screened, error.double(), self._k, room)
 
-    def screen(self, screen: Screen, tile_bytes: int) -> None:
+    def screen(self, screen: ApproximateScores, tile_bytes: int) -> None:
         """Score every token approximately: count, and collect what the error leaves in doubt."""
         self._screened = self._spread.wanted & screen.sound()
         if not self._screened.any():
@@ -209,7 +214,7 @@ class _Sweep:
         held = self._spread.base if compiled_for(self._screened.device) else self._screened
         widest = max(tile_bytes // (4 * len(held)) // BLOCK, 1) * BLOCK
 
-        def sift(share: tuple[int, int]) -> Sieve:
+        def sift(share: tuple[int, int]) -> Candidates:
             sieve = self._sieve_for(screen.error(*share), PAIRS // len(shares))
             for start, stop in _tiles(*share, widest):
                 sieve.add(screen.tile(start, stop), start)
@@ -219,7 +224,7 @@ class _Sweep:
         for other in others:
             self._sieve.join(other)
 
-    def selection(self) -> Selection:
+    def selection(self) -> TopK:
         """What is kept of the wanted rows."""
         settled, found = self._settled()
         rest = (self._spread.wanted & ~settled).nonzero().squeeze(-1)
@@ -227,7 +232,7 @@ class _Sweep:
         rows = torch.cat([settled.nonzero().squeeze(-1), rest])
         return _concatenated(parts)[rows.argsort()]
 
-    def _settled(self) -> tuple[Bool[Tensor, " row"], Selection]:
+    def _settled(self) -> tuple[Bool[Tensor, " row"], TopK]:
         """The rows that leave few tokens in doubt, after scoring these tokens as scores are defined."""
         rows = len(self._screened)
         doubtful, doubtful_ids = self._sieve.doubtful()
@@ -249,11 +254,9 @@ class _Sweep:
         top_ids, bottom_ids = ids.int().chunk(2)
         top, bottom = signed.chunk(2)
         done = settled.nonzero().squeeze(-1)
-        return settled, Selection(
-            top_ids, top, bottom_ids, -bottom, self._target_score[done], rank[done].int()
-        )
+        return settled, TopK(top_ids, top, bottom_ids, -bottom, self._target_score[done], rank[done].int())
 
-    def _whole(self, rows: Int[Tensor, " row"]) -> Selection:
+    def _whole(self, rows: Int[Tensor, " row"]) -> TopK:
         """Rows scored over the whole vocabulary as scores are defined."""
         best, worst = Extremes(self._k, largest=True), Extremes(self._k, largest=False)
         targets, target_score = self._spread.targets[rows], self._target_score[rows]
@@ -266,7 +269,7 @@ class _Sweep:
             above += (scores > target_score[:, None]).sum(-1)
             best.add(scores, start)
             worst.add(scores, start)
-        return Selection(*best.sorted(), *worst.sorted(), target_score, above.int())
+        return TopK(*best.sorted(), *worst.sorted(), target_score, above.int())
 
 
 def _shares(vocabulary: int, count: int) -> list[tuple[int, int]]:

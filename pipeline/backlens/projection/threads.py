@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Lanes:
+class CpuThreads:
     """How many pieces run at once, and the threads for all but the first, which the caller runs itself."""
 
     count: int = 1
@@ -48,19 +48,19 @@ class Lanes:
 
 
 @contextmanager
-def lanes(device: torch.device) -> Iterator[Lanes]:
+def cpu_threads(device: torch.device) -> Iterator[CpuThreads]:
     """As many as PyTorch has threads, which are off meanwhile; one on a GPU.
 
     Threads are not kept from call to call: in a forked process they would be gone.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
-        yield Lanes()
+        yield CpuThreads()
         return
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads - 1) as others:
-            yield Lanes(threads, others)
+            yield CpuThreads(threads, others)
     finally:
         torch.set_num_threads(threads)
 

@@ -30,7 +30,7 @@ The date is the one that Llama 3's own template falls back to.
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class PromptText:
     """What stands before the loss, and what after it."""
 
     prompt: Prompt
@@ -53,12 +53,12 @@ class Written:
         return None if place is None else (place.start + shift, place.end + shift)
 
 
-def as_it_stands(prompt: Prompt) -> Written:
+def as_it_stands(prompt: Prompt) -> PromptText:
     text = prompt.prompt
-    return Written(prompt, text, prompt.target, (0, len(text)), len(text) - len(text.rstrip()))
+    return PromptText(prompt, text, prompt.target, (0, len(text)), len(text) - len(text.rstrip()))
 
 
-def as_chat(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> list[Written | Rejected]:
+def as_chat(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> list[PromptText | Rejected]:
     """Each prompt as the only message of a user, up to where the model's answer begins.
 
     Raises BacklensError as `chat_template` does.
@@ -67,7 +67,7 @@ def as_chat(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> 
     head, _, tail = _rendered(_MARK, template, tokenizer).partition(_MARK)
     added: Any = tokenizer.added_tokens_encoder
     control = tuple(added)
-    results: list[Written | Rejected] = []
+    results: list[PromptText | Rejected] = []
     for prompt in prompts:
         try:
             text = _rendered(prompt.prompt, template, tokenizer)
@@ -80,7 +80,7 @@ def as_chat(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> 
         follows_word = not (text[-1:].isspace() or text.endswith(control))
         target = prompt.target if follows_word else _without_space(prompt.target)
         # The template's own white space stays where it is: a model is asked with it and answers after it.
-        results.append(Written(prompt, text, target, own, movable=0))
+        results.append(PromptText(prompt, text, target, own, movable=0))
     return results
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from backlens.errors import BacklensError
-from backlens.prompts.chat import Span, Written, as_chat, as_it_stands
+from backlens.prompts.chat import PromptText, Span, as_chat, as_it_stands
 from backlens.prompts.prompt import Prompt, Rejected
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def tokenize(
         lead = _lead(tokenizer, prepend_bos, () if chat_template else _default_lead(tokenizer, prompts))
         # "<s>" written out in the text
         drop_bos = prepend_bos == "true" or (chat_template and prepend_bos == "false")
-        divided = iter(_divided([one for one in written if isinstance(one, Written)], tokenizer))
+        divided = iter(_divided([one for one in written if isinstance(one, PromptText)], tokenizer))
         results: list[Example | Rejected] = []
         for one in written:
             if isinstance(one, Rejected):
@@ -183,7 +183,7 @@ class _Divided:
     target_ids: tuple[int, ...]
 
 
-def _divided(written: Sequence[Written], tokenizer: "PreTrainedTokenizerBase") -> list[_Divided]:
+def _divided(written: Sequence[PromptText], tokenizer: "PreTrainedTokenizerBase") -> list[_Divided]:
     if not written:
         return []
     alone = _encoded(tokenizer, [one.text for one in written])
@@ -195,7 +195,7 @@ def _divided(written: Sequence[Written], tokenizer: "PreTrainedTokenizerBase") -
 
 
 def _divided_at_border(
-    written: Written, own: _Encoded, joint_ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase"
+    written: PromptText, own: _Encoded, joint_ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase"
 ) -> _Divided:
     """The tokens of both as one text, as the model would have seen it, cut where the prompt ends.
 
@@ -239,7 +239,7 @@ def _spelled(tokenizer: "PreTrainedTokenizerBase", ids: tuple[int, ...]) -> str:
 
 
 def _subject_positions(
-    written: Written, divided: _Divided, shift: int, tokenizer: "PreTrainedTokenizerBase"
+    written: PromptText, divided: _Divided, shift: int, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, int] | tuple[None, None]:
     """The tokens of the subject, `shift` places right of their place in the text."""
     own = divided.own

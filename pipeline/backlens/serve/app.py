@@ -55,7 +55,7 @@ def require_atlas(atlas: Atlas, out: str) -> None:
         )
 
 
-class Standing:
+class CurrentRun:
     """A run in its present state. Requests that began with the state before end with it, if its files last."""
 
     def __init__(self, served: Served) -> None:
@@ -171,7 +171,7 @@ SQL = Address("/sql", sql_page, ("q", "limit"))
 def make_app(served: Served, hosts: Sequence[str]) -> Starlette:
     """The explorer of one run, answering under these host names."""
     addresses = (*ADDRESSES, SQL) if served.has_sql else ADDRESSES
-    standing = Standing(served)
+    standing = CurrentRun(served)
     pages, queries = CapacityLimiter(AT_ONCE), CapacityLimiter(1)
     routes: list[Route | Mount] = []
     for address in addresses:
@@ -193,12 +193,12 @@ def make_app(served: Served, hosts: Sequence[str]) -> Starlette:
 
 
 async def _answer(
-    standing: Standing, address: Address, form: Form, limiter: CapacityLimiter, request: Request
+    standing: CurrentRun, address: Address, form: Form, limiter: CapacityLimiter, request: Request
 ) -> Response:
     return await to_thread.run_sync(_answered, standing, address, form, request, limiter=limiter)
 
 
-def _answered(standing: Standing, address: Address, form: Form, request: Request) -> Response:
+def _answered(standing: CurrentRun, address: Address, form: Form, request: Request) -> Response:
     served = standing.now()
     try:
         return _make(served, address, form, request)
@@ -228,7 +228,7 @@ def _make(served: Served, address: Address, form: Form, request: Request) -> Res
     return Response(content, media_type=MEDIA[form])
 
 
-def _refuse(standing: Standing, request: Request, error: Exception) -> Response:
+def _refuse(standing: CurrentRun, request: Request, error: Exception) -> Response:
     """One clear line, as a page or as its twin would say it."""
     path = request.scope["path"]
     if isinstance(error, HTTPException):

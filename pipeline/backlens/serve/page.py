@@ -16,7 +16,7 @@ from typing import Any
 from backlens.atlas import Atlas
 from backlens.errors import BacklensError, nearest
 from backlens.printable import json_text
-from backlens.serve.questions import Asked, Row
+from backlens.serve.questions import AnsweredQuestion, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Page:
 
     template: str
     title: str
-    asked: Sequence[Asked] = ()
+    asked: Sequence[AnsweredQuestion] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else the page says, in its JSON twin too."""
     view: Mapping[str, Any] = field(default_factory=dict)
@@ -169,7 +169,7 @@ def as_csv(page: Page, name: str | None) -> bytes:
     return written.getvalue().encode("utf-8", "backslashreplace")
 
 
-def _table(page: Page, name: str | None) -> Asked:
+def _table(page: Page, name: str | None) -> AnsweredQuestion:
     tables = {asked.name: asked for asked in page.asked}
     if not tables:
         raise BacklensError("this page has no tables; its JSON twin has what it says")

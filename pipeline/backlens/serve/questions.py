@@ -25,7 +25,7 @@ MOST_OF_ALL = 250_000
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class AnsweredQuestion:
     """One table of a page."""
 
     name: str
@@ -39,7 +39,9 @@ class Asked:
     """Whether there are more rows than these."""
 
 
-def ask(name: str, method: Callable[..., Answer], question: str, *values: Any, **bound_too: Any) -> Asked:
+def ask(
+    name: str, method: Callable[..., Answer], question: str, *values: Any, **bound_too: Any
+) -> AnsweredQuestion:
     """The answer of a method of `Atlas`; its SQL is `question`, where `bound_too` stand besides the arguments."""
     bound = inspect.signature(method).bind(*values)
     spelled = [f"{key}={value!r}" for key, value in list(bound.arguments.items())[1:]]
@@ -55,13 +57,13 @@ def ask(name: str, method: Callable[..., Answer], question: str, *values: Any, *
     return _asked(name, answer.table, limit, python, with_values(question, given))
 
 
-def together(*asking: Callable[[], Asked]) -> list[Asked]:
+def together(*asking: Callable[[], AnsweredQuestion]) -> list[AnsweredQuestion]:
     """What these ask, at the same time: a small question keeps one core busy and leaves the others."""
     with ThreadPoolExecutor(len(asking)) as threads:
         return [answer.result() for answer in [threads.submit(asks) for asks in asking]]
 
 
-def look_up(opened: duckdb.DuckDBPyConnection, name: str, question: str, **given: Any) -> Asked:
+def look_up(opened: duckdb.DuckDBPyConnection, name: str, question: str, **given: Any) -> AnsweredQuestion:
     """The answer to a SELECT of the explorer's own; values are bound."""
     statement = with_values(question, given)
     limit = given.get("limit")
@@ -75,7 +77,7 @@ def _one_more(limit: int | None) -> int:
     return (MOST_OF_ALL if limit is None else limit) + 1
 
 
-def _asked(name: str, answer: pa.Table, limit: int | None, python: str, sql: str) -> Asked:
+def _asked(name: str, answer: pa.Table, limit: int | None, python: str, sql: str) -> AnsweredQuestion:
     """The rows within the limit."""
     if limit is None and answer.num_rows > MOST_OF_ALL:
         raise BacklensError(
@@ -83,7 +85,9 @@ def _asked(name: str, answer: pa.Table, limit: int | None, python: str, sql: str
             "in Python or with `backlens query --json`"
         )
     kept = answer if limit is None else answer.slice(0, limit)
-    return Asked(name, answer.column_names, kept.to_pylist(), python, sql, kept.num_rows < answer.num_rows)
+    return AnsweredQuestion(
+        name, answer.column_names, kept.to_pylist(), python, sql, kept.num_rows < answer.num_rows
+    )
 
 
 def neuron_values(neuron: Neuron) -> dict[str, Any]:

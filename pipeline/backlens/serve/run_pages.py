@@ -16,7 +16,7 @@ from backlens.heatmap import kind_of
 from backlens.serve import questions as lookups
 from backlens.serve.charts import Chart, Points, line_chart
 from backlens.serve.page import Page, Parameters, Served, one_of
-from backlens.serve.questions import Asked, Row, ask, look_up
+from backlens.serve.questions import AnsweredQuestion, Row, ask, look_up
 from backlens.serve.sandbox import MOST_BYTES, MOST_ROWS, SECONDS, ask_sandbox
 from backlens.store.tables import SIGN_CONVENTION, TABLES
 from backlens.terms import WRITES
@@ -137,7 +137,7 @@ def sql_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page
             f"and {MOST_BYTES >> 20} MB; narrow the query, or give limit for the first of them"
         )
     rows = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
-    asked = Asked(
+    asked = AnsweredQuestion(
         "rows", answer.columns, rows, f"atlas.sql({statement!r}, limit={limit})", statement, answer.is_cut
     )
     facts = {"q": statement, "is_cut": answer.is_cut}

@@ -30,7 +30,7 @@ BATCH = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class SandboxReply:
     """What a SELECT gave."""
 
     columns: list[str]
@@ -39,7 +39,7 @@ class Answer:
     """Whether there were more rows than these."""
 
 
-def ask_sandbox(out: str, statement: str, limit: int, seconds: float = SECONDS) -> Answer:
+def ask_sandbox(out: str, statement: str, limit: int, seconds: float = SECONDS) -> SandboxReply:
     """The rows of one SELECT over the run `out`."""
     question = json_text({"out": out, "statement": statement, "limit": limit, "seconds": seconds})
     command = [sys.executable, "-P", "-m", "backlens.serve.sandbox"]
@@ -52,7 +52,7 @@ def ask_sandbox(out: str, statement: str, limit: int, seconds: float = SECONDS) 
     said = json.loads(ran.stdout)
     if "refused" in said:
         raise BacklensError(said["refused"])
-    return Answer(**said)
+    return SandboxReply(**said)
 
 
 def _limit_process() -> None:
@@ -66,7 +66,7 @@ def _limit_process() -> None:
 
 
 def answer(out: str, statement: str, limit: int, seconds: float) -> dict[str, Any]:
-    """The fields of an `Answer`, asked in this process."""
+    """The fields of an `SandboxReply`, asked in this process."""
     with connection(Atlas(out).snapshot.database(), seconds) as opened:
         query = checked_query(opened, statement)
         columns = text_columns(opened.sql(f"FROM ({query})"))

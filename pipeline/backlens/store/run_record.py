@@ -62,7 +62,7 @@ GIVE: Mapping[Kind | None, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ShardPlan:
     """How prompts are divided: shard s covers `shard_prompts` of them from s × shard_prompts on."""
 
     prompts: int
@@ -78,7 +78,7 @@ class RunRecord:
     """The resolved configuration."""
     fingerprint: Mapping[str, FingerprintValue]
     """Everything that changes results, by name."""
-    plan: Plan
+    plan: ShardPlan
     model: Mapping[str, Any] = field(default_factory=dict)
     """Facts of the model: layers, modules, width, vocabulary size, revision, weight hash."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class RunRecord:
     def from_json(cls, content: bytes, where: str) -> "RunRecord":
         try:
             fields = json.loads(content)
-            fields["plan"] = Plan(**fields["plan"])
+            fields["plan"] = ShardPlan(**fields["plan"])
             record = cls(**fields)
             _check_types(record)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -140,7 +140,7 @@ def open_run(
     *,
     config: Mapping[str, Any],
     config_yaml: str,
-    plan: Plan,
+    plan: ShardPlan,
     model: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> RunDirectory:

@@ -20,7 +20,7 @@ class Method(Protocol):
 
 def target_embeddings(loaded: LoadedModel, token_ids: Sequence[int]) -> Float[Tensor, "token d_model"]:
     """The head's rows of some tokens, in the width of the residual stream."""
-    weight = loaded.anatomy.head_weight
+    weight = loaded.parts.head_weight
     return _in_the_residual_stream(loaded, weight[torch.as_tensor(token_ids, device=weight.device)].float())
 
 
@@ -28,13 +28,13 @@ def expected_embeddings(
     loaded: LoadedModel, probabilities: Float[Tensor, "*place vocabulary"]
 ) -> Float[Tensor, "*place d_model"]:
     """The mean of the head's rows under some distributions over tokens."""
-    weight = loaded.anatomy.head_weight.float()
+    weight = loaded.parts.head_weight.float()
     return _in_the_residual_stream(loaded, probabilities.to(weight.device) @ weight)
 
 
 def _in_the_residual_stream(loaded: LoadedModel, rows: Tensor) -> Tensor:
-    if loaded.anatomy.project_out is None:
+    if loaded.parts.project_out is None:
         return rows
-    weight = loaded.anatomy.project_out.weight
+    weight = loaded.parts.project_out.weight
     assert isinstance(weight, Tensor)
     return rows @ weight.float()

@@ -50,7 +50,7 @@ class GradientShift:
     modules: tuple[str, ...] = ("mlp.up", "mlp.gate", "mlp.down")
 
     def __call__(self, loaded: LoadedModel, *requests: Request) -> tuple[Delta, ...]:
-        modules = [name for name in self.modules if any(name in b.matrices for b in loaded.anatomy.blocks)]
+        modules = [name for name in self.modules if any(name in b.matrices for b in loaded.parts.blocks)]
         factors, _ = gradients(loaded, requests, self.layers, modules)
         return tuple(Delta(*key, x, -self.lr * vjp) for key, (x, vjp) in sorted(factors.items()))
 

@@ -78,13 +78,13 @@ class Editor(nn.Module):
             width = shape.d_in + shape.d_out
             if shape.shared not in self.networks:
                 self.networks[shape.shared] = _Network(width, min(rank, width))
-            self.sites[shape.own] = _Site(width, rate)
+            self.sites[shape.own] = _MatrixEditor(width, rate)
 
     def begin_at(self, rate: float) -> None:
         """Set every α."""
         with torch.no_grad():
             for site in self.sites.values():
-                assert isinstance(site, _Site)
+                assert isinstance(site, _MatrixEditor)
                 site.log_rate.fill_(math.log(rate))
 
     @property
@@ -101,7 +101,7 @@ class Editor(nn.Module):
         """x̃ and −α δ̃ of some pairs: what to add to the matrix, as outer products. Pairs with δ = 0 give zeros."""
         shape = self.shapes[key]
         site, network = self.sites[shape.own], self.networks[shape.shared]
-        assert isinstance(site, _Site)
+        assert isinstance(site, _MatrixEditor)
         z = (torch.cat([x, vjp], -1) - site.mean) / site.std
         made = network(z, site) * site.std + site.mean
         there = (vjp != 0).any(-1, keepdim=True)
@@ -113,7 +113,7 @@ class Editor(nn.Module):
         """Take mean and standard deviation, by dimension, from these pairs; those with δ = 0 do not count."""
         there = (vjp != 0).any(-1)
         site = self.sites[self.shapes[key].own]
-        assert isinstance(site, _Site)
+        assert isinstance(site, _MatrixEditor)
         means, stds = [], []
         for side in (x[there], vjp[there]):
             std = side.std(0, correction=0)
@@ -156,7 +156,7 @@ class Editor(nn.Module):
         return editor.requires_grad_(False)
 
 
-class _Site(nn.Module):
+class _MatrixEditor(nn.Module):
     """What is one matrix's own."""
 
     mean: Tensor
@@ -181,7 +181,7 @@ class _Network(nn.Module):
         self.up = nn.Parameter(torch.zeros(2, rank, width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, z: Float[Tensor, "*pair width"], site: _Site) -> Float[Tensor, "*pair width"]:
+    def forward(self, z: Float[Tensor, "*pair width"], site: _MatrixEditor) -> Float[Tensor, "*pair width"]:
         scales, offsets = site.scales, site.offsets
         # clamp_min and not relu: its gradient at 0 is 1, where that of an editor that is yet to learn would be 0
         h = z + (scales[0] * (z @ self.down[0] @ self.up[0] + self.bias) + offsets[0]).clamp_min(0)
@@ -249,7 +249,7 @@ def factors_added(
     """
     with ExitStack() as hooks:
         for (layer, module), (u, v) in factors.items():
-            block = loaded.anatomy.blocks[layer]
+            block = loaded.parts.blocks[layer]
             located = block.matrices[module]
             submodule = block.module.get_submodule(located.path)
             hook = _Addition(u[owner], v[owner], located.part_of, shape)

@@ -114,7 +114,7 @@ def feed_forward_shapes(loaded: LoadedModel, layers: Sequence[int]) -> list[Shap
     for layer in layers:
         matrix(loaded, layer, "mlp.down")  # refuses what cannot be edited
         for module in FEED_FORWARD:
-            if module in loaded.anatomy.blocks[layer].matrices:
+            if module in loaded.parts.blocks[layer].matrices:
                 shapes.append(Shape(layer, module, *matrix(loaded, layer, module).read().shape))
     return shapes
 

@@ -17,7 +17,7 @@ from backlens.models.load import LoadedModel
 
 
 @dataclass(frozen=True)
-class Tools:
+class SharedMeasurements:
     """What methods of one model share: measured once."""
 
     moments: Moments | None
@@ -37,9 +37,9 @@ def refuse_missing(options: EditOptions, methods: Sequence[MethodName]) -> None:
         )
 
 
-def make_tools(
+def measure_shared(
     options: EditOptions, loaded: LoadedModel, methods: Sequence[MethodName], layers: Sequence[int]
-) -> Tools:
+) -> SharedMeasurements:
     """Measure or read what the methods need, for the given layers and those spanned below them."""
     refuse_missing(options, methods)
     moments = None
@@ -48,7 +48,7 @@ def make_tools(
         moments = _moments(options, loaded, spanned)
     wanted = options.editor if "mend" in methods else None
     editor = None if wanted is None else Editor.load(wanted, model_digest(loaded))
-    return Tools(moments, sample_prefixes(loaded, options.prefixes), editor)
+    return SharedMeasurements(moments, sample_prefixes(loaded, options.prefixes), editor)
 
 
 def _moments(options: EditOptions, loaded: LoadedModel, layers: Sequence[int]) -> Moments:
@@ -56,7 +56,7 @@ def _moments(options: EditOptions, loaded: LoadedModel, layers: Sequence[int]) -
     if path is not None and Path(path).exists():
         return Moments.load(path, digest)
     assert options.text is not None
-    everywhere = range(len(loaded.anatomy.blocks)) if path is not None else layers
+    everywhere = range(len(loaded.parts.blocks)) if path is not None else layers
     moments = measure(loaded, read_texts(options.text), everywhere)
     if path is not None:
         moments.save(path, digest)
@@ -67,7 +67,9 @@ def spanned_layers(layer: int, span: int) -> tuple[int, ...]:
     return tuple(range(max(0, layer - span + 1), layer + 1))
 
 
-def make_method(options: EditOptions, tools: Tools, name: MethodName, layer: int, lr: float | None) -> Method:
+def make_method(
+    options: EditOptions, tools: SharedMeasurements, name: MethodName, layer: int, lr: float | None
+) -> Method:
     """The method at a layer, with its learning rate (None: its own default)."""
     layers = spanned_layers(layer, options.span)
     at_subject: Place = "last" if options.place == "last" else "subject"
@@ -107,7 +109,7 @@ def make_method(options: EditOptions, tools: Tools, name: MethodName, layer: int
     return Memit(layers, tools.moments, weight, tools.prefixes, at_subject, search)
 
 
-def _mend(tools: Tools, layer: int, lr: float | None) -> Mend:
+def _mend(tools: SharedMeasurements, layer: int, lr: float | None) -> Mend:
     assert tools.editor is not None
     layers = tools.editor.layers
     if layer != layers[-1]:

@@ -20,7 +20,7 @@ from backlens.capture.batch import make_batch
 from backlens.editing.covariance import Moments, damped
 from backlens.editing.delta import Delta, edited, matrix
 from backlens.editing.forward import (
-    Site,
+    EditSite,
     added_to,
     down_input,
     encode,
@@ -84,14 +84,14 @@ class Edit:
 
 
 def find_values(
-    loaded: LoadedModel, edits: Sequence[Edit], site: Site, search: Search
+    loaded: LoadedModel, edits: Sequence[Edit], site: EditSite, search: Search
 ) -> Float[Tensor, "edit width"]:
     """d for each edit; float32."""
     chunks = [edits[start : start + REQUESTS_AT_ONCE] for start in range(0, len(edits), REQUESTS_AT_ONCE)]
     return torch.cat([_search(loaded, chunk, site, search) for chunk in chunks])
 
 
-def _search(loaded: LoadedModel, edits: Sequence[Edit], site: Site, search: Search) -> Tensor:
+def _search(loaded: LoadedModel, edits: Sequence[Edit], site: EditSite, search: Search) -> Tensor:
     rows = [(number, e, True) for number, edit in enumerate(edits) for e in edit.wordings]
     rows += [(number, edit.essence, False) for number, edit in enumerate(edits) if edit.essence is not None]
     batch = make_batch([(e.token_ids, e.target_ids) for _, e, _ in rows], loaded.device)
@@ -128,7 +128,7 @@ def _search(loaded: LoadedModel, edits: Sequence[Edit], site: Site, search: Sear
     return d.detach()
 
 
-def _before(loaded: LoadedModel, edits: Sequence[Edit], site: Site) -> Float[Tensor, "edit width"]:
+def _before(loaded: LoadedModel, edits: Sequence[Edit], site: EditSite) -> Float[Tensor, "edit width"]:
     """What the site puts out at the plain prompt's place."""
     plain = make_batch([(e.wordings[0].token_ids, e.wordings[0].target_ids) for e in edits], loaded.device)
     places = torch.tensor([edit.place(edit.wordings[0]) for edit in edits], device=loaded.device)
@@ -198,7 +198,7 @@ class Memit:
 
     def __call__(self, loaded: LoadedModel, *requests: Request) -> tuple[Delta, ...]:
         edits = [Edit.of(loaded, request, self.prefixes, self.place == "subject") for request in requests]
-        block = Site(loaded.anatomy.blocks[self.layers[-1]].module, "output")
+        block = EditSite(loaded.parts.blocks[self.layers[-1]].module, "output")
         wanted = find_values(loaded, edits, block, self.search) + outputs_of(loaded, edits, block)
         deltas: list[Delta] = []
         for number, layer in enumerate(self.layers):
@@ -231,7 +231,7 @@ def keys_of(loaded: LoadedModel, edits: Sequence[Edit], layer: int) -> list[Floa
     return [torch.cat([next(found) for _ in edit.wordings]) for edit in edits]
 
 
-def outputs_of(loaded: LoadedModel, edits: Sequence[Edit], site: Site) -> Float[Tensor, "edit width"]:
+def outputs_of(loaded: LoadedModel, edits: Sequence[Edit], site: EditSite) -> Float[Tensor, "edit width"]:
     """What a site puts out at each plain prompt's place."""
     examples = [edit.wordings[0] for edit in edits]
     places = [[edit.place(example)] for edit, example in zip(edits, examples, strict=True)]

@@ -65,7 +65,7 @@ class ShardWorker(Protocol[S]):
         ...
 
 
-class Task(Protocol[S]):
+class WorkerSetup(Protocol[S]):
     """Everything a worker has to know; small, and sent to every worker."""
 
     @property
@@ -83,7 +83,7 @@ AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class ReplicaCounts:
     """How an executor is doing."""
 
     replicas: int = 0
@@ -110,10 +110,10 @@ class RayOptions:
 class Executor(Protocol[S]):
     """Runs shards on workers. `start` loads the models; `run` yields each shard's commit, in any order."""
 
-    def start(self, job: Task[S]) -> list[Readiness]: ...
+    def start(self, job: WorkerSetup[S]) -> list[Readiness]: ...
 
     def run(self, shards: Iterator[S]) -> Iterator[ShardCommit]: ...
 
-    def standing(self) -> Standing: ...
+    def standing(self) -> ReplicaCounts: ...
 
     def stop(self) -> None: ...

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from backlens.engine.executors.base import AHEAD, Attempt, Readiness, Standing, Task
+from backlens.engine.executors.base import AHEAD, Attempt, Readiness, ReplicaCounts, WorkerSetup
 from backlens.store.commit import ShardCommit
 
 
 class LocalExecutor:
     """One worker in this process; shards are written by a second thread while the next is computed."""
 
-    def start(self, job: Task[Any]) -> list[Readiness]:
+    def start(self, job: WorkerSetup[Any]) -> list[Readiness]:
         self._worker = job.worker()
         return [self._worker.ready()]
 
@@ -31,8 +31,8 @@ class LocalExecutor:
                 for future in running:
                     future.cancel()
 
-    def standing(self) -> Standing:
-        return Standing(replicas=1)
+    def standing(self) -> ReplicaCounts:
+        return ReplicaCounts(replicas=1)
 
     def stop(self) -> None:
         """Nothing outlives `run`."""

@@ -15,7 +15,7 @@ import ray
 
 from backlens.engine.blame import forget, next_attempt, noted
 from backlens.engine.events import LOGGER, RayMetrics, emit
-from backlens.engine.executors.base import AHEAD, Attempt, RayOptions, Readiness, Standing, Task
+from backlens.engine.executors.base import AHEAD, Attempt, RayOptions, Readiness, ReplicaCounts, WorkerSetup
 from backlens.engine.executors.ray_session import (
     ReplicaLost,
     connect,
@@ -26,9 +26,9 @@ from backlens.engine.executors.ray_session import (
     nodes,
     reason,
 )
-from backlens.engine.executors.replicas import ActorKind, Fleet, Member, ReplicaKind
-from backlens.engine.executors.zero3_replica import GangKind
-from backlens.engine.worker import Job
+from backlens.engine.executors.replicas import ActorKind, ReplicaKind, ReplicaPool, ReplicaSlot
+from backlens.engine.executors.zero3_replica import Zero3Kind
+from backlens.engine.worker import RunSetup
 from backlens.errors import BacklensError, Interrupted
 from backlens.store.commit import ShardCommit
 
@@ -41,7 +41,7 @@ class _Given:
     """A shard in flight."""
 
     attempt: Attempt[Any]
-    member: Member
+    member: ReplicaSlot
     references: tuple[Any, ...]
 
 
@@ -59,14 +59,14 @@ class RayExecutor:
         self._condemned = 0
         self._metrics: logging.Handler = logging.NullHandler()
 
-    def start(self, job: Task[Any]) -> list[Readiness]:
+    def start(self, job: WorkerSetup[Any]) -> list[Readiness]:
         joinable = connect(self._options.address)
         self._metrics = RayMetrics(str(job.directory))
         LOGGER.addHandler(self._metrics)
         self._directory = job.directory
         kind = _kind(self._options, job, joinable)
         patience = self._options.placement_timeout
-        self._fleet = Fleet(kind, self._options.replicas, patience, self._announce)
+        self._fleet = ReplicaPool(kind, self._options.replicas, patience, self._announce)
         return self._fleet.gather()
 
     def run(self, shards: Iterator[Any]) -> Iterator[ShardCommit]:
@@ -86,8 +86,8 @@ class RayExecutor:
         LOGGER.removeHandler(self._metrics)
         ray.shutdown()
 
-    def standing(self) -> Standing:
-        return Standing(len(self._fleet.ready), self._fleet.deaths, self._retries)
+    def standing(self) -> ReplicaCounts:
+        return ReplicaCounts(len(self._fleet.ready), self._fleet.deaths, self._retries)
 
     def _give_again(self) -> None:
         """Lost shards go first, each to a replica that has nothing else."""
@@ -96,7 +96,7 @@ class RayExecutor:
             if self._again and member not in busy:
                 self._give(self._again.popleft(), member)
 
-    def _free(self) -> Member | None:
+    def _free(self) -> ReplicaSlot | None:
         """Who gets the next new shard: nobody while a lost one waits for a replica to be idle."""
         if self._again:
             return None
@@ -106,7 +106,7 @@ class RayExecutor:
         free = min(load, key=lambda member: load[member], default=None)
         return free if free is not None and load[free] < AHEAD else None
 
-    def _give(self, attempt: Attempt[Any], member: Member) -> None:
+    def _give(self, attempt: Attempt[Any], member: ReplicaSlot) -> None:
         assert member.replica is not None
         given = _Given(attempt, member, tuple(member.replica.run(attempt)))
         self._running.update(dict.fromkeys(given.references, given))
@@ -161,14 +161,14 @@ class RayExecutor:
         return attempt
 
 
-def _kind(options: RayOptions, job: Task[Any], joinable: bool) -> ReplicaKind:
+def _kind(options: RayOptions, job: WorkerSetup[Any], joinable: bool) -> ReplicaKind:
     """What replicas are like: by how the model is sharded, and as large as lets all of them fit."""
     there = nodes()
     gpus = options.gpus_per_replica
     if gpus is None:
         gpus = int(any(node.gpus for node in there))
-    if isinstance(job, Job) and job.zero3:
-        kind, processes = partial(GangKind, job), job.zero3.ranks
+    if isinstance(job, RunSetup) and job.zero3:
+        kind, processes = partial(Zero3Kind, job), job.zero3.ranks
     else:
         kind, processes = partial(ActorKind, job), 1
     if options.replicas == "auto":

@@ -36,7 +36,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from backlens.capture.memory import DeviceLost
 from backlens.engine.events import emit
-from backlens.engine.executors.base import AHEAD, Attempt, Readiness, Task
+from backlens.engine.executors.base import AHEAD, Attempt, Readiness, WorkerSetup
 from backlens.engine.executors.ray_session import (
     ReplicaLost,
     capacity,
@@ -89,7 +89,7 @@ class ReplicaKind(Protocol):
 class ActorKind:
     """A copy of the model in one actor, on one device or spread over those that the actor has."""
 
-    job: Task[Any]
+    job: WorkerSetup[Any]
     cpus: float
     gpus: int
 
@@ -111,7 +111,7 @@ class ActorKind:
 class WorkerProcess:
     """A worker in a process of its own, which ends with its device: what runs there later would fail as well."""
 
-    def __init__(self, job: Task[Any], threads: int) -> None:
+    def __init__(self, job: WorkerSetup[Any], threads: int) -> None:
         self._worker = job.worker(threads)
 
     def ready(self) -> Readiness:
@@ -154,7 +154,7 @@ SECONDS_UNSAID = 10.0
 
 
 @dataclass(eq=False, slots=True)
-class Member:
+class ReplicaSlot:
     """A replica, or the request for one."""
 
     group: PlacementGroup
@@ -169,7 +169,7 @@ class Member:
 
 
 @dataclass(eq=False)
-class Fleet:
+class ReplicaPool:
     """Keeps as many replicas as were asked for, or as the cluster holds."""
 
     kind: ReplicaKind
@@ -179,7 +179,7 @@ class Fleet:
     announce: Callable[[str], None]
     deaths: int = 0
     """Replicas that died."""
-    _members: list[Member] = field(default_factory=list)
+    _members: list[ReplicaSlot] = field(default_factory=list)
     _given_up: int = 0
     _looked_at: float = float("-inf")
     _placed_at: float = field(default_factory=time.monotonic)
@@ -187,7 +187,7 @@ class Fleet:
     _said: bool = False
 
     @property
-    def ready(self) -> list[Member]:
+    def ready(self) -> list[ReplicaSlot]:
         return [member for member in self._members if member.readiness is not None]
 
     @property
@@ -222,7 +222,7 @@ class Fleet:
             member.readiness = ray.get(member.answer)
             emit("replicas", alive=len(self.ready))
 
-    def lose(self, member: Member, error: BaseException) -> None:
+    def lose(self, member: ReplicaSlot, error: BaseException) -> None:
         """Kill what is left of a replica that died, and ask for another."""
         self.deaths += 1
         self._remove(member)
@@ -266,9 +266,9 @@ class Fleet:
 
     def _request(self, starts: int) -> None:
         group = placement_group([dict(bundle) for bundle in self.kind.bundles], strategy="PACK")
-        self._members.append(Member(group, starts, [group.ready()]))
+        self._members.append(ReplicaSlot(group, starts, [group.ready()]))
 
-    def _remove(self, member: Member) -> None:
+    def _remove(self, member: ReplicaSlot) -> None:
         self._members.remove(member)
         if member.replica is not None:
             member.replica.kill()
@@ -288,7 +288,7 @@ class Fleet:
             self.announce(f"waiting up to {self.patience:g} s for a place: {missing}")
 
 
-def _has_place(member: Member) -> bool:
+def _has_place(member: ReplicaSlot) -> bool:
     """Whether it is at work or can begin; a group whose node has left waits for a place again."""
     if member.readiness is not None:
         return True

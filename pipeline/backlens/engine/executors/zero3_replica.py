@@ -32,7 +32,7 @@ from backlens.capture.packing import Packer, TokenBudget, most_tokens
 from backlens.engine.blame import note
 from backlens.engine.executors.base import AHEAD, Attempt, Readiness
 from backlens.engine.executors.replicas import References
-from backlens.engine.worker import Job, Worker
+from backlens.engine.worker import RunSetup, Worker
 from backlens.models.zero3 import go_to_meeting, join, open_meeting
 from backlens.printable import printable
 from backlens.prompts.prompt import Shard
@@ -44,10 +44,10 @@ SETTLING = 15.0
 """Seconds after which Ray will have told the leader of a rank's end."""
 
 
-class Member:
+class Rank:
     """One rank: its part of every weight. A pass that one rank makes, all ranks have to make."""
 
-    def __init__(self, job: Job, threads: int) -> None:
+    def __init__(self, job: RunSetup, threads: int) -> None:
         self._options = job.options
         self.lens = job.load(threads)
 
@@ -81,14 +81,14 @@ class Member:
 class Peer:
     """A rank that follows the leader; an actor, which takes one call at a time, in their order."""
 
-    def __init__(self, job: Job, threads: int) -> None:
+    def __init__(self, job: RunSetup, threads: int) -> None:
         _see_only_what_is_given()
         self._job, self._threads = job, threads
 
     def load(self, rank: int, ranks: int, meeting: tuple[str, int]) -> None:
         with _late_to_complain():
             join(rank, ranks, go_to_meeting(*meeting), get_node_ip_address())
-            self._member = Member(self._job, self._threads)
+            self._member = Rank(self._job, self._threads)
 
     def make_pass(self, batch: Sequence[Example]) -> Computed:
         with _late_to_complain():
@@ -98,7 +98,7 @@ class Peer:
 class Leader:
     """Rank 0: deals batches out to all ranks, and commits what they computed as any worker does."""
 
-    def __init__(self, job: Job, threads: int, peers: Sequence[Any]) -> None:
+    def __init__(self, job: RunSetup, threads: int, peers: Sequence[Any]) -> None:
         _see_only_what_is_given()
         started = time.perf_counter()
         self._job, self._peers = job, peers
@@ -107,9 +107,9 @@ class Leader:
         meeting = open_meeting(host)
         place = (meeting.host, meeting.port)
 
-        def load() -> Member:
+        def load() -> Rank:
             join(0, ranks, meeting, host)
-            return Member(job, threads)
+            return Rank(job, threads)
 
         try:
             self._member, *_ = self._together(
@@ -189,10 +189,10 @@ def _late_to_complain() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class GangKind:
+class Zero3Kind:
     """A copy of the model in several actors, on one device each."""
 
-    job: Job
+    job: RunSetup
     cpus: float
     """For each rank."""
     gpus: int
@@ -203,14 +203,14 @@ class GangKind:
         assert self.job.zero3 is not None
         return [{"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})] * self.job.zero3.ranks
 
-    def start(self, group: PlacementGroup) -> "Gang":
+    def start(self, group: PlacementGroup) -> "Zero3Replica":
         threads = max(1, int(self.cpus))
         peers = [
             self._actor(Peer, group, rank, 1).remote(self.job, threads)
             for rank in range(1, len(self.bundles))
         ]
         leader = self._actor(Leader, group, 0, AHEAD + 1)
-        return Gang(leader.remote(self.job, threads, peers), peers)
+        return Zero3Replica(leader.remote(self.job, threads, peers), peers)
 
     def _actor(self, kind: type, group: PlacementGroup, rank: int, concurrency: int) -> Any:
         return ray.remote(kind).options(
@@ -223,7 +223,7 @@ class GangKind:
 
 
 @dataclass(frozen=True, slots=True)
-class Gang:
+class Zero3Replica:
     """Actors that hold one copy of the model together. What befalls any of them, its leader answers with."""
 
     leader: Any
