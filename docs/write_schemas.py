@@ -1,6 +1,6 @@
-"""Write the published contract of the tables, `schemas/`, from the package's declarations: `python -m docs.write_schemas`.
+"""Write `schemas/`, the published contract of the tables, from the package's declarations.
 
-Per table one JSON file (the Arrow schema in Arrow's own JSON form, and the text of every column) and one SQL file
+`python -m docs.write_schemas` writes it. Per table one JSON file (the Arrow schema in Arrow's own JSON form, and the text of every column) and one SQL file
 (DDL, in standard types and DuckDB's lists). `--check` writes nothing and exits 1 if a file is not current.
 """
 

@@ -52,9 +52,43 @@ ASKED_FOR = ("backlens.atlas.neuron_weights", "backlens.atlas.build")
 """Tables are written, read and drawn without a model at hand; these two are imported where they are asked for."""
 
 RETIRED_FILES = set(
-    "sieve screening selection lanes kernels gang fleet notes faults retry condemned written anatomy structure "
-    "draft spread widths asked plain twins standing tools values drive outlook pilot specimen sample text utils "
-    "util helpers helper common misc".split()
+    [
+        "sieve",
+        "screening",
+        "selection",
+        "lanes",
+        "kernels",
+        "gang",
+        "fleet",
+        "notes",
+        "faults",
+        "retry",
+        "condemned",
+        "written",
+        "anatomy",
+        "structure",
+        "draft",
+        "spread",
+        "widths",
+        "asked",
+        "plain",
+        "twins",
+        "standing",
+        "tools",
+        "values",
+        "drive",
+        "outlook",
+        "pilot",
+        "specimen",
+        "sample",
+        "text",
+        "utils",
+        "util",
+        "helpers",
+        "helper",
+        "common",
+        "misc",
+    ]
 )
 """Words that are metaphors, or that name nothing; a file is named by a noun of the field."""
 

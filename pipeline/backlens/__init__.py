@@ -4,9 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from backlens.api import open, plan, run
+    from backlens.api import Run, open, plan, run
     from backlens.atlas import Atlas
-    from backlens.atlas.run import Run
     from backlens.backward_lens import BackwardLens
     from backlens.errors import BacklensError
     from backlens.gradients import Gradients, MatrixGradient
@@ -31,7 +30,7 @@ _HOMES = {
     "BackwardLens": "backlens.backward_lens",
     "Gradients": "backlens.gradients",
     "MatrixGradient": "backlens.gradients",
-    "Run": "backlens.atlas.run",
+    "Run": "backlens.api",
     "open": "backlens.api",
     "plan": "backlens.api",
     "run": "backlens.api",

@@ -1,14 +1,109 @@
-"""Runs from Python: the commands `run` and `plan` with their options as keywords, and a run directory opened."""
+"""A run directory opened in Python: its tables with texts, SQL over them, and its atlas.
+
+Runs from Python: the commands `run` and `plan` with their options as keywords, and a run directory opened.
+"""
 
 from dataclasses import fields
+from functools import cached_property
 from typing import Any
 
-from backlens.atlas.run import Run
+import pyarrow as pa
+
+from backlens.atlas.atlas import Atlas
 from backlens.config import PlanOptions, RunConfig, nearest
+from backlens.display import Answer, with_texts_beside
 from backlens.engine.run import NoProgress
 from backlens.engine.run import run as run_config
 from backlens.errors import BacklensError
 from backlens.forecast.forecast import Forecast, make_forecast
+from backlens.store.tables import TABLES
+
+
+class Run:
+    """The shards of a run that were committed when it was opened.
+
+    Every method gives an Arrow table (`Answer`) with the texts of tokens beside their ids; nothing is cut unless
+    `limit` is given.
+    """
+
+    def __init__(self, out: str) -> None:
+        """Raises BacklensError if `out` is no run directory."""
+        self.atlas = Atlas(out)
+
+    @property
+    def path(self) -> str:
+        return str(self.atlas.snapshot.directory)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What `run.json` says of the model: name, family, layers, width, vocabulary, weight hash."""
+        return dict(self.atlas.snapshot.record.model)
+
+    def sql(self, statement: str, limit: int | None = None) -> Answer:
+        """The rows of one SELECT over the run's tables and those of its atlas."""
+        return self.atlas.sql(statement, limit=limit)
+
+    def prompts(self, limit: int | None = None) -> Answer:
+        """One row per prompt."""
+        return self._rows("prompts", {}, limit)
+
+    def tokens(
+        self,
+        prompt: int | None = None,
+        layer: int | None = None,
+        module: str | None = None,
+        limit: int | None = None,
+    ) -> Answer:
+        """One row per prompt × layer × module × position: norms of x and δ, top and bottom tokens."""
+        return self._rows("tokens", {"prompt_id": prompt, "layer": layer, "module": module}, limit)
+
+    def neurons(
+        self,
+        prompt: int | None = None,
+        layer: int | None = None,
+        module: str | None = None,
+        limit: int | None = None,
+    ) -> Answer:
+        """One row per kept neuron of a prompt × layer × module."""
+        return self._rows("neurons", {"prompt_id": prompt, "layer": layer, "module": module}, limit)
+
+    def layers(
+        self,
+        prompt: int | None = None,
+        layer: int | None = None,
+        module: str | None = None,
+        limit: int | None = None,
+    ) -> Answer:
+        """One row per prompt × layer × module: norm, rank and singular values of the gradient."""
+        return self._rows("layers", {"prompt_id": prompt, "layer": layer, "module": module}, limit)
+
+    def failures(self, limit: int | None = None) -> Answer:
+        """One row per prompt that could not be processed, with the reason."""
+        return self._rows("failures", {}, limit)
+
+    def _rows(self, table: str, keys: dict[str, Any], limit: int | None) -> Answer:
+        given = {name: key for name, key in keys.items() if key is not None}
+        where = " AND ".join(f"{name} = ${name}" for name in given) or "TRUE"
+        order = ", ".join(TABLES[table].sort_keys)
+        query = f"SELECT * FROM {table} WHERE {where} ORDER BY {order}"
+        if limit is not None:
+            query, given["limit"] = f"{query} LIMIT $limit", limit
+        with self.atlas.question() as opened:
+            rows = opened.sql(query, params=given).to_arrow_table()
+        return Answer(with_texts_beside(rows, self._texts))
+
+    @cached_property
+    def _texts(self) -> pa.Array:
+        with self.atlas.question() as opened:
+            found = opened.sql("SELECT token FROM vocab ORDER BY token_id").to_arrow_table()
+        return found["token"].combine_chunks()
+
+    def __repr__(self) -> str:
+        record, shards = self.atlas.snapshot.record, self.atlas.snapshot.shards
+        return f"Run {self.path}: {record.model.get('name')}, {shards} of {record.plan.shards} shards"
+
+    def _repr_html_(self) -> str:
+        return self.atlas._repr_html_()
 
 
 def run(**options: Any) -> Run:

@@ -13,16 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from backlens.capture.batch import Side, make_batch
 from backlens.capture.hooks import MatrixMissed, capture, verify_capture
 from backlens.capture.loss import Outcome
-from backlens.capture.memory import (
+from backlens.capture.packing import (
     PROMPT_ERRORS,
     DeviceLost,
     MemoryGauge,
+    Packer,
+    TokenBudget,
     is_device_lost,
     is_out_of_memory,
     release_all,
     release_freed_memory,
 )
-from backlens.capture.packing import Packer, TokenBudget
 from backlens.columns import MatrixRows, fact_table, failure_table, prompt_table, without_prompts
 from backlens.config import Vocabulary
 from backlens.errors import BacklensError
@@ -35,7 +36,7 @@ from backlens.models.load import LoadedModel, load_model
 from backlens.models.module_tree import full_shape
 from backlens.models.zero3 import Zero3, whole_for_the_lens
 from backlens.projection.lens import Lens, Scaling, make_lens, verify_lens
-from backlens.prompts.in_memory import records_of
+from backlens.prompts.fields import records_of
 from backlens.prompts.prompt import Prompt, Rejected
 from backlens.prompts.source import one_line
 from backlens.prompts.tokenize import Example, PrependBos, TargetMode, context_length, tokenize

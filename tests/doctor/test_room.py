@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from backlens.capture.memory import free_memory
+from backlens.capture.packing import free_memory
 from backlens.doctor import examine, gradients
 from backlens.doctor.model_copy import ModelCopy
 from backlens.models.blocks import find_parts

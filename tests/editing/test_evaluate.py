@@ -17,11 +17,13 @@ from backlens.editing.evaluate import (
     _result,
     ask,
     exam,
+    generate,
+    ngram_entropy,
+    reference_score,
     summary,
 )
 from backlens.editing.methods.forward_shift import ForwardShift
 from backlens.editing.request import Metrics, Request, read_requests
-from backlens.editing.side_effects import generate, ngram_entropy, reference_score
 from backlens.errors import BacklensError
 from tests.editing.plain import plain_case
 

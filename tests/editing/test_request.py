@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from backlens.cli.main import call
+from backlens.editing.evaluate import Bystanders
 from backlens.editing.forward import subject_last, wordings
 from backlens.editing.request import read_requests
-from backlens.editing.side_effects import Bystanders
 from backlens.errors import BacklensError
 from backlens.models.load import LoadedModel
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from backlens.backward_lens import BackwardLens
 from backlens.capture.batch import make_batch
 from backlens.capture.hooks import Gradient, capture
-from backlens.capture.memory import is_out_of_memory
+from backlens.capture.packing import is_out_of_memory
 from backlens.models.load import LoadedModel, ModelSource, load_model
 from backlens.projection.lens import Lens, make_lens
 from backlens.projection.threads import device_threads

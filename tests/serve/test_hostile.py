@@ -10,7 +10,7 @@ from urllib.parse import quote
 import pytest
 from starlette.testclient import TestClient
 
-from backlens.serve import run_pages as sql_page
+from backlens.serve import pages as sql_page
 from backlens.serve import sandbox
 from backlens.serve.sandbox import SandboxReply
 from tests.store.examples import ExampleRun

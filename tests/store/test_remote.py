@@ -7,8 +7,8 @@ from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 from botocore.parsers import ResponseParserError
 
 from backlens.errors import BacklensError, Interrupted
-from backlens.store import object_store as remote
-from backlens.store.object_store import ask, file_system
+from backlens.store import directory as remote
+from backlens.store.directory import ask, file_system
 
 
 @pytest.fixture(autouse=True)

@@ -177,7 +177,7 @@ def test_a_server_that_is_down_is_said_in_one_line_and_in_time(
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 2)
-    monkeypatch.setattr("backlens.store.object_store.WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("backlens.store.directory.WAIT_SECONDS", 0.1)
     server.store.clear_instance_cache()
     began = time.monotonic()
     url = f"s3://{BUCKET}/unreachable"

@@ -1,4 +1,10 @@
-"""A run's tables in DuckDB: its files as views, nothing else within reach, and limits on memory and time.
+"""The SELECTs that define the atlas tables over a run's tables and over each other.
+
+Without a current atlas a connection has them as views; `backlens atlas` writes what they select to files. So a
+question reads the same with and without an atlas, and its answer is the same. Only `neuron_weights` is not here:
+it comes from the model. They read a table `lens` of one row besides, which holds the run's `norm_floor`.
+
+A run's tables in DuckDB: its files as views, nothing else within reach, and limits on memory and time.
 
 One that is opened once answers many questions of ours, several at a time: each has a cursor of its own, and all share
 the memory and what is known of the files. What a stranger writes gets one that is thrown away (`connection`).
@@ -16,12 +22,214 @@ from contextlib import closing, contextmanager
 
 import duckdb
 
-from backlens.atlas.derived_tables import DEFINITIONS
+from backlens.atlas.evidence import TOLD, base, enough, evidence, log_odds
 from backlens.atlas.manifest import find_loss
 from backlens.atlas.tables import ATLAS_TABLES
 from backlens.errors import BacklensError
 from backlens.store.directory import Directory
 from backlens.store.tables import TABLES, Table
+
+PLACES = 5
+"""How many prompts, or neurons, a summary names."""
+TOKENS = 10
+"""How many tokens a neuron's summary names on each side."""
+
+
+def _listed(side: str) -> str:
+    return f"""
+    SELECT
+        layer, module, expert, neuron, prompt_id, '{side}' AS side,
+        (generate_subscripts({side}_ids, 1) - 1)::SMALLINT AS place,
+        unnest({side}_ids) AS token_id, unnest({side}_scores) AS score, grad_norm
+    FROM neurons
+    """
+
+
+NEURON_TOPK = f"""
+SELECT layer, module, expert, neuron, prompt_id, side, place, token_id, score, grad_norm
+FROM ({_listed("top")} UNION ALL {_listed("bottom")})
+"""
+
+TOKEN_TOPK = """
+SELECT token_id, layer, module, expert, neuron, prompt_id, side, place, score, grad_norm FROM neuron_topk
+"""
+
+
+def _positions(side: str) -> str:
+    return f"""
+    SELECT
+        unnest({side}_ids) AS token_id, layer, module, expert, prompt_id, position, '{side}' AS side,
+        (generate_subscripts({side}_ids, 1) - 1)::SMALLINT AS place, unnest({side}_scores) AS score
+    FROM tokens
+    """
+
+
+POSITION_TOPK = f"{_positions('top')} UNION ALL {_positions('bottom')}"
+
+NEURON_PROMPTS = """
+SELECT layer, module, expert, neuron, prompt_id, grad_norm, main_position, target_score, target_rank
+FROM neurons
+"""
+
+
+def _spoken(side: str, name: str) -> str:
+    """The columns of one side of `neuron_summary`."""
+    first = f"FILTER (side = '{side}' AND nth <= {TOKENS})"
+    own = f"FILTER (side = '{side}' AND is_own AND own_nth <= {TOKENS})"
+    whole = f"FILTER (side = '{side}')"
+    return f"""
+        list(token_id ORDER BY nth) {first} AS {name}_ids,
+        list(entries ORDER BY nth) {first} AS {name}_counts,
+        list(share / base ORDER BY nth) {first} AS {name}_lifts,
+        list(token_id ORDER BY own_nth) {own} AS {name}_own_ids,
+        list(entries ORDER BY own_nth) {own} AS {name}_own_counts,
+        list(log_odds ORDER BY own_nth) {own} AS {name}_own_log_odds,
+        abs(sum(share * log2(share)) {whole}) AS {name}_entropy
+    """
+
+
+NEURON_SUMMARY = f"""
+WITH ordered AS (
+    SELECT *, row_number() OVER (
+        PARTITION BY layer, module, expert, neuron ORDER BY grad_norm DESC, prompt_id
+    ) AS nth
+    FROM neuron_prompts
+), kept AS (
+    SELECT
+        layer, module, expert, neuron,
+        count(*) AS prompts,
+        sum(grad_norm::DOUBLE) AS grad_norm_sum,
+        avg(grad_norm::DOUBLE) AS grad_norm_mean,
+        max(grad_norm) AS grad_norm_max,
+        list(prompt_id ORDER BY nth) FILTER (nth <= {PLACES}) AS strongest_prompts,
+        list(grad_norm ORDER BY nth) FILTER (nth <= {PLACES}) AS strongest_norms
+    FROM ordered GROUP BY layer, module, expert, neuron
+), counted AS (
+    SELECT layer, module, expert, neuron, side, token_id, count(*) AS entries
+    FROM neuron_topk WHERE {TOLD} GROUP BY layer, module, expert, neuron, side, token_id
+), heard AS (
+    SELECT layer, module, expert, neuron, count(*) AS lists
+    FROM neuron_topk WHERE {TOLD} AND side = 'top' AND place = 0 GROUP BY layer, module, expert, neuron
+), units AS (
+    SELECT layer, module, sum(lists) AS unit_lists, count(*) AS unit_neurons FROM heard GROUP BY layer, module
+), bases AS (
+    SELECT
+        layer, module, side, token_id,
+        entries / sum(entries) OVER (PARTITION BY layer, module, side) AS base,
+        {base("entries", "unit_lists")} AS list_base,
+        {enough("unit_neurons * count(*) OVER (PARTITION BY layer, module)")} AS enough
+    FROM (
+        SELECT layer, module, side, token_id, sum(entries) AS entries
+        FROM counted GROUP BY layer, module, side, token_id
+    ) JOIN units USING (layer, module)
+), compared AS (
+    SELECT
+        counted.*, lists, base, {log_odds("entries", "lists", "list_base")} AS log_odds,
+        {evidence("entries", "lists", "list_base")} >= enough AS is_own
+    FROM counted JOIN bases USING (layer, module, side, token_id)
+    JOIN heard
+    ON counted.layer = heard.layer AND counted.module = heard.module AND counted.neuron = heard.neuron
+        AND counted.expert IS NOT DISTINCT FROM heard.expert
+), shares AS (
+    SELECT
+        *,
+        entries / sum(entries) OVER (PARTITION BY layer, module, expert, neuron, side) AS share,
+        row_number() OVER (
+            PARTITION BY layer, module, expert, neuron, side ORDER BY entries DESC, token_id
+        ) AS nth,
+        row_number() OVER (
+            PARTITION BY layer, module, expert, neuron, side, is_own ORDER BY log_odds DESC, entries DESC, token_id
+        ) AS own_nth
+    FROM compared
+), spoken AS (
+    SELECT
+        layer, module, expert, neuron, any_value(lists) AS lists, sqrt(sum(entries * entries)::DOUBLE) AS length,
+        {_spoken("bottom", "promoted")}, {_spoken("top", "demoted")}
+    FROM shares GROUP BY layer, module, expert, neuron
+)
+SELECT
+    kept.*, coalesce(lists, 0) AS lists, coalesce(length, 0) AS entries_norm,
+    spoken.* EXCLUDE (layer, module, expert, neuron, lists, length)
+FROM kept LEFT JOIN spoken
+ON kept.layer = spoken.layer AND kept.module = spoken.module AND kept.neuron = spoken.neuron
+    AND kept.expert IS NOT DISTINCT FROM spoken.expert
+"""
+
+
+def _pushed(side: str, name: str) -> str:
+    first = f"FILTER (side = '{side}' AND nth <= {PLACES})"
+    return f"""
+        list(neuron ORDER BY nth) {first} AS {name}_neurons,
+        list(entries ORDER BY nth) {first} AS {name}_counts
+    """
+
+
+TOKEN_SUMMARY = f"""
+WITH counted AS (
+    SELECT token_id, layer, module, expert, neuron, side, count(*) AS entries
+    FROM token_topk WHERE {TOLD} GROUP BY token_id, layer, module, expert, neuron, side
+), ordered AS (
+    SELECT *, row_number() OVER (
+        PARTITION BY token_id, layer, module, expert, side ORDER BY entries DESC, neuron
+    ) AS nth
+    FROM counted
+), summed AS (
+    SELECT
+        token_id, layer, module, expert,
+        coalesce(sum(entries) FILTER (side = 'bottom'), 0)::BIGINT AS promoted,
+        coalesce(sum(entries) FILTER (side = 'top'), 0)::BIGINT AS demoted,
+        count(DISTINCT neuron) AS neurons,
+        {_pushed("bottom", "promoted")}, {_pushed("top", "demoted")}
+    FROM ordered GROUP BY token_id, layer, module, expert
+), prompted AS (
+    SELECT token_id, layer, module, expert, count(DISTINCT prompt_id) AS prompts
+    FROM token_topk WHERE {TOLD} GROUP BY token_id, layer, module, expert
+)
+SELECT summed.*, prompts
+FROM summed JOIN prompted
+ON summed.token_id = prompted.token_id AND summed.layer = prompted.layer
+    AND summed.module = prompted.module AND summed.expert IS NOT DISTINCT FROM prompted.expert
+"""
+
+LAYER_CURVES = """
+SELECT
+    layer, module, expert, position_class,
+    count(*) AS positions,
+    count(DISTINCT prompt_id) AS prompts,
+    avg(input_norm::DOUBLE) AS input_norm,
+    avg(vjp_norm::DOUBLE) AS vjp_norm,
+    count(*) FILTER (vjp_norm = 0) AS zeros,
+    avg(target_rank) AS target_rank,
+    median(target_rank) AS target_rank_median,
+    CASE WHEN count(first_top) > 0 THEN entropy(first_top) END AS top_entropy,
+    CASE WHEN count(first_bottom) > 0 THEN entropy(first_bottom) END AS bottom_entropy
+FROM (
+    SELECT
+        t.* EXCLUDE (top_ids, bottom_ids), top_ids[1] AS first_top, bottom_ids[1] AS first_bottom,
+        CASE
+            WHEN position = n_tokens - 1 THEN 'last'
+            WHEN position = subject_end - 1 THEN 'subject_last'
+            WHEN position = subject_start THEN 'subject_first'
+            ELSE 'other'
+        END AS position_class
+    FROM tokens t JOIN (SELECT prompt_id, n_tokens, subject_start, subject_end FROM prompts) USING (prompt_id)
+)
+GROUP BY layer, module, expert, position_class
+"""
+
+DEFINITIONS: dict[str, str] = {
+    "neuron_topk": NEURON_TOPK,
+    "token_topk": TOKEN_TOPK,
+    "position_topk": POSITION_TOPK,
+    "neuron_prompts": NEURON_PROMPTS,
+    "neuron_summary": NEURON_SUMMARY,
+    "token_summary": TOKEN_SUMMARY,
+    "layer_curves": LAYER_CURVES,
+    "prompt_tokens": "SELECT * FROM tokens",
+    "prompt_neurons": "SELECT * FROM neurons",
+}
+"""By table, each after those it reads."""
+
 
 MAIN, OTHER = "main", "other"
 """The schemas: the run's tables, and those of the run it is compared with."""

@@ -18,8 +18,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from backlens.atlas.database import LiteralPaths, first_line, lens_table, read_parquet, sql_text
-from backlens.atlas.derived_tables import DEFINITIONS
+from backlens.atlas.database import DEFINITIONS, LiteralPaths, first_line, lens_table, read_parquet, sql_text
 from backlens.atlas.manifest import ATLAS, find_loss
 from backlens.atlas.tables import ATLAS_TABLES, PROMPT_TABLES
 from backlens.errors import BacklensError

@@ -10,12 +10,11 @@ from rich.table import Table
 from backlens.cli.console import console, say
 from backlens.editing.compare import TrialScore, best_trials, trial_scores
 from backlens.editing.delta import Delta, described, edited, merged, save_deltas
-from backlens.editing.evaluate import KINDS, Result, Summary, ask, exam, summary
+from backlens.editing.evaluate import KINDS, Result, Summary, ask, exam, generate, summary
 from backlens.editing.explain import Added, explain
 from backlens.editing.methods import Method
 from backlens.editing.options import Place
 from backlens.editing.request import Request
-from backlens.editing.side_effects import generate
 from backlens.editing.sweep import SweepReport
 from backlens.errors import BacklensError
 from backlens.models.load import LoadedModel

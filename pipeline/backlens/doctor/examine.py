@@ -14,20 +14,23 @@ from typing import Any
 
 import torch
 
-from backlens.capture.memory import free_memory, give_back_memory
+from backlens.capture.packing import free_memory, give_back_memory
 from backlens.config import RunConfig
 from backlens.demo import MODEL
 from backlens.doctor.checks import (
     ATTENTION,
     LEFT,
+    MEMORY,
     RIGHT,
     ROWS,
     SCORES,
+    TIME,
     TOKENS,
     Check,
     at_most,
     attempted,
     attention_check,
+    cost_checks,
     half_checks,
     look_at_blocks,
     padding_checks,
@@ -35,7 +38,6 @@ from backlens.doctor.checks import (
     skipped,
     told,
 )
-from backlens.doctor.cost import MEMORY, TIME, cost_checks
 from backlens.doctor.gradients import BIASES, WEIGHTS, gradient_checks
 from backlens.doctor.gradients import REMEDY as WRONG_TABLES
 from backlens.doctor.model_copy import (

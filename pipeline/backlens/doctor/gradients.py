@@ -16,7 +16,7 @@ from transformers import Conv1D, PreTrainedModel
 
 from backlens.capture.batch import make_batch
 from backlens.capture.hooks import Gradient, capture
-from backlens.capture.memory import free_memory
+from backlens.capture.packing import free_memory
 from backlens.doctor.checks import Check, at_most, skipped
 from backlens.doctor.model_copy import ModelCopy, Place, place_name
 from backlens.models.blocks import Block, Located

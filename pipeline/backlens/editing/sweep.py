@@ -2,9 +2,9 @@
 
 The worker of a sweep: a copy of the model, and shards of the grid in, committed rows of `edits` out.
 
-It runs on the executors of `backlens run`, which know no more of it than `backlens.engine.executors.base` says. A shard's rows do
-not depend on any other's, nor on the worker, so a sweep that was stopped goes on with the shards that have no commit
-(`backlens.store.commit` says what a crash leaves), and a shard whose worker died is given to another.
+It runs on the executors of `backlens run`, which know no more of it than `backlens.engine.executors.base` says. A
+shard's rows do not depend on any other's, nor on the worker, so a sweep that was stopped goes on with the shards that
+have no commit (`backlens.store.commit` says what a crash leaves), and a shard whose worker died is given to another.
 
 A sweep from its options to a finished directory: plan, resume, shards, done. It loads no weights itself.
 """
@@ -24,14 +24,23 @@ import torch
 import yaml
 
 from backlens import demo
-from backlens.capture.memory import PROMPT_ERRORS, DeviceLost, is_device_lost
+from backlens.capture.packing import PROMPT_ERRORS, DeviceLost, is_device_lost
 from backlens.editing.delta import edited, weights_digest
-from backlens.editing.evaluate import Evaluation, Result, ask, exam
+from backlens.editing.evaluate import (
+    Bystanders,
+    Evaluation,
+    Result,
+    Untouched,
+    ask,
+    exam,
+    generate,
+    ngram_entropy,
+    reference_score,
+)
 from backlens.editing.methods import Method
 from backlens.editing.methods.registry import make_method, measure_shared, refuse_missing
 from backlens.editing.options import EditOptions, MethodName
 from backlens.editing.request import Request, load_editable, model_source, read_requests, subject_notes
-from backlens.editing.side_effects import Bystanders, Untouched, generate, ngram_entropy, reference_score
 from backlens.engine.executors import executing
 from backlens.engine.executors.base import Attempt, RayOptions, Readiness
 from backlens.errors import BacklensError, Interrupted

@@ -21,12 +21,18 @@ from backlens.models.vocabulary import vocabulary
 from backlens.prompts.prompt import shards
 from backlens.prompts.read import read_prompts
 from backlens.prompts.subject import subject_lines
-from backlens.store.card import count_rows
 from backlens.store.commit import ShardCommit, committed, write_vocab
 from backlens.store.directory import Directory
 from backlens.store.input_paths import published_name, recorded, remember
 from backlens.store.lock import DriverLock
-from backlens.store.run_record import RunDirectory, finish, made_with_others, open_run, package_versions
+from backlens.store.run_record import (
+    RunDirectory,
+    count_rows,
+    finish,
+    made_with_others,
+    open_run,
+    package_versions,
+)
 from backlens.store.verify import losses
 
 

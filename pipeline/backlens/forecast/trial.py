@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from backlens.backward_lens import BackwardLens
-from backlens.capture.memory import release_freed_memory
-from backlens.capture.packing import most_tokens, pack
+from backlens.capture.packing import most_tokens, pack, release_freed_memory
 from backlens.engine.plan import RunPlan
 from backlens.forecast.model import random_model
 from backlens.forecast.prompts import Sample

@@ -19,7 +19,7 @@ import fsspec.compression
 import fsspec.utils
 
 from backlens.errors import BacklensError
-from backlens.store.object_store import file_system, store_errors
+from backlens.store.directory import file_system, store_errors
 
 _COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
 

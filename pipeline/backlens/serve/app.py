@@ -32,11 +32,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from backlens.atlas import Atlas
 from backlens.atlas.manifest import find_manifest
 from backlens.errors import BacklensError
-from backlens.serve.name_pages import neuron_page, search_page, token_page
-from backlens.serve.page import Missing, Page, Parameters, Served, as_csv, as_json
+from backlens.serve.page import Missing, Page, Parameters, Served, as_csv, as_html, as_json
+from backlens.serve.pages import (
+    about_page,
+    layers_page,
+    neuron_page,
+    run_page,
+    search_page,
+    sql_page,
+    token_page,
+)
 from backlens.serve.prompt_pages import compare_page, prompt_page
-from backlens.serve.render import as_html
-from backlens.serve.run_pages import about_page, layers_page, run_page, sql_page
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at the atlas's record."""

@@ -19,12 +19,13 @@ from backlens.serve.page import (
     Page,
     Parameters,
     Served,
+    asset,
+    environment,
     is_named_by_the_address,
     one_of,
     whole_number,
 )
 from backlens.serve.questions import Row, ask, look_up, together
-from backlens.serve.render import asset, environment
 from backlens.store.tables import SIGN_CONVENTION
 from backlens.terms import WRITES
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from backlens.store.card import count_rows
 from backlens.store.commit import ShardCommit, committed
 from backlens.store.directory import Directory
 from backlens.store.lock import Holder, find_holder
-from backlens.store.run_record import Kind, load_run
+from backlens.store.run_record import Kind, count_rows, load_run
 from backlens.store.verify import losses
 
 State = Literal["done", "running", "stopped"]

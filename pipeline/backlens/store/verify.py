@@ -14,11 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from backlens.errors import BacklensError
-from backlens.store.card import count_rows
 from backlens.store.commit import COMMITS, VOCAB_FILE, ShardCommit, committed, record_file
 from backlens.store.directory import Directory
 from backlens.store.parquet import FileRecord, file_checksum
-from backlens.store.run_record import find_run, load_run
+from backlens.store.run_record import count_rows, find_run, load_run
 from backlens.store.tables import TABLES
 
 

@@ -1,7 +1,7 @@
 """Editing by the true gradient: one step of gradient descent from its factors, and fine-tuning with Adam.
 
-The loss is −log p(target), summed over the target's tokens; gradients are ours (`backlens.capture.hooks`), and weights are
-never given one.
+The loss is −log p(target), summed over the target's tokens; gradients are ours
+(`backlens.capture.hooks`), and weights are never given one.
 """
 
 from collections.abc import Mapping, Sequence

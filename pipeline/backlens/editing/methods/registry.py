@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backlens.editing.covariance import Moments, measure, model_digest, read_texts
+from backlens.editing.evaluate import sample_prefixes
 from backlens.editing.methods import Method
 from backlens.editing.methods.forward_shift import MODULE, ForwardShift
 from backlens.editing.methods.gradient import FineTune, GradientShift
 from backlens.editing.methods.mend import Editor, Mend
 from backlens.editing.methods.rome_memit import Memit, Rome, Search
 from backlens.editing.options import EditOptions, MethodName, Place
-from backlens.editing.side_effects import sample_prefixes
 from backlens.errors import BacklensError
 from backlens.models.load import LoadedModel
 

@@ -1,12 +1,24 @@
-"""Choose the executor: shards run in this process, or on Ray actors."""
+"""Choose the executor: shards run in this process, or on Ray actors.
+
+Run shards in this process, one after the other, and write each beside the next.
+"""
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
-from backlens.engine.executors.base import Executor, RayOptions
-from backlens.engine.executors.local import LocalExecutor
+from backlens.engine.executors.base import (
+    AHEAD,
+    Attempt,
+    Executor,
+    RayOptions,
+    Readiness,
+    ReplicaCounts,
+    WorkerSetup,
+)
+from backlens.store.commit import ShardCommit
 
 
 def keep_deaths_quiet() -> None:
@@ -30,3 +42,33 @@ def executing(ray: RayOptions | None, announce: Callable[[str], None]) -> Iterat
         yield executor
     finally:
         executor.stop()
+
+
+class LocalExecutor:
+    """One worker in this process; shards are written by a second thread while the next is computed."""
+
+    def start(self, job: WorkerSetup[Any]) -> list[Readiness]:
+        self._worker = job.worker()
+        return [self._worker.ready()]
+
+    def run(self, shards: Iterator[Any]) -> Iterator[ShardCommit]:
+        with ThreadPoolExecutor(AHEAD, thread_name_prefix="shard") as pool:
+            running: set[Future[ShardCommit]] = set()
+            try:
+                for shard in shards:
+                    running.add(pool.submit(self._worker.run, Attempt(shard)))
+                    if len(running) == AHEAD:
+                        done, running = wait(running, return_when=FIRST_COMPLETED)
+                        yield from (future.result() for future in done)
+                while running:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            finally:
+                for future in running:
+                    future.cancel()
+
+    def standing(self) -> ReplicaCounts:
+        return ReplicaCounts(replicas=1)
+
+    def stop(self) -> None:
+        """Nothing outlives `run`."""

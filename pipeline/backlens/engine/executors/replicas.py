@@ -34,7 +34,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from backlens.capture.memory import DeviceLost
+from backlens.capture.packing import DeviceLost
 from backlens.engine.events import emit
 from backlens.engine.executors.base import AHEAD, Attempt, Readiness, WorkerSetup
 from backlens.engine.executors.ray_session import (

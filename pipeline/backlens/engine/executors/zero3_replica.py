@@ -27,8 +27,14 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from backlens.backward_lens import Computed, lengths_of
-from backlens.capture.memory import PROMPT_ERRORS, DeviceLost, release_freed_memory
-from backlens.capture.packing import Packer, TokenBudget, most_tokens
+from backlens.capture.packing import (
+    PROMPT_ERRORS,
+    DeviceLost,
+    Packer,
+    TokenBudget,
+    most_tokens,
+    release_freed_memory,
+)
 from backlens.engine.blame import note
 from backlens.engine.executors.base import AHEAD, Attempt, Readiness
 from backlens.engine.executors.replicas import References
