@@ -1,7 +1,8 @@
 """Write `schemas/`, the published contract of the tables, from the package's declarations.
 
-`python -m docs.write_schemas` writes it. Per table one JSON file (the Arrow schema in Arrow's own JSON form, and the text of every column) and one SQL file
-(DDL, in standard types and DuckDB's lists). `--check` writes nothing and exits 1 if a file is not current.
+`python -m docs.write_schemas` writes one JSON file per table (the Arrow schema in Arrow's own JSON form, and the text
+of every column) and one SQL file (DDL, in standard types and DuckDB's lists). `--check` writes nothing and exits 1 if a
+file is not current.
 """
 
 import argparse

@@ -51,8 +51,8 @@ WITHOUT_MODELS = ("backlens.store", "backlens.atlas", "backlens.figures", "backl
 ASKED_FOR = ("backlens.atlas.neuron_weights", "backlens.atlas.build")
 """Tables are written, read and drawn without a model at hand; these two are imported where they are asked for."""
 
-RETIRED_FILES = set(
-    [
+RETIRED_FILES = {
+    *(
         "sieve",
         "screening",
         "selection",
@@ -64,6 +64,8 @@ RETIRED_FILES = set(
         "faults",
         "retry",
         "condemned",
+    ),
+    *(
         "written",
         "anatomy",
         "structure",
@@ -75,6 +77,8 @@ RETIRED_FILES = set(
         "twins",
         "standing",
         "tools",
+    ),
+    *(
         "values",
         "drive",
         "outlook",
@@ -86,10 +90,9 @@ RETIRED_FILES = set(
         "util",
         "helpers",
         "helper",
-        "common",
-        "misc",
-    ]
-)
+    ),
+    *("common", "misc"),
+}
 """Words that are metaphors, or that name nothing; a file is named by a noun of the field."""
 
 
