@@ -13,7 +13,6 @@ and show an object only when its upload is complete. A reader therefore finds a 
 """
 
 import errno
-import fcntl
 import functools
 import os
 import posixpath
@@ -27,6 +26,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar, cast
 
+import filelock
 import fsspec
 from fsspec.core import split_protocol, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -123,6 +123,8 @@ def reason(error: BaseException) -> str:
 
 Answer = TypeVar("Answer")
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of file systems that have no locks."""
 BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Protocols of stores without folders, whose libraries would make a missing bucket if they were asked for one."""
 
@@ -305,14 +307,17 @@ class Directory:
         if not self.is_local:
             yield
             return
+        lock = file_lock(self.path(name))
         with self.writing(name):
-            descriptor = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                lock.acquire()
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
         try:
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(descriptor)
+            lock.release()
 
     def _temporary_path(self, name: str) -> str:
         if not self.is_local:
@@ -376,6 +381,15 @@ class Staged:
 def is_temporary(name: str) -> bool:
     """Whether a file's name says that it was never finished."""
     return name[:1] in (".", "_") and name.endswith(".tmp")
+
+
+def file_lock(path: str, **options: Any) -> filelock.FileLock:
+    """A lock that the kernel keeps and releases when its holder dies; a forked child does not share it.
+
+    Taking it raises OSError with one of `NO_LOCKS` on a file system without locks: `filelock` would fall back on a
+    marker file there, which outlives a killed process.
+    """
+    return filelock.FileLock(path, poll_interval=0.01, thread_local=False, fallback_to_soft=False, **options)
 
 
 def sync_folder(folder: str) -> None:

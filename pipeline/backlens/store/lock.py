@@ -8,7 +8,6 @@ the next renewal: then one of them finds that it has `lost` it and ends. Meanwhi
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -20,9 +19,11 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
+import filelock
+
 from backlens.errors import BacklensError, Interrupted
 from backlens.printable import json_text
-from backlens.store.directory import Directory
+from backlens.store.directory import NO_LOCKS, Directory, file_lock
 
 LOCK_FILE = "_driver.lock"
 REFRESH_SECONDS = 10.0
@@ -30,22 +31,8 @@ STALE_SECONDS = 60.0
 """Longer than a store's outage that a driver survives, with the clocks of two machines a few seconds apart."""
 LOOK_SECONDS = 2.0
 """How often a driver that waits for a lease to end looks whether it is kept fresh."""
-LOOKS = 5
-"""How often a driver tries for a file's lock: `find_holder` may have it for the instant of a look."""
-
-# A fork shares the lock of its parent and would keep it after the parent's death, so children let go of it.
-# Executed programs (Ray's workers) never get it: the descriptors are close-on-exec.
-_held_descriptors: set[int] = set()
-
-
-def _let_go_in_child() -> None:
-    for descriptor in _held_descriptors:
-        os.close(descriptor)
-    _held_descriptors.clear()
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)
-
+FILE_SECONDS = 0.05
+"""Wait for a file's lock: `find_holder` holds it for an instant while it looks."""
 
 class DriverLock:
     """`with DriverLock(directory): …`; refused with a BacklensError while another process holds it.
@@ -104,59 +91,40 @@ def _missing_folders(path: str) -> list[str]:
 
 
 class _FileLock:
+    """The kernel's lock on the lock file (`filelock`), which also holds the record of its holder."""
+
     lost = False
 
     def __init__(self, directory: Directory) -> None:
         self.directory = directory
-        self.path = directory.path(LOCK_FILE)
-        self.descriptor = -1
+        self._path = directory.path(LOCK_FILE)
+        self._lock = file_lock(self._path, timeout=FILE_SECONDS, on_acquired=_record_holder)
 
     def acquire(self) -> None:
         with self.directory.writing(LOCK_FILE):
-            looks = 0
-            while (holder := self._try()) is not None:
-                looks += 1
-                if looks == LOOKS:
-                    raise BacklensError(_in_use(self.directory, holder))
-                time.sleep(0.01)
-
-    def _try(self) -> bytes | None:
-        """Takes the lock, or says what its holder wrote."""
-        while True:
-            with contextlib.ExitStack() as undoing:
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                undoing.callback(os.close, descriptor)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return os.pread(descriptor, 4096, 0)
-                except OSError as error:
-                    raise BacklensError(
-                        f"out: cannot lock {self.directory} ({error.strerror}); "
-                        "use an --out on a file system that has locks"
-                    ) from error
-                if not self._is_current(descriptor):
-                    continue  # its holder removed the file on leaving, between our open and our lock
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, _holder(_now()), 0)
-                undoing.pop_all()
-                _held_descriptors.add(descriptor)
-                self.descriptor = descriptor
-                return None
+            try:
+                self._lock.acquire()
+            except filelock.Timeout:
+                raise BacklensError(_in_use(self.directory, _content(self.directory) or b"")) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                raise BacklensError(
+                    f"out: cannot lock {self.directory} ({error.strerror}); "
+                    "use an --out on a file system that has locks"
+                ) from error
 
     def release(self) -> None:
-        if self.descriptor not in _held_descriptors:
-            return  # a forked child leaves the block: the lock is its parent's
+        if not self._lock.is_locked:
+            return  # this is a forked child that leaves the block: the lock is its parent's
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-        _held_descriptors.discard(self.descriptor)
-        os.close(self.descriptor)
+            os.unlink(self._path)  # while it is locked: a process that waits for it then makes a new file
+        self._lock.release()
 
-    def _is_current(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
-        except FileNotFoundError:
-            return False
+
+def _record_holder(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, _holder(_now()), 0)
 
 
 class _Lease:
@@ -208,10 +176,8 @@ class _Lease:
                 self.directory.write_atomically(LOCK_FILE, self._content())
 
     def _read(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self.directory.read(LOCK_FILE))
-        except FileNotFoundError:
-            return None
+        content = _content(self.directory)
+        return None if content is None else json.loads(content)
 
     def _content(self) -> bytes:
         return _holder(self.since, token=self.token, refreshed_at=time.time())
@@ -238,36 +204,39 @@ def find_holder(directory: Directory) -> Holder | None:
 
 
 def _held_file(directory: Directory) -> bytes | None:
-    """What the lock file says while it is locked; a file that a killed driver left is not.
+    """The lock file's content while it is locked; None if it is not, as after its holder was killed.
 
-    Where the file system has no locks nobody holds one, for no driver works there. A file that may not be read says
-    nothing either.
+    None too where the file system has no locks, because no driver works there, and where the file may not be read.
     """
     try:
         descriptor = os.open(directory.path(LOCK_FILE), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.pread(descriptor, 4096, 0)
+        is_free = filelock.lock_descriptor(descriptor, blocking=False)
+        return None if is_free else os.pread(descriptor, 4096, 0)
     except OSError:
         return None
     finally:
         os.close(descriptor)
-    return None
 
 
 def _held_lease(directory: Directory) -> bytes | None:
-    try:
-        content = directory.read(LOCK_FILE)
-    except FileNotFoundError:
+    content = _content(directory)
+    if content is None:
         return None
     try:
         ends = float(json.loads(content)["refreshed_at"]) + STALE_SECONDS
     except (ValueError, TypeError, KeyError):
         return None
     return content if ends > time.time() else None
+
+
+def _content(directory: Directory) -> bytes | None:
+    try:
+        return directory.read(LOCK_FILE)
+    except FileNotFoundError:
+        return None
 
 
 def _holder(since: str, **fields: str | float) -> bytes:
