@@ -5,8 +5,6 @@ the model should go on reading as before. Texts are streamed: a batch's inputs a
 """
 
 import hashlib
-import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from backlens.prompts.jsonl_csv import jsonl_rows
 from backlens.prompts.prompt import Rejected
 from backlens.prompts.source import Source
 from backlens.prompts.tokenize import context_length
+from backlens.store.directory import replacing
 
 FORMAT = "backlens-moments-1"
 TEXTS_AT_ONCE = 512
@@ -53,11 +52,11 @@ class Moments:
 
     def save(self, path: str, model_digest: str) -> None:
         about = {"format": FORMAT, "module": self.module, "tokens": str(self.tokens), "model": model_digest}
-        # several workers may measure the same at a time: each writes a file of its own, and the last one's name stands
-        own = f"{path}.{uuid.uuid4().hex}.tmp"
         try:
-            save_file({str(layer): c.contiguous() for layer, c in self.of_layer.items()}, own, about)
-            os.replace(own, path)
+            with replacing(path) as temporary:  # several workers may measure the same at a time
+                save_file(
+                    {str(layer): c.contiguous() for layer, c in self.of_layer.items()}, temporary, about
+                )
         except (OSError, SafetensorError) as error:
             raise BacklensError(f"{path}: cannot be written: {error}") from error
 

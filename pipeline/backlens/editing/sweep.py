@@ -46,6 +46,7 @@ from backlens.engine.executors.base import Attempt, RayOptions, Readiness
 from backlens.errors import BacklensError, Interrupted
 from backlens.models.checkpoint import ModelSource, Proof, pinned
 from backlens.models.load import load_config, prove
+from backlens.printable import plain
 from backlens.prompts.source import Source
 from backlens.store.commit import SWEEP_TABLES, ShardCommit, commit_shard, committed, find_commit
 from backlens.store.directory import Directory
@@ -297,7 +298,7 @@ def sweep(
             directory,
             _fingerprint(options, proof, grid, side, requests, bystanders),
             config=kept,
-            config_yaml=yaml.safe_dump(_plain(kept), sort_keys=False),
+            config_yaml=yaml.safe_dump(plain(kept), sort_keys=False),
             plan=ShardPlan(sum(len(group) for each in work for group in each.groups), len(work), 0),
             model={
                 "name": demo.NAME if given["model"] is None else published_name(given["model"]),
@@ -385,10 +386,3 @@ def _option_values(options: EditOptions) -> dict[str, FingerprintValue]:
         "editor",
     )
     return {f.name.replace("_", "-"): getattr(options, f.name) for f in fields(options) if f.name not in own}
-
-
-def _plain(value: object) -> object:
-    """As YAML writes it: no tuples."""
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value

@@ -383,6 +383,19 @@ def is_temporary(name: str) -> bool:
     return name[:1] in (".", "_") and name.endswith(".tmp")
 
 
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield a temporary path beside `path`; what the block writes there takes the name `path`, whole or not at all."""
+    folder, name = os.path.split(os.fspath(path))
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
 def file_lock(path: str, **options: Any) -> filelock.FileLock:
     """A lock that the kernel keeps and releases when its holder dies; a forked child does not share it.
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backlens.errors import BacklensError
-from backlens.store.directory import Directory
+from backlens.store.directory import Directory, replacing
 from backlens.store.run_record import CONFIG_FILE, RunRecord, find_run
 
 PATHS = ("model", "anatomy", "prompts", "offload", "edits", "text", "statistics", "editor")
@@ -49,10 +49,8 @@ def remember(record: RunRecord, options: Mapping[str, Any]) -> None:
         return
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(file), exist_ok=True)
-        temporary = f"{file}.{os.getpid()}"
-        with open(temporary, "w", encoding="utf-8") as stream:
+        with replacing(file) as temporary, open(temporary, "w", encoding="utf-8") as stream:
             json.dump(paths, stream)
-        os.replace(temporary, file)
 
 
 def located(options: Mapping[str, Any], directory: Directory, record: RunRecord) -> dict[str, Any]:

@@ -34,6 +34,7 @@ LOOK_SECONDS = 2.0
 FILE_SECONDS = 0.05
 """Wait for a file's lock: `find_holder` holds it for an instant while it looks."""
 
+
 class DriverLock:
     """`with DriverLock(directory): …`; refused with a BacklensError while another process holds it.
 

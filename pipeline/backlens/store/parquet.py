@@ -4,6 +4,7 @@
 # (pyarrow.compute makes its functions when it is imported, so no type checker sees them.)
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -45,12 +46,35 @@ def write_table(directory: Directory, name: str, rows: pa.Table, table: Table) -
 def stage_table(directory: Directory, name: str, rows: pa.Table, table: Table) -> tuple[Staged, FileRecord]:
     """As `write_table`, under a temporary name; `Directory.publish` gives the file its own."""
     check_rows(rows, table)
-    ordered = sort_rows(rows, table)
-    staged = directory.stage(name, lambda file: _write_parquet(ordered, table, file))
+    return stage_sorted(directory, name, [sort_rows(rows, table)], table)
+
+
+def stage_sorted(
+    directory: Directory,
+    name: str,
+    pieces: Iterable[pa.Table],
+    table: Table,
+    row_group_rows: int | None = None,
+) -> tuple[Staged, FileRecord]:
+    """Write rows that are checked and sorted already, piece after piece, so that not all must be in memory."""
+    count = 0
+
+    def write(file: IO[bytes]) -> None:
+        nonlocal count
+        with pq.ParquetWriter(file, table.schema, **writer_options(table)) as writer:
+            for rows in pieces:
+                if (
+                    rows.num_rows
+                ):  # `datasets` cannot read a row group of 0 rows; it can read a file of no groups
+                    rows = rows.replace_schema_metadata(table.schema.metadata)
+                    writer.write_table(rows, row_group_rows or _row_group_rows(rows))
+                    count += rows.num_rows
+
+    staged = directory.stage(name, write)
     with open(staged.local_path, "rb") as file:
         checksum = file_checksum(file)
         size = file.tell()
-    return staged, FileRecord(path=name, rows=rows.num_rows, bytes=size, checksum=checksum)
+    return staged, FileRecord(path=name, rows=count, bytes=size, checksum=checksum)
 
 
 def check_rows(rows: pa.Table, table: Table) -> None:
@@ -130,12 +154,6 @@ def writer_options(table: Table) -> dict[str, Any]:
         "write_page_index": True,
         "sorting_columns": pq.SortingColumn.from_ordering(table.schema, order),
     }
-
-
-def _write_parquet(rows: pa.Table, table: Table, file: IO[bytes]) -> None:
-    with pq.ParquetWriter(file, table.schema, **writer_options(table)) as writer:
-        if rows.num_rows:  # a row group of 0 rows is what `datasets` cannot read; a file of no groups it can
-            writer.write_table(rows.replace_schema_metadata(table.schema.metadata), _row_group_rows(rows))
 
 
 def _leaf(field: pa.Field) -> tuple[str, pa.DataType]:
