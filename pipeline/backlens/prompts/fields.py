@@ -99,14 +99,15 @@ def prompts_from_columns(
 
 def _judged(row: Row, fields: PromptFields) -> Prompt | Rejected:
     try:
-        return _prompt(row, fields)
+        return column_prompt(row, fields)
     except UnfitError as unfit:
         return unfit.rejected(row)
     except RecursionError:
         return rejected(row.prompt_id, row.where, "broken-json", "nested too deeply to be read; flatten it")
 
 
-def _prompt(row: Row, fields: PromptFields) -> Prompt:
+def column_prompt(row: Row, fields: PromptFields) -> Prompt:
+    """The prompt of a record whose columns are texts. Raises UnfitError where the record lacks one."""
     values = row.values
     required = (fields.prompt or "prompt", fields.target or "target")
 
