@@ -38,7 +38,6 @@ def dataset_card(
     """The whole card; its numbers are those of the committed shards."""
     rows = count_rows(commits)
     name = str(model.get("name") or config.get("model") or "a language model")
-    # `datasets` cannot load a split without rows, so a table without rows is not offered to it.
     offered = [table for table in TABLES if rows.get(table) or (table == "vocab" and has_vocab)]
     title = f"Edits of {name}" if kind == "sweep" else f"Backward Lens of {name}"
     about = _about_edits(name, rows) if kind == "sweep" else _about_gradients(name, rows)
@@ -50,7 +49,7 @@ def dataset_card(
             *_front_matter(title, offered),
             *(f"# {title}", "", *about, "", *progress),
             *_table_list(rows, has_vocab),
-            *_use(offered),
+            *_use(offered, without_rows=[table for table in TABLES if rows.get(table) == 0]),
         ]
     )
 
@@ -118,23 +117,35 @@ def _table_list(rows: Mapping[str, int], has_vocab: bool) -> list[str]:
     return [*lines, *vocab, "", f"Schema version {SCHEMA_VERSION}.", ""]
 
 
-def _use(offered: Sequence[str]) -> list[str]:
-    """How to load a table, in lines that work in this folder as they stand."""
+def _use(offered: Sequence[str], without_rows: Sequence[str]) -> list[str]:
+    """Lines of Python that load a table with `datasets` in this folder, and the tables that they cannot load."""
     if not offered:
         return []
     table = next((name for name in ("neurons", "tokens", "edits") if name in offered), offered[0])
     others = [f"`{name}`" for name in offered if name != table]
-    also = [f"In its place: {', '.join(others)}. A table without rows cannot be loaded so.", ""]
+    empty = [f"`{name}`" for name in without_rows]
     return [
         "```python",
         "import os",
         "from datasets import load_dataset",
         "",
-        'folder = os.path.abspath(".")  # this folder; "." itself is no name that `datasets` takes',
+        'folder = os.path.abspath(".")  # this folder by its full path: `datasets` refuses the name "."',
         f'{table} = load_dataset(folder, "{table}", split="train")',
         "```",
         "",
-        *(also if others else []),
+        *(
+            [f"The other tables with rows are {', '.join(others)}; load them in the same way.", ""]
+            if others
+            else []
+        ),
+        *(
+            [
+                f"These tables have no rows, and `datasets` cannot load a table without rows: {', '.join(empty)}.",
+                "",
+            ]
+            if empty
+            else []
+        ),
     ]
 
 
