@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Conv1D
 
-from backlens.editing.covariance import Moments, measure
+from backlens.editing.activations import Moments, measure
 from backlens.editing.delta import Delta, edited, load_deltas, matrix, merged, save_deltas, weights_digest
 from backlens.editing.evaluate import ask, exam, summary
 from backlens.editing.methods import Method

@@ -46,7 +46,7 @@ from backlens.store.commit import ShardCommit, committed
 from backlens.store.directory import Directory, is_temporary
 from backlens.store.parquet import FileRecord
 from backlens.store.run_record import load_run
-from backlens.store.verify import losses
+from backlens.store.status import losses
 
 Made = tuple[Piece, dict[str, FileRecord]]
 

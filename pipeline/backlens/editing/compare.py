@@ -10,7 +10,7 @@ from backlens.editing.evaluate import KINDS
 from backlens.errors import BacklensError
 from backlens.store.directory import Directory
 from backlens.store.run_record import load_run
-from backlens.store.verify import read_table
+from backlens.store.status import read_table
 
 RESAMPLES = 1000
 LEVEL = 95

@@ -34,8 +34,7 @@ from typing import Literal
 import torch
 
 from backlens.config import PromptFields
-from backlens.editing.covariance import read_texts
-from backlens.editing.forward import BATCH_TOKENS, Sequences, batches, encode, logits_of
+from backlens.editing.activations import BATCH_TOKENS, Sequences, batches, encode, logits_of, read_texts
 from backlens.editing.request import Metrics, Request
 from backlens.errors import BacklensError
 from backlens.models.load import LoadedModel

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from backlens.editing.activations import down_input, subject_last, values_at, wordings
 from backlens.editing.delta import Delta, merged
-from backlens.editing.forward import down_input, subject_last, values_at, wordings
 from backlens.editing.methods.gradient import gradients
 from backlens.editing.options import Place
 from backlens.editing.request import Request

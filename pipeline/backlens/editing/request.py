@@ -32,10 +32,9 @@ from backlens.prompts.counterfact import (
 )
 from backlens.prompts.fields import Row, UnfitError, column_prompt, optional_text, text
 from backlens.prompts.jsonl_csv import jsonl_rows
-from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.prompt import SLOT, Prompt, Rejected, SubjectPlace, find_subject, subject_lines
 from backlens.prompts.read import detect, require
 from backlens.prompts.source import Source, one_line
-from backlens.prompts.subject import SLOT, SubjectPlace, find_subject, subject_lines
 
 Metrics = Literal["counterfact", "zsre"]
 

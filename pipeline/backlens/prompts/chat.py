@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from backlens.errors import BacklensError
-from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.prompt import Prompt, Rejected, find_subject
 from backlens.prompts.source import one_line
-from backlens.prompts.subject import find_subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -31,9 +31,8 @@ from backlens.prompts.fields import (
     text,
 )
 from backlens.prompts.jsonl_csv import load_json
-from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.prompt import SLOT, Prompt, Rejected, filled
 from backlens.prompts.source import Source, one_line
-from backlens.prompts.subject import SLOT, filled
 
 _PEEK_BYTES = 1 << 16
 

@@ -19,9 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from backlens.config import PromptFields
 from backlens.errors import BacklensError
-from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.prompt import SLOT, Prompt, Rejected, SubjectPlace, filled
 from backlens.prompts.source import one_line
-from backlens.prompts.subject import SLOT, SubjectPlace, filled
 from backlens.prompts.tokenize import Example
 
 Role = Literal["prompt", "target", "subject", "id", "relation"]

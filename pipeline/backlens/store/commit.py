@@ -21,7 +21,7 @@ Going from staged to committed is one worker's at a time (`_commits.lock`): a wo
 driver and finds the shard committed drops its own files and returns the record that is there, so a
 committed file is never replaced. On an object store that lock does not exist. What remains there is the
 time between an orphan's look at the record and its last put, in which it can replace files of the shard
-by its own of the same rows; `verify` (verify.py) tells if they differ in a single byte.
+by its own of the same rows; `verify` (status.py) tells if they differ in a single byte.
 """
 
 import json

@@ -1,15 +1,206 @@
-"""How far a run is, from its directory alone: no model, no cluster, and no word from its driver."""
+"""The state of a run directory, from its files alone: how far the run is, and whether the files are unchanged.
 
-from collections.abc import Sequence
+Sizes are compared first, with one listing per folder: that is quick, and finds what a partial copy lacks. Then contents
+are read whole and compared with their checksums. Tables are read here too, from the committed files and no others.
+"""
+
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from backlens.store.commit import ShardCommit, committed
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from backlens.errors import BacklensError
+from backlens.store.commit import COMMITS, VOCAB_FILE, ShardCommit, committed, record_file
 from backlens.store.directory import Directory
 from backlens.store.lock import Holder, find_holder
-from backlens.store.run_record import Kind, count_rows, load_run
-from backlens.store.verify import losses
+from backlens.store.parquet import FileRecord, file_checksum
+from backlens.store.run_record import Kind, count_rows, find_run, load_run
+from backlens.store.tables import TABLES
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A file that is not as it was written."""
+
+    directory: str
+    """As its user named it."""
+    name: str
+    """Relative to the directory."""
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.directory}/{self.name}: {self.problem}; {self.remedy}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What `verify` compared, and what it found."""
+
+    out: str
+    shards: int
+    files: int
+    bytes: int
+    rows: dict[str, int]
+    losses: Sequence[str]
+    """One line each."""
+
+
+def verify(out: str, stop_at_first: bool = True) -> Verified:
+    """Compare every committed file with its record: its size, its checksum and its number of rows."""
+    directory = Directory.at(out)
+    load_run(directory)
+    found: list[str] = []
+    commits = committed(directory, broken=found)
+    for loss in every_loss(directory, list(commits.values())):
+        if found and stop_at_first:
+            break
+        found.append(str(loss))
+    if stop_at_first:
+        del found[1:]
+    records = [record for commit in commits.values() for record in commit.files.values()]
+    size = sum(record.bytes for record in records)
+    rows = count_rows(list(commits.values()))
+    return Verified(str(directory), len(commits), len(records), size, rows, found)
+
+
+def every_loss(
+    directory: Directory, commits: Sequence[ShardCommit], tables: Sequence[str] | None = None
+) -> Iterator[Loss]:
+    """What is not as it was written, by sizes first, for these are there at once."""
+    lost: set[str] = set()
+    for loss in losses(directory, commits, tables):
+        lost.add(loss.name)
+        yield loss
+    for commit in commits:
+        for table, record in commit.files.items():
+            if record.path in lost or (tables is not None and table not in tables):
+                continue
+            problem = _changed(directory, record)
+            if problem is not None:
+                yield _loss(directory, record.path, problem, _recompute(directory, commit))
+
+
+def _changed(directory: Directory, record: FileRecord) -> str | None:
+    with directory.open(record.path) as file:
+        if file_checksum(file) != record.checksum:
+            return "the content is not what was written"
+        file.seek(0)
+        try:
+            rows = pq.read_metadata(file).num_rows
+        except pa.ArrowException as error:
+            return f"not a Parquet file ({error})"
+    return None if rows == record.rows else f"{rows:,} rows, its record says {record.rows:,}"
+
+
+def losses(
+    directory: Directory, commits: Iterable[ShardCommit], tables: Sequence[str] | None = None
+) -> Iterator[Loss]:
+    """What is missing or has another size, of these tables or of all, and of the records and the vocabulary."""
+    commits = list(commits)
+    if tables is None:
+        yield from _lost_records(directory, commits)
+    if (tables is None or "vocab" in tables) and (loss := lost_vocab(directory)) is not None:
+        yield loss
+    remedies = {
+        record.path: (record, commit)
+        for commit in commits
+        for table, record in commit.files.items()
+        if tables is None or table in tables
+    }
+    for path, problem in lost_files(directory, [record for record, _ in remedies.values()]):
+        yield _loss(directory, path, problem, _recompute(directory, remedies[path][1]))
+
+
+def _lost_records(directory: Directory, commits: Sequence[ShardCommit]) -> Iterator[Loss]:
+    """Of a run that is done, the records that are not there: their shards are not read."""
+    record = find_run(directory)
+    if record is None or record.status != "done":
+        return
+    there = {commit.shard for commit in commits}
+    for shard in range(record.plan.shards):
+        if shard not in there:
+            yield _loss(directory, record_file(shard), "missing", "run the same command again")
+
+
+def lost_vocab(directory: Directory) -> Loss | None:
+    """The vocabulary's file, if it is missing or no Parquet file. Its size is not recorded."""
+    record = find_run(directory)
+    if record is None or record.kind != "run" or not directory.names(COMMITS):
+        return None
+    if not directory.exists(VOCAB_FILE):
+        return _loss(directory, VOCAB_FILE, "missing", "run the same command again")
+    try:
+        with directory.open(VOCAB_FILE) as file:
+            pq.read_metadata(file)
+    except (pa.ArrowException, OSError, EOFError):
+        return _loss(directory, VOCAB_FILE, "not a Parquet file", "delete it and run the same command again")
+    return None
+
+
+def lost_files(directory: Directory, records: Iterable[FileRecord]) -> Iterator[tuple[str, str]]:
+    """The path and the problem of each file that is missing or has another size than recorded, in their order."""
+    sizes: dict[str, dict[str, int]] = {}
+    for record in records:
+        folder, name = posixpath.split(record.path)
+        if folder not in sizes:
+            sizes[folder] = directory.sizes(folder)
+        size = sizes[folder].get(name)
+        if size is None:
+            yield record.path, "missing"
+        elif size != record.bytes:
+            yield record.path, f"{size:,} bytes, {record.bytes:,} were written"
+
+
+def _loss(directory: Directory, path: str, problem: str, remedy: str) -> Loss:
+    return Loss(str(directory), path, problem, f"copy it again, or {remedy}")
+
+
+def _recompute(directory: Directory, commit: ShardCommit) -> str:
+    return f"delete {directory}/{record_file(commit.shard)} and run the same command again"
+
+
+def table_files(directory: Directory, table: str) -> list[str]:
+    """Where a table's committed files are: absolute paths or URLs, in the order of their shards."""
+    return [directory.location(name) for name in committed_names(directory, table)]
+
+
+def committed_names(directory: Directory, table: str) -> list[str]:
+    """The same files, relative to the run directory."""
+    if table not in TABLES:
+        raise BacklensError(f"no table {table!r}; there are {', '.join(TABLES)}")
+    if table == "vocab":
+        return [VOCAB_FILE] if directory.exists(VOCAB_FILE) else []
+    commits = committed(directory).values()
+    return [commit.files[table].path for commit in commits if table in commit.files]
+
+
+def read_table(directory: Directory, table: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A whole table in memory, shard after shard; without rows if nothing is committed yet."""
+    names = committed_names(directory, table)
+    if not names:
+        empty = TABLES[table].empty()
+        return empty if columns is None else empty.select(list(columns))
+    paths = [directory.path(name) for name in names]
+    wanted = None if columns is None else list(columns)
+    try:
+        # No partitioning: a folder's name such as `layer=3` is not a column.
+        rows = pq.read_table(
+            paths,
+            columns=wanted,
+            filesystem=directory.fs,
+            partitioning=None,  # pyright: ignore[reportArgumentType]
+        )
+        return rows.unify_dictionaries()
+    except (OSError, pa.ArrowException) as error:
+        for loss in every_loss(directory, list(committed(directory).values()), [table]):
+            raise BacklensError(f"out: {loss}") from error
+        raise
+
 
 State = Literal["done", "running", "stopped"]
 

@@ -26,9 +26,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backlens.editing.covariance import Moments, damped
+from backlens.editing.activations import (
+    Moments,
+    batches,
+    damped,
+    down_input,
+    logits_of,
+    subject_last,
+    values_at,
+    wordings,
+)
 from backlens.editing.delta import Delta, edited, matrix, merged
-from backlens.editing.forward import batches, down_input, logits_of, subject_last, values_at, wordings
 from backlens.editing.methods import expected_embeddings, target_embeddings
 from backlens.editing.options import Normalise, Place
 from backlens.editing.request import Request

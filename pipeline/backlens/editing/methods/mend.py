@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from backlens.capture.batch import make_batch
 from backlens.capture.factors import masked
 from backlens.capture.hooks import Gradient, capture
+from backlens.editing.activations import wordings
 from backlens.editing.delta import Delta
-from backlens.editing.forward import wordings
 from backlens.editing.request import Request
 from backlens.errors import BacklensError
 from backlens.models.load import LoadedModel

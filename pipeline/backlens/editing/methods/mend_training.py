@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backlens.capture.batch import Batch, make_batch
+from backlens.editing.activations import encode, logits_of
 from backlens.editing.delta import matrix
-from backlens.editing.forward import encode, logits_of
 from backlens.editing.methods.mend import EditFactors, Editor, Shape, edit_factors, factors_added, raw_factors
 from backlens.editing.request import Request
 from backlens.errors import BacklensError

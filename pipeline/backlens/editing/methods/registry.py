@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from backlens.editing.covariance import Moments, measure, model_digest, read_texts
+from backlens.editing.activations import Moments, measure, model_digest, read_texts
 from backlens.editing.evaluate import sample_prefixes
 from backlens.editing.methods import Method
 from backlens.editing.methods.forward_shift import MODULE, ForwardShift

@@ -17,11 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from backlens.capture.batch import make_batch
-from backlens.editing.covariance import Moments, damped
-from backlens.editing.delta import Delta, edited, matrix
-from backlens.editing.forward import (
+from backlens.editing.activations import (
     EditSite,
+    Moments,
     added_to,
+    damped,
     down_input,
     encode,
     logits_of,
@@ -30,11 +30,12 @@ from backlens.editing.forward import (
     whole_values,
     wordings,
 )
+from backlens.editing.delta import Delta, edited, matrix
 from backlens.editing.methods.forward_shift import MODULE
 from backlens.editing.options import Place
 from backlens.editing.request import Request
 from backlens.models.load import LoadedModel
-from backlens.prompts.subject import SubjectPlace
+from backlens.prompts.prompt import SubjectPlace
 from backlens.prompts.tokenize import Example
 
 REQUESTS_AT_ONCE = 64
