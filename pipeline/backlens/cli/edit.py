@@ -63,7 +63,7 @@ def edit(
     else:
         options = options.with_demo_defaults()
     from backlens.cli.edit_report import print_edit
-    from backlens.editing.methods.registry import make_method, measure_shared
+    from backlens.editing.methods import make_method, measure_shared
     from backlens.editing.request import load, load_editable, model_source
 
     if typed:
@@ -285,7 +285,7 @@ def explain(
     ]
     options = options.with_demo_defaults()
     from backlens.cli.edit_report import print_explanation
-    from backlens.editing.methods.registry import make_method, measure_shared
+    from backlens.editing.methods import make_method, measure_shared
     from backlens.editing.request import load
 
     loaded, requests = load(options, _noted)

@@ -37,8 +37,7 @@ from backlens.editing.evaluate import (
     ngram_entropy,
     reference_score,
 )
-from backlens.editing.methods import Method
-from backlens.editing.methods.registry import make_method, measure_shared, refuse_missing
+from backlens.editing.methods import Method, make_method, measure_shared, refuse_missing
 from backlens.editing.options import EditOptions, MethodName
 from backlens.editing.request import Request, load_editable, model_source, read_requests, subject_notes
 from backlens.engine.executors import executing

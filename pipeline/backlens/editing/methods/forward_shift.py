@@ -37,7 +37,6 @@ from backlens.editing.activations import (
     wordings,
 )
 from backlens.editing.delta import Delta, edited, matrix, merged
-from backlens.editing.methods import expected_embeddings, target_embeddings
 from backlens.editing.options import Normalise, Place
 from backlens.editing.request import Request
 from backlens.errors import BacklensError
@@ -145,3 +144,25 @@ def _said(
         for row, index in enumerate(indices):
             said[index], expected[index] = of_target[row, : counts[index]], mean[row, : counts[index]]
     return torch.cat(said), torch.cat(expected)
+
+
+def target_embeddings(loaded: LoadedModel, token_ids: Sequence[int]) -> Float[Tensor, "token d_model"]:
+    """The head's rows of some tokens, in the width of the residual stream."""
+    weight = loaded.parts.head_weight
+    return _in_the_residual_stream(loaded, weight[torch.as_tensor(token_ids, device=weight.device)].float())
+
+
+def expected_embeddings(
+    loaded: LoadedModel, probabilities: Float[Tensor, "*place vocabulary"]
+) -> Float[Tensor, "*place d_model"]:
+    """The mean of the head's rows under some distributions over tokens."""
+    weight = loaded.parts.head_weight.float()
+    return _in_the_residual_stream(loaded, probabilities.to(weight.device) @ weight)
+
+
+def _in_the_residual_stream(loaded: LoadedModel, rows: Tensor) -> Tensor:
+    if loaded.parts.project_out is None:
+        return rows
+    weight = loaded.parts.project_out.weight
+    assert isinstance(weight, Tensor)
+    return rows @ weight.float()
