@@ -19,9 +19,9 @@ SLOT = "{}"
 _SAME = str.maketrans("‘’ʼ′‐‑‒–—−", "''''------")
 _WITHOUT_SPACES = {"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "BOPOMOFO", "HANGUL"}
 _WITHOUT_SPACES |= {"THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"}
-"""First words of the Unicode names of scripts whose words are not parted. Korean parts words, but joins particles."""
+"""First words of the Unicode names of scripts without spaces between words. Korean has spaces, but joins particles."""
 _JOINS_WORDS = frozenset("-'&")
-"""Between two letters, these make one word of two: Anne-Marie is not Anne."""
+"""Characters that join two words into one: Anne-Marie is not Anne."""
 _JOINS_DIGITS = frozenset(".,:/")
 
 
@@ -32,16 +32,16 @@ class SubjectPlace:
     start: int
     end: int
     others: int = 0
-    """Other places that name the subject as well."""
+    """Number of other places that name the subject."""
 
     def behind(self, text: str) -> "SubjectPlace":
-        """The same place when `text` stands before the prompt."""
+        """The same place when `text` is put before the prompt."""
         return SubjectPlace(self.start + len(text), self.end + len(text), self.others)
 
 
 def filled(template: str, subject: str) -> tuple[str, SubjectPlace | None]:
-    """The template with the subject at its first `{}` (others are text), and where the subject is then."""
-    # Not str.format: a prompt may hold other braces.
+    """The template with the subject in its first `{}` (others are text), and the place of the subject."""
+    # `str.format` would read other braces in the prompt.
     before, _, after = template.partition(SLOT)
     named = subject.strip()
     start = len(before) + len(subject) - len(subject.lstrip())
@@ -49,10 +49,10 @@ def filled(template: str, subject: str) -> tuple[str, SubjectPlace | None]:
 
 
 def find_subject(prompt: str, subject: str) -> SubjectPlace | None:
-    """Where a prompt that has no slot names its subject; None if it does not."""
+    """The place where a prompt without a slot names its subject; None if it does not."""
     for fold in (_alike, _alike_in_any_case):
         places = list(_places(prompt, subject.strip(), fold))
-        # A part of a compound is the subject only where no word by itself is.
+        # A part of a compound is the subject only if no separate word is.
         for chosen in ([p for p in places if not _in_compound(prompt, *p)], places):
             if chosen:
                 return SubjectPlace(*chosen[-1], others=len(chosen) - 1)
@@ -60,7 +60,7 @@ def find_subject(prompt: str, subject: str) -> SubjectPlace | None:
 
 
 def subject_lines(absent: int, repeated: int, positions: str = "all") -> Iterator[str]:
-    """What a report says about prompts that do not name their subject, or name it several times."""
+    """Lines of a report about prompts that do not name their subject, or name it several times."""
     if absent:
         line = f"prompts that do not name their subject in whole words: {absent:,} (subject_start is null"
         lost = "; --positions subject+last: only their last position has rows in tokens"
@@ -73,14 +73,14 @@ def subject_lines(absent: int, repeated: int, positions: str = "all") -> Iterato
 
 
 def _places(prompt: str, subject: str, fold: Callable[[str], str]) -> Iterator[tuple[int, int]]:
-    """Characters of the prompt that read as the subject and do not begin or end within a word."""
+    """Characters of the prompt that equal the subject and do not begin or end within a word."""
     text, origins = _folded(prompt, fold)
     wanted, _ = _folded(subject, fold)
     at = text.find(wanted) if wanted else -1
     while at >= 0:
         stop = at + len(wanted)
         start, end = origins[at], origins[stop - 1] + 1
-        # A character that folds into several is taken whole or not at all.
+        # A character that becomes several is matched whole or not at all.
         whole = (at == 0 or origins[at - 1] < start) and (stop == len(text) or origins[stop] >= end)
         if whole and _is_border(prompt, start) and _is_border(prompt, end):
             yield start, end
@@ -88,14 +88,14 @@ def _places(prompt: str, subject: str, fold: Callable[[str], str]) -> Iterator[t
 
 
 def _folded(text: str, fold: Callable[[str], str]) -> tuple[str, list[int]]:
-    """The text as it is compared, and the place in `text` that each of its characters comes from."""
+    """The text in the form that is compared, and the index in `text` of each of its characters."""
     letters: list[tuple[str, int]] = []
     for index, character in enumerate(text):
         for letter in fold(character):
             if letter == " " and letters and letters[-1][0] == " ":
                 continue
             place = len(letters)
-            # The order of marks over and under one letter says nothing (Unicode's canonical ordering).
+            # Marks over and under one letter are sorted (Unicode's canonical ordering).
             order = unicodedata.combining(letter)
             while order and place and unicodedata.combining(letters[place - 1][0]) > order:
                 place -= 1
@@ -105,7 +105,7 @@ def _folded(text: str, fold: Callable[[str], str]) -> tuple[str, list[int]]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _alike(character: str) -> str:
-    """The character decomposed; every space one space; nothing for what is not seen (a soft hyphen)."""
+    """The character decomposed; any space becomes one space; an invisible one (a soft hyphen) becomes empty."""
     if character.isspace():
         return " "
     if unicodedata.category(character) == "Cf":
@@ -119,19 +119,19 @@ def _alike_in_any_case(character: str) -> str:
 
 
 def _is_border(text: str, at: int) -> bool:
-    """Whether no word goes on across this place."""
+    """True if no word continues across this place."""
     if at in (0, len(text)):
         return True
     before, after = text[at - 1], text[at]
-    if _is_mark(after):  # it belongs to the letter before
+    if _is_mark(after):  # a mark belongs to the letter before it
         return False
     return not (_is_word(before) and _is_word(after)) or _has_no_spaces(before) or _has_no_spaces(after)
 
 
 def _in_compound(text: str, start: int, end: int) -> bool:
-    """Whether the characters are one part of a word such as Anne-Marie, O'Brien, AT&T, C++ or 1.5.
+    """True if the characters are a part of a word such as Anne-Marie, O'Brien, AT&T, C++ or 1.5.
 
-    The possessive "Anne's" is none, nor is the elision "l'Italie".
+    The possessive "Anne's" and the elision "l'Italie" do not count.
     """
     ahead, behind = text[end : end + 2].translate(_SAME), text[max(0, start - 2) : start].translate(_SAME)
     possessive = ahead.lower() == "'s" and _is_border(text, end + 2)
@@ -167,21 +167,21 @@ class Prompt:
     """One (prompt, target) pair as the user wrote it, before tokenization."""
 
     prompt_id: int
-    """Ordinal in the input, from 0. Rejected records count too, so ids are stable when a line is mended."""
+    """Ordinal in the input, from 0. Rejected records count too, so that ids stay the same when a line is corrected."""
     prompt: str
     target: str
     where: str
-    """Where it came from, for messages: `prompts.jsonl:17`."""
+    """Place in the input, for messages: `prompts.jsonl:17`."""
     id: str | None = None
     subject: str | None = None
     relation: str | None = None
     meta: str | None = None
-    """The input's other columns, as a JSON object."""
+    """Other columns of the input, as a JSON object."""
     slot: SubjectPlace | None = None
-    """Where a template had its `{}`, with the subject in it now."""
+    """Place of the template's `{}`, which now holds the subject."""
 
     def subject_place(self) -> SubjectPlace | None:
-        """Where `prompt` names the subject."""
+        """The place in `prompt` that names the subject."""
         return self.slot or (None if self.subject is None else find_subject(self.prompt, self.subject))
 
 
@@ -191,23 +191,28 @@ class Rejected:
 
     prompt_id: int
     stage: str
-    """`read`, `tokenize` or `compute`."""
+    """Stage that failed: `read`, `tokenize` or `compute`."""
     error: str
-    """A short, stable code such as `missing-field`."""
+    """Short, stable code such as `missing-field`."""
     message: str
-    """One line: where, what, and what to do."""
+    """One line: where, what is wrong, and what to do."""
     absent: str | None = None
-    """The field that the record does not have at all, if that is why: the mark of a column with another name."""
+    """Name of the field that the record lacks, if that is the reason: the column may have another name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
+    """A contiguous range of records: the unit of work and of commit."""
+
     index: int
     records: tuple[Prompt | Rejected, ...]
 
 
 def shards(records: Iterable[Prompt | Rejected], size: int) -> Iterator[Shard]:
-    """Shard i holds records i·size to (i+1)·size − 1; only the last may hold fewer. One is held at a time."""
+    """Divide records into shards: shard i holds records i·size to (i+1)·size − 1; the last may hold fewer.
+
+    Memory holds one shard at a time.
+    """
     if size < 1:
         raise BacklensError(f"--shard-prompts {size}: a shard holds at least one prompt; give 1 or more")
     return _cut(iter(records), size)

@@ -24,12 +24,12 @@ from backlens.store.tables import TABLES
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A file that is not as it was written."""
+    """A file that is missing or has changed since it was written."""
 
     directory: str
-    """As its user named it."""
+    """Directory as the user wrote it."""
     name: str
-    """Relative to the directory."""
+    """File name, relative to the directory."""
     problem: str
     remedy: str
 
@@ -39,7 +39,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What `verify` compared, and what it found."""
+    """Result of `verify`: how much it compared, and the losses it found."""
 
     out: str
     shards: int
@@ -71,7 +71,7 @@ def verify(out: str, stop_at_first: bool = True) -> Verified:
 def every_loss(
     directory: Directory, commits: Sequence[ShardCommit], tables: Sequence[str] | None = None
 ) -> Iterator[Loss]:
-    """What is not as it was written, by sizes first, for these are there at once."""
+    """Every file that is missing or changed. Sizes are compared first, because that is quick."""
     lost: set[str] = set()
     for loss in losses(directory, commits, tables):
         lost.add(loss.name)
@@ -100,7 +100,7 @@ def _changed(directory: Directory, record: FileRecord) -> str | None:
 def losses(
     directory: Directory, commits: Iterable[ShardCommit], tables: Sequence[str] | None = None
 ) -> Iterator[Loss]:
-    """What is missing or has another size, of these tables or of all, and of the records and the vocabulary."""
+    """Every file that is missing or has another size, of these tables (None: all, with records and vocabulary)."""
     commits = list(commits)
     if tables is None:
         yield from _lost_records(directory, commits)
@@ -117,7 +117,7 @@ def losses(
 
 
 def _lost_records(directory: Directory, commits: Sequence[ShardCommit]) -> Iterator[Loss]:
-    """Of a run that is done, the records that are not there: their shards are not read."""
+    """The missing records of a run that is done; readers skip the shards of these records."""
     record = find_run(directory)
     if record is None or record.status != "done":
         return
@@ -128,7 +128,7 @@ def _lost_records(directory: Directory, commits: Sequence[ShardCommit]) -> Itera
 
 
 def lost_vocab(directory: Directory) -> Loss | None:
-    """The vocabulary's file, if it is missing or no Parquet file. Its size is not recorded."""
+    """The loss of the vocabulary's file if it is missing or no Parquet file. No record holds its size."""
     record = find_run(directory)
     if record is None or record.kind != "run" or not directory.names(COMMITS):
         return None
@@ -143,7 +143,7 @@ def lost_vocab(directory: Directory) -> Loss | None:
 
 
 def lost_files(directory: Directory, records: Iterable[FileRecord]) -> Iterator[tuple[str, str]]:
-    """The path and the problem of each file that is missing or has another size than recorded, in their order."""
+    """Path and problem of each file that is missing or has another size than its record says, in order."""
     sizes: dict[str, dict[str, int]] = {}
     for record in records:
         folder, name = posixpath.split(record.path)
@@ -165,12 +165,12 @@ def _recompute(directory: Directory, commit: ShardCommit) -> str:
 
 
 def table_files(directory: Directory, table: str) -> list[str]:
-    """Where a table's committed files are: absolute paths or URLs, in the order of their shards."""
+    """The absolute paths or URLs of a table's committed files, in the order of shards."""
     return [directory.location(name) for name in committed_names(directory, table)]
 
 
 def committed_names(directory: Directory, table: str) -> list[str]:
-    """The same files, relative to the run directory."""
+    """The names of a table's committed files, relative to the run directory, in the order of shards."""
     if table not in TABLES:
         raise BacklensError(f"no table {table!r}; there are {', '.join(TABLES)}")
     if table == "vocab":
@@ -180,7 +180,10 @@ def committed_names(directory: Directory, table: str) -> list[str]:
 
 
 def read_table(directory: Directory, table: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A whole table in memory, shard after shard; without rows if nothing is committed yet."""
+    """A whole table in memory, in the order of shards; without rows if no shard is committed.
+
+    Raises BacklensError that names the file where one is missing or changed.
+    """
     names = committed_names(directory, table)
     if not names:
         empty = TABLES[table].empty()
@@ -188,7 +191,7 @@ def read_table(directory: Directory, table: str, columns: Sequence[str] | None =
     paths = [directory.path(name) for name in names]
     wanted = None if columns is None else list(columns)
     try:
-        # No partitioning: a folder's name such as `layer=3` is not a column.
+        # `layer=3` in the name of a folder is not a column.
         rows = pq.read_table(
             paths,
             columns=wanted,
@@ -205,39 +208,39 @@ def read_table(directory: Directory, table: str, columns: Sequence[str] | None =
 State = Literal["done", "running", "stopped"]
 
 RECENT = 100
-"""Commits that the rate is taken over: enough to even out, few enough to follow replicas that come and go."""
+"""Number of last commits that give the rate: enough for a mean, few enough to follow a change of replicas."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """A run as its directory shows it."""
+    """Progress of a run, read from its directory."""
 
     out: str
     state: State
-    """stopped: not done, and nobody at work; the same command resumes it."""
+    """`stopped`: not done, and no process drives it; the same command resumes it."""
     shards: int
     shards_committed: int
     prompts: int
     prompts_done: int
-    """With rows of their own."""
+    """Prompts with a row in `prompts` (edits of a sweep: in `edits`)."""
     prompts_failed: int
-    """With a row in `failures`."""
+    """Prompts with a row in `failures`."""
     rows: dict[str, int]
     bytes: int
     last_commit_at: str | None
-    """ISO 8601, UTC."""
+    """Time of the last commit: ISO 8601, UTC."""
     prompts_per_second: float | None
-    """Of the driver at work now; None until it has committed shards at two moments."""
+    """Rate of the current driver; None until it has committed shards at two different times."""
     seconds_left: float | None
     driver: Holder | None
     kind: Kind = "run"
-    """Of an edit sweep, prompts are its edits."""
+    """`sweep`: the prompts are the edits of a sweep."""
     missing: Sequence[str] = ()
-    """Committed files that are not there or have another size, one line each: a copy may be partial."""
+    """Committed files that are missing or have another size, one line each, as in a partial copy."""
 
 
 def run_status(out: str, now: datetime | None = None) -> RunStatus:
-    """Read the run directory at `out`. Raises BacklensError where there is none."""
+    """The progress of the run in `out`. Raises BacklensError if `out` is not a run directory."""
     directory = Directory.at(out)
     record = load_run(directory)
     holder = find_holder(directory)
@@ -269,9 +272,10 @@ def run_status(out: str, now: datetime | None = None) -> RunStatus:
 
 
 def _rate(commits: Sequence[ShardCommit], now: datetime) -> float | None:
-    """Prompts a second over the last commits; the first of them only starts the clock.
+    """Prompts per second over the last commits; the first of them only gives the start time.
 
-    The clock runs to now where that is longer than a commit takes on average: a run that hangs is seen to slow down.
+    The time since the last commit counts as far as it is longer than a commit takes on average, so the rate falls when
+    a run hangs.
     """
     recent = sorted(commits, key=lambda commit: commit.written_at)[-RECENT:]
     if len(recent) < 2:
