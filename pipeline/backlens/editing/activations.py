@@ -43,9 +43,9 @@ def encode(
     where: str,
     places: Iterable[SubjectPlace | None] = (),
 ) -> list[Example]:
-    """(prompt, target) texts as token ids, by the rules of `backlens run`; `places` says where prompts name subjects.
+    """(prompt, target) texts as token ids, by the rules of `backlens run`; `places` are the places of the subjects.
 
-    Raises BacklensError for one that has no tokens, or more than the model reads.
+    Raises BacklensError for a pair without tokens, or with more than the model reads.
     """
     prompts = [
         Prompt(index, prompt, target, where, slot=place)
@@ -71,7 +71,7 @@ def encode(
 def wordings(
     loaded: LoadedModel, request: Request, prefixes: Sequence[str], ending: str | None = None
 ) -> list[Example]:
-    """The request's prompt and new target, behind each of some texts ("" among them: as it is)."""
+    """The request's prompt and new target after each of `prefixes` ("" leaves the prompt as it is)."""
     target = request.target_new if ending is None else ending
     place = request.subject_place()
     return encode(
@@ -83,7 +83,7 @@ def wordings(
 
 
 def subject_last(example: Example, where: str) -> int:
-    """The position of the subject's last token."""
+    """The position of the subject's last token. Raises BacklensError if the prompt does not name the subject."""
     if example.subject_end is None:
         raise BacklensError(
             f"{where}: this method changes the subject's last position: give a 'subject' that the prompt names"
@@ -100,6 +100,7 @@ def _exactly(loaded: LoadedModel) -> Iterator[None]:
 
 
 def run_model(loaded: LoadedModel, batch: Batch) -> Any:
+    """The model's output for a batch, with exact attention where the model has it."""
     with _exactly(loaded):
         return loaded.model(
             input_ids=batch.input_ids,
@@ -110,7 +111,7 @@ def run_model(loaded: LoadedModel, batch: Batch) -> Any:
 
 
 def logits_of(loaded: LoadedModel, batch: Batch) -> Float[Tensor, "prompt step vocabulary"]:
-    """The logits that predict each target token; float32."""
+    """The logits that predict each target token, float32."""
     with only_loss_positions(loaded.parts.head, batch.loss_positions):
         return run_model(loaded, batch).logits.float()
 
@@ -118,25 +119,26 @@ def logits_of(loaded: LoadedModel, batch: Batch) -> Float[Tensor, "prompt step v
 def batches(
     loaded: LoadedModel, sequences: Sequences, batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Sequences in padded batches of similar length, each with the indices of its rows."""
+    """Padded batches of sequences of similar length, each with the indices of its sequences."""
     lengths = [len(prompt) + len(target) - 1 for prompt, target in sequences]
     for indices in pack(lengths, batch_tokens):
         yield indices, make_batch([sequences[index] for index in indices], loaded.device)
 
 
 class _Enough(BaseException):
-    """Ends a forward pass whose later layers nobody needs."""
+    """Ends a forward pass before its later layers, which are not needed."""
 
 
 @dataclass(frozen=True)
 class EditSite:
-    """A place in the model whose values are read: a module's input, or what a module or block puts out."""
+    """A place in the model where values are read: the input or the output of a module or block."""
 
     module: nn.Module
     side: str = "input"
 
 
 def down_input(loaded: LoadedModel, layer: int, module: str = "mlp.down") -> EditSite:
+    """The input of a weight matrix."""
     block = loaded.parts.blocks[layer]
     return EditSite(block.module.get_submodule(block.matrices[module].path))
 
@@ -156,12 +158,12 @@ def values_at(
 
 @torch.no_grad()
 def whole_values(loaded: LoadedModel, batch: Batch, site: EditSite) -> Float[Tensor, "prompt position width"]:
-    """The site's values of a whole batch; layers behind it are not computed."""
+    """The site's values for a whole batch; later layers are not computed."""
     kept: list[Tensor] = []
 
     def keep(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         value = args[0] if site.side == "input" else output[0] if isinstance(output, tuple) else output
-        # OPT's feed-forward matrices see their batch flattened.
+        # OPT gives its feed-forward matrices a flattened batch.
         kept.append(value.detach().view(*batch.mask.shape, value.shape[-1]))
         raise _Enough
 
@@ -177,7 +179,7 @@ def whole_values(loaded: LoadedModel, batch: Batch, site: EditSite) -> Float[Ten
 
 @contextmanager
 def added_to(module: nn.Module, change: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> Iterator[None]:
-    """Let `change` have a module's output, seen as (prompt, position, width), before it goes on."""
+    """Apply `change` to a module's output, in the shape (prompt, position, width), during the block."""
 
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         values = output[0] if isinstance(output, tuple) else output
@@ -197,15 +199,15 @@ TEXTS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Moments:
-    """C by layer for one module, and over how many tokens."""
+    """Second moments C of one module by layer, and the number of tokens that they were measured over."""
 
     module: str
     tokens: int
     of_layer: Mapping[int, Float[Tensor, "d_in d_in"]]
-    """Float32: means over tokens, padding not counted."""
+    """C by layer, float32: means over tokens, without padding."""
 
     def at(self, layer: int) -> Float[Tensor, "d_in d_in"]:
-        """Raises BacklensError for a layer that was not measured."""
+        """C of a layer. Raises BacklensError for a layer that was not measured."""
         if layer not in self.of_layer:
             there = ", ".join(map(str, sorted(self.of_layer)))
             raise BacklensError(f"statistics: hold layers {there}, not {layer}; measure it too")
@@ -214,7 +216,7 @@ class Moments:
     def save(self, path: str, model_digest: str) -> None:
         about = {"format": FORMAT, "module": self.module, "tokens": str(self.tokens), "model": model_digest}
         try:
-            with replacing(path) as temporary:  # several workers may measure the same at a time
+            with replacing(path) as temporary:  # several workers may write it at the same time
                 save_file(
                     {str(layer): c.contiguous() for layer, c in self.of_layer.items()}, temporary, about
                 )
@@ -223,7 +225,7 @@ class Moments:
 
     @classmethod
     def load(cls, path: str, model_digest: str) -> "Moments":
-        """Raises BacklensError for another kind of file, and for another model's statistics."""
+        """Read a file. Raises BacklensError for another kind of file, and for the statistics of another model."""
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
@@ -247,13 +249,13 @@ def measure(
     module: str = "mlp.down",
     batch_tokens: int = 4096,
 ) -> Moments:
-    """One pass over `texts`, which may be of any number. A text longer than the model reads is cut off there."""
+    """Measure C over any number of texts in one pass. A text that is longer than the model reads is cut."""
     sums: dict[int, Tensor] = {}
     tokens = 0
     with ExitStack() as hooks:
         mask: list[Tensor] = []
         for layer in layers:
-            matrix(loaded, layer, module)  # refuses what is not there
+            matrix(loaded, layer, module)  # raises if there is no such matrix
             block = loaded.parts.blocks[layer]
             submodule = block.module.get_submodule(block.matrices[module].path)
             handle = submodule.register_forward_hook(partial(_add, sums, layer, mask))
@@ -272,7 +274,7 @@ def _add(
     sums: dict[int, Tensor], layer: int, mask: list[Tensor], _m: nn.Module, args: tuple[Any, ...], _o: Any
 ) -> None:
     x = args[0].reshape(-1, args[0].shape[-1])[mask[0].to(args[0].device).flatten()].float()
-    product = (x.T @ x).double().cpu()  # sums of many terms: float32 would lose the last ones
+    product = (x.T @ x).double().cpu()  # float32 would lose the last of many terms
     sums[layer] = sums[layer] + product if layer in sums else product
 
 
@@ -286,7 +288,7 @@ def _batches(loaded: LoadedModel, texts: Iterable[str], batch_tokens: int) -> It
 
 
 def read_texts(path: str) -> Iterator[str]:
-    """A text per line; of JSON Lines the field `text`."""
+    """Texts of a file: its lines, or the fields `text` of JSON Lines."""
     source = Source(path)
     if not source.exists():
         raise BacklensError(f"{path}: no such file; check the path given with --text")
@@ -302,7 +304,7 @@ def read_texts(path: str) -> Iterator[str]:
 
 
 def model_digest(loaded: LoadedModel) -> str:
-    """Tells models apart by samples of every parameter: quick, where a hash of all bits would take long."""
+    """A hash of samples of every parameter, which tells models apart. A hash of all bits would take long."""
     digest = hashlib.sha256()
     for name, parameter in loaded.model.named_parameters():
         flat = parameter.detach().flatten()
@@ -313,6 +315,6 @@ def model_digest(loaded: LoadedModel) -> str:
 
 
 def damped(moments: Float[Tensor, "d_in d_in"], share: float = 1e-4) -> Float[Tensor, "d_in d_in"]:
-    """C in float64 with a small multiple of its mean eigenvalue on the diagonal, so that it can be inverted."""
+    """C in float64 plus `share` times its mean diagonal entry on the diagonal, so that it can be inverted."""
     c = moments.double()
     return c + share * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)

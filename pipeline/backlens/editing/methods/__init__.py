@@ -23,14 +23,14 @@ from backlens.models.load import LoadedModel
 
 
 class Method(Protocol):
-    """Computes the deltas that write all the requests into the model, which is left as it was."""
+    """Computes the deltas that write all requests into the model. The model is left as it was."""
 
     def __call__(self, loaded: LoadedModel, *requests: Request) -> tuple[Delta, ...]: ...
 
 
 @dataclass(frozen=True)
 class SharedMeasurements:
-    """What methods of one model share: measured once."""
+    """Measurements that the methods of one model share."""
 
     moments: Moments | None
     prefixes: tuple[str, ...]
@@ -38,21 +38,21 @@ class SharedMeasurements:
 
 
 def refuse_missing(options: EditOptions, methods: Sequence[MethodName]) -> None:
-    """Raises BacklensError where a method needs a file that is not given: before a model is loaded for it."""
+    """Raise BacklensError, before a model is loaded, if a method needs a file that is not given."""
     if "mend" in methods and options.editor is None:
         raise BacklensError("--editor: mend needs the file of one; `backlens edit train-mend` trains it")
     measured = options.statistics is not None and Path(options.statistics).exists()
     if options.text is None and not measured and any(map(options.needs_moments, methods)):
         raise BacklensError(
-            "--text: this method spares what the model has read, and needs texts to measure that over: give a file, a "
-            "text per line (with --statistics FILE the result is kept)"
+            "--text: this method needs texts to measure the covariance of inputs over: give a file, one text per line "
+            "(--statistics FILE keeps the result)"
         )
 
 
 def measure_shared(
     options: EditOptions, loaded: LoadedModel, methods: Sequence[MethodName], layers: Sequence[int]
 ) -> SharedMeasurements:
-    """Measure or read what the methods need, for the given layers and those spanned below them."""
+    """Measure or read what the methods need, for the given layers and those below them that share an edit."""
     refuse_missing(options, methods)
     moments = None
     if any(map(options.needs_moments, methods)):
@@ -76,13 +76,17 @@ def _moments(options: EditOptions, loaded: LoadedModel, layers: Sequence[int]) -
 
 
 def spanned_layers(layer: int, span: int) -> tuple[int, ...]:
+    """The `span` layers that end with `layer`."""
     return tuple(range(max(0, layer - span + 1), layer + 1))
 
 
 def make_method(
-    options: EditOptions, tools: SharedMeasurements, name: MethodName, layer: int, lr: float | None
+    options: EditOptions, shared: SharedMeasurements, name: MethodName, layer: int, lr: float | None
 ) -> Method:
-    """The method at a layer, with its learning rate (None: its own default)."""
+    """The method at a layer, with its learning rate (None: its default).
+
+    Raises BacklensError if it has no default rate, or if the editor does not fit the layer.
+    """
     layers = spanned_layers(layer, options.span)
     at_subject: Place = "last" if options.place == "last" else "subject"
     if name == "forward-shift":
@@ -91,8 +95,8 @@ def make_method(
             _rate(name, lr),
             options.normalise,
             "subject" if options.place == "subject" else "last",
-            tools.prefixes,
-            tools.moments,
+            shared.prefixes,
+            shared.moments,
             options.ridge,
             options.passes,
             options.contrast,
@@ -111,25 +115,25 @@ def make_method(
             limit=options.norm_limit,
         )
     if name == "mend":
-        return _mend(tools, layer, lr)
+        return _mend(shared, layer, lr)
     given = {"steps": options.steps, "lr": lr}
     search = replace(Search(), **{key: value for key, value in given.items() if value is not None})
-    assert tools.moments is not None
+    assert shared.moments is not None
     if name == "rome":
-        return Rome(layer, tools.moments, tools.prefixes, at_subject, search)
+        return Rome(layer, shared.moments, shared.prefixes, at_subject, search)
     weight = Memit.weight if options.ridge is None else options.ridge
-    return Memit(layers, tools.moments, weight, tools.prefixes, at_subject, search)
+    return Memit(layers, shared.moments, weight, shared.prefixes, at_subject, search)
 
 
-def _mend(tools: SharedMeasurements, layer: int, lr: float | None) -> Mend:
-    assert tools.editor is not None
-    layers = tools.editor.layers
+def _mend(shared: SharedMeasurements, layer: int, lr: float | None) -> Mend:
+    assert shared.editor is not None
+    layers = shared.editor.layers
     if layer != layers[-1]:
         raise BacklensError(
             f"layer {layer}: the editor changes layers {', '.join(map(str, layers))} together; name it by its last, "
             f"{layers[-1]}"
         )
-    return Mend(tools.editor, 1.0 if lr is None else lr)
+    return Mend(shared.editor, 1.0 if lr is None else lr)
 
 
 def _rate(name: str, lr: float | None) -> float:
