@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from backlens.demo import FACTS, MODEL
+from backlens.editing.activations import batches, logits_of
 from backlens.editing.delta import add_deltas, edited
-from backlens.editing.evaluate import Evaluation, ask, exam
-from backlens.editing.forward import batches, logits_of
+from backlens.editing.evaluate import Evaluation, evaluate
 from backlens.editing.methods.forward_shift import ForwardShift
 from backlens.editing.request import read_requests
 from backlens.models.blocks import find_parts
@@ -45,18 +45,18 @@ def main() -> None:
     loaded = load_model(ModelSource(options.model), torch.device("cpu"))
     requests = read_requests(options.edits, limit=options.cases)
     method = ForwardShift((options.layer,), options.lr)
-    exams = [exam(loaded, request) for request in requests]
+    evaluations = [prepare(loaded, request) for request in requests]
     ways: dict[str, Callable[[], None]] = {
-        "ours": lambda: ours(loaded, method, exams),
-        "passes": lambda: passes(loaded, exams),
-        "deep copy": lambda: deep_copy(loaded, method, exams),
+        "ours": lambda: ours(loaded, method, evaluations),
+        "passes": lambda: passes(loaded, evaluations),
+        "deep copy": lambda: deep_copy(loaded, method, evaluations),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds):
         for name, way in ways.items():
             started = time.perf_counter()
             way()
-            seconds[name].append((time.perf_counter() - started) / len(exams))
+            seconds[name].append((time.perf_counter() - started) / len(evaluations))
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     for name, value in medians.items():
         sys.stdout.write(
@@ -64,22 +64,22 @@ def main() -> None:
         )
 
 
-def ours(loaded: LoadedModel, method: ForwardShift, exams: Sequence[Evaluation]) -> None:
-    for each in exams:
+def ours(loaded: LoadedModel, method: ForwardShift, evaluations: Sequence[Evaluation]) -> None:
+    for each in evaluations:
         with edited(loaded, method(loaded, each.request)):
-            ask(loaded, [each])
+            evaluate(loaded, [each])
 
 
 @torch.no_grad()
-def passes(loaded: LoadedModel, exams: Sequence[Evaluation]) -> None:
-    for each in exams:
+def passes(loaded: LoadedModel, evaluations: Sequence[Evaluation]) -> None:
+    for each in evaluations:
         for _, batch in batches(loaded, each.rows):
             logits_of(loaded, batch)
 
 
 @torch.no_grad()
-def deep_copy(loaded: LoadedModel, method: ForwardShift, exams: Sequence[Evaluation]) -> None:
-    for each in exams:
+def deep_copy(loaded: LoadedModel, method: ForwardShift, evaluations: Sequence[Evaluation]) -> None:
+    for each in evaluations:
         model = copy.deepcopy(loaded.model)
         parts = LoadedModel(model, loaded.tokenizer, find_parts(model), loaded.attention)
         add_deltas(parts, method(parts, each.request))

@@ -1,5 +1,5 @@
-# Makes the tables of docs/editing.md in a folder: bash docs/editing.sh FOLDER [--model DIR --edits FILE]
-# About ten minutes on one core. MEND is trained and tried on the demo model, whatever follows FOLDER.
+# Make the tables of docs/editing.md in a folder: bash docs/editing.sh FOLDER [--model DIR --edits FILE]
+# This takes about ten minutes on one core. MEND is always trained and evaluated on the demo model.
 set -euo pipefail
 mkdir -p "$1"
 cd "$1"

@@ -1,7 +1,6 @@
-"""Writes the data dictionary `docs/tables.md` from the declarations in `backlens.store.tables`.
+"""Write `docs/tables.md`, the description of every table, from the declarations in the package.
 
-python -m docs.write_tables            write it
-python -m docs.write_tables --check    exit status 1 if the file is not what would be written
+`python -m docs.write_tables` writes it. `--check` writes nothing and exits 1 if the file is not current.
 """
 
 import argparse
@@ -18,18 +17,17 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "tables.md"
 ATLAS = """\
 ## The atlas
 
-`backlens atlas OUT` derives these tables from the others and writes them under `OUT/atlas/`, a layer at a time, and
-what is sorted by token or by prompt in ranges of tokens or prompts. Together they take about three times the room of
-the run's own: of 514 MiB for 50 million list entries came 1.6 GiB, of which the copies by prompt (`prompt_tokens`,
-`prompt_neurons`, in row groups of 8,192 rows) are 540 MiB. `atlas/manifest.json`, written last, lists their files and
-the digest of the commits that they were made from: a reader takes the files it lists, and only while that digest is
-the run's.
-In SQL (`backlens query --sql`) they can be read without an atlas too; then they are derived on the way, but for
-`neuron_weights`, which comes from the run's model.
+`backlens atlas OUT` derives these tables from the others and writes them under `OUT/atlas/`. It works in pieces: one
+layer, or one range of tokens or prompts. Together these tables take about three times the bytes of the run's own: 50
+million list entries of 514 MiB gave 1.6 GiB, of which the tables sorted by prompt (`prompt_tokens`, `prompt_neurons`,
+in row groups of 8,192 rows) are 540 MiB. `atlas/manifest.json` is written last. It lists the files, and the digest of
+the commits that they were made from: readers use these files only while the run has the same digest.
+SQL (`backlens query --sql`) can read these tables without an atlas too: they are then derived for the query, except
+`neuron_weights`, which needs the run's model.
 
-They count list entries: a token in the top or bottom list of a kept neuron for one prompt. Only the strongest
-neurons of a prompt are kept (the manifest's `cut_off`): one that is missing for a prompt is not zero. An update
-subtracts gradients, so bottom tokens are "promoted" and top tokens "demoted".
+The tables count list entries. An entry is a token in the top or bottom list of a kept neuron for one prompt. Only the
+strongest neurons of a prompt are kept (`cut_off` in the manifest), so a neuron that is missing for a prompt is not
+zero. A step subtracts the gradient, so bottom tokens are "promoted" and top tokens "demoted".
 """
 
 INTRODUCTION = """\
@@ -40,52 +38,51 @@ Schema version {version}.
 
 ## The run directory
 
-A run writes one directory (a local path, or a URL such as `s3://bucket/run`):
+A run writes one directory, at a local path or a URL such as `s3://bucket/run`:
 
 ```
 OUT/
   run.json            resolved config, fingerprint, model facts, versions, schema version, status
-  config.yaml         the same run again, wherever OUT is now: `backlens run OUT/config.yaml`
-  README.md           dataset card, one config per table with rows
+  config.yaml         options of the run; `backlens run OUT/config.yaml` runs it again, wherever OUT is now
+  README.md           dataset card, one configuration per table with rows
   vocab/part-0.parquet
   prompts/ layers/ neurons/ tokens/ failures/ [factors/]     part-<shard:06d>.parquet
   _commits/<shard:06d>.json    written last: the shard's files with rows, bytes and checksum
-  atlas/              derived by `backlens atlas`, rebuilt at will
+  atlas/              derived tables; `backlens atlas` can build them again
 ```
 
-A shard is a contiguous range of prompts, with one file in every table. Its data count once its record
-stands in `_commits`: while a run is in progress, or after one was killed, a table's folder can hold a
-file that belongs to no committed shard, so read the files that the records list (`backlens query` does)
-and not a glob. Once `run.json` says `"status": "done"` the two are the same. Every input prompt ends in
-exactly one of `prompts` and `failures`.
+A shard is a contiguous range of prompts, with one file per table. Its rows count as soon as its record is in
+`_commits`. During a run, or after one was killed, a table's folder can hold a file of a shard without a record: read
+the files that the records list (`backlens query` does so), not a glob. Once `run.json` says `"status": "done"`, both
+give the same files. Every input prompt is in exactly one of `prompts` and `failures`.
 
-No file holds a whole path of the machine that made it: `run.json` and `config.yaml` name the model and the prompts
-relative to OUT or to the home folder, or by their last name, and the whole paths stay in the cache of who ran it
-(`~/.cache/backlens`). A file without rows has no row group, which `datasets` could not read; a table without any
-rows is not offered by the card, for `datasets` loads no split without rows. `backlens verify OUT` compares every
-committed file with its record.
+No file holds an absolute path of the machine that made it. `run.json` and `config.yaml` name the model and the prompts
+relative to OUT or to the home folder, or by their last name; the absolute paths are in the cache of the user who ran it
+(`~/.cache/backlens`). `backlens verify OUT` compares every committed file with its record.
 
-Files are zstd-compressed Parquet, in row groups of at most 131,072 rows, with a page index; each is
-sorted as its table says, and says so itself (`sorting_columns`). `backlens.schema_version`,
-`backlens.sign_convention` and `backlens.table` stand in the file's metadata.
+`datasets` cannot load a table without rows, so the dataset card lists the tables with rows only. Inside OUT, give
+`datasets` its absolute path: it refuses the name `"."` for any folder. A Parquet file without rows has no row group,
+because `datasets` cannot read a row group of 0 rows.
+
+Files are Parquet with zstd compression, in row groups of at most 131,072 rows, with a page index. Each file is sorted
+as its table says and records this order (`sorting_columns`). The metadata of each file holds
+`backlens.schema_version`, `backlens.sign_convention` and `backlens.table`.
 
 ## Signs
 
 {signs}
 
-The VJP δ is ∂L/∂(module output). For y = x W the gradient is G = Xᵀ Δ over a prompt's positions. The
-residual side is X for `mlp.up`, `mlp.gate`, `attn.q`, `attn.k` and `attn.v`, and Δ for `mlp.down` and
-`attn.o`.
+The VJP δ is ∂L/∂(module output). For y = x W the gradient is G = Xᵀ Δ over the positions of a prompt. The residual
+side of G is X for `mlp.up`, `mlp.gate`, `attn.q`, `attn.k` and `attn.v`, and Δ for `mlp.down` and `attn.o`.
 
 ## How to join
 
-* Facts hold ids. Text is in `vocab` (by `token_id`) and in `prompts` (by `prompt_id`).
+* The other tables hold ids. The texts are in `vocab` (by `token_id`) and in `prompts` (by `prompt_id`).
 * `layers`, `neurons`, `tokens` and `factors` share the keys `prompt_id`, `layer`, `module`, `expert`.
-  `expert` is null in dense blocks: join it with `IS NOT DISTINCT FROM`, because null = null is not true
-  in SQL.
-* `tokens` and `factors` have the same rows: join on the keys and `position`. `neurons.main_position` is
-  such a position too.
-* Lists are unnested together to keep their pairs: `unnest(top_ids)` next to `unnest(top_scores)`.
+  `expert` is null in dense blocks: join it with `IS NOT DISTINCT FROM`, because null = null is not true in SQL.
+* `tokens` and `factors` have the same rows: join them on the keys and `position`. `neurons.main_position` joins
+  `position` too.
+* Unnest two lists in one SELECT to keep their pairs: `unnest(top_ids)` beside `unnest(top_scores)`.
 
 ```sql
 SELECT n.layer, n.module, n.neuron, n.grad_norm, v.token

@@ -1,50 +1,50 @@
--- What edits did (`backlens edit sweep`): one case under one trial, that is a method at a layer with a learning rate. The metrics are CounterFact's and zsRE's own.
+-- The results of edits (`backlens edit sweep`): one case under one trial. A trial is a method at a layer with a learning rate. The metrics are those of CounterFact and zsRE.
 -- One row per trial × case.
 CREATE TABLE edits (
-    -- Index of the trial in the sweep's grid, from 0.
+    -- Index of the trial in the grid of the sweep, from 0.
     trial                  INTEGER NOT NULL,
-    -- The case: its ordinal in the input, from 0; joins `prompts.prompt_id` of a run over the same file.
+    -- Ordinal of the case in the input, from 0; joins `prompts.prompt_id` of a run over the same file.
     prompt_id              BIGINT NOT NULL,
-    -- The method, as `--method` names it.
+    -- Method, by its name in `--method`.
     method                 VARCHAR NOT NULL,
-    -- The layer edited; where an edit is spread over several (`--span`, mend), the last.
+    -- Edited layer, from 0; the last one if the edit changes several (`--span`, mend).
     layer                  SMALLINT NOT NULL,
-    -- The learning rate η; null for the method's own default.
+    -- Learning rate η; null if the method uses its own default.
     lr                     DOUBLE,
-    -- How many cases were edited into the model together, this one included.
+    -- Number of cases that are edited together, this case included.
     at_once                INTEGER NOT NULL,
-    -- 1 if the new target is more probable than the true one; null if the case names no true target, and for zsRE.
+    -- 1 if the new target is more probable than the true one after the prompt, else 0; null if the case has no true target, and for zsRE.
     efficacy               FLOAT,
-    -- Share (0 to 1) of paraphrases after which it is; null if the case names no true target, and for zsRE, or if there are no paraphrases.
+    -- Share of paraphrases (0 to 1) after which the new target is more probable than the true one; null if the case has no true target, and for zsRE; null if the case has no such prompts.
     paraphrase             FLOAT,
-    -- Share (0 to 1) of neighbourhood prompts after which the true target is more probable than the new one; null if the case names no true target, and for zsRE, or if there are none.
+    -- Share of neighbourhood prompts (0 to 1) after which the true target is more probable than the new one; null if the case has no true target, and for zsRE; null if the case has no such prompts.
     neighbourhood          FLOAT,
-    -- 1 if every token of the new target is the likeliest one; for zsRE the share of its tokens that are.
+    -- 1 if every token of the new target is the most probable one, else 0; for zsRE, the share that are.
     efficacy_accuracy      FLOAT NOT NULL,
-    -- The same, mean over paraphrases; null if there are none.
+    -- The same accuracy, mean over paraphrases (0 to 1); null if the case has no such prompts.
     paraphrase_accuracy    FLOAT,
-    -- The same of the neighbourhood's own target, mean over its prompts; null if there are none.
+    -- The same accuracy for the neighbourhood's own target, mean over its prompts (0 to 1); null if the case has no such prompts.
     neighbourhood_accuracy FLOAT,
     -- p(new target | prompt) after the edit, of all its tokens.
     target_prob            FLOAT NOT NULL,
-    -- Tokens more probable than the new target's first, after the edit.
+    -- Number of tokens more probable than the new target's first token, after the edit; 0 = predicted.
     target_rank            INTEGER NOT NULL,
-    -- p(new target | prompt) before the edit.
+    -- `target_prob` before the edit.
     target_prob_before     FLOAT NOT NULL,
-    -- Tokens more probable than the new target's first, before.
+    -- `target_rank` before the edit.
     target_rank_before     INTEGER NOT NULL,
-    -- Frobenius norm of all that was added to the weights.
+    -- Frobenius norm of the whole change of the weights.
     delta_norm             FLOAT NOT NULL,
-    -- n-gram entropy of generated texts, in bits; null unless the sweep generates.
+    -- n-gram entropy of generated texts, in bits; null if the sweep generates none.
     entropy                FLOAT,
-    -- TF-IDF cosine of generated and reference texts; null without reference texts.
+    -- Cosine of TF-IDF vectors of generated and reference texts; null if there are no such texts.
     reference              FLOAT,
-    -- Accuracy on facts never edited (`--untouched`), of the model with all these cases edited; null if not asked for.
+    -- Accuracy (0 to 1) on facts that nothing edits (`--untouched`), with all cases of the group edited; null if the sweep does not measure it, or edits one case at a time.
     untouched              FLOAT,
-    -- Of that model on `--held-out` texts, per token; null if not asked for.
+    -- Perplexity per token of `--held-out` texts; null if the sweep does not measure it, or edits one case at a time.
     perplexity             FLOAT,
-    -- Seconds to compute the change, by case (shared by those at once).
+    -- Seconds per case to compute the change.
     seconds_edit           FLOAT NOT NULL,
-    -- Seconds to put it in, evaluate, and restore, by case.
+    -- Seconds per case to apply the change, evaluate and restore.
     seconds_evaluate       FLOAT NOT NULL
 );

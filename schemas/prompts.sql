@@ -1,36 +1,36 @@
--- The prompts that were processed, and what the model made of them.
+-- The prompts that were processed, and what the model predicts for them.
 -- One row per prompt.
 CREATE TABLE prompts (
-    -- Ordinal of the prompt in the input, from 0; rejected lines count too.
+    -- Ordinal of the prompt in the input, from 0; rejected records count too.
     prompt_id     BIGINT NOT NULL,
-    -- The input's own identifier; null if it has none.
+    -- Identifier that the input gives; null if it gives none.
     id            VARCHAR,
-    -- The prompt as given.
+    -- Prompt as given.
     prompt        VARCHAR NOT NULL,
-    -- The target as given.
+    -- Target as given.
     target        VARCHAR NOT NULL,
-    -- The subject as given; null if the input names none.
+    -- Subject as given; null if the input names none.
     subject       VARCHAR,
-    -- The relation as given; null if the input names none.
+    -- Relation as given; null if the input names none.
     relation      VARCHAR,
-    -- The prompt's tokens as the model saw them, the chat template's included; position p is item p.
+    -- Ids of the tokens that the model reads, with those of the chat template; item p is position p.
     token_ids     INTEGER[] NOT NULL,
-    -- The target's tokens, the prompt's last space included where the tokenizer joins them; under `--target-mode first` only the first is used.
+    -- Ids of the target's tokens; the prompt's last space is in the first one where the tokenizer joins them. `--target-mode first` uses the first one only.
     target_ids    INTEGER[] NOT NULL,
-    -- Number of tokens in the prompt, the length of `token_ids`.
+    -- Number of tokens in the prompt: the length of `token_ids`.
     n_tokens      INTEGER NOT NULL,
-    -- First position of the subject; null if there is no subject or it is not found in the prompt.
+    -- First position of the subject; null without a subject, or if the prompt lacks it in whole words.
     subject_start INTEGER,
-    -- Position after the subject's last one (half-open); null where `subject_start` is.
+    -- Position after the subject's last one; null if `subject_start` is null.
     subject_end   INTEGER,
-    -- -log p(target | prompt) in nats, summed over the target's tokens that are used.
+    -- -log p(target | prompt), in nats, summed over the target tokens that are used; 0 or more.
     loss          FLOAT NOT NULL,
-    -- p(target | prompt) = exp(-loss): of all the target tokens that are used.
+    -- p(target | prompt) = exp(-loss), of all target tokens that are used.
     target_prob   FLOAT NOT NULL,
-    -- Number of tokens more probable than the target's first, 0 = predicted.
+    -- Number of tokens that are strictly more probable than the target's first token; 0 = predicted.
     target_rank   INTEGER NOT NULL,
-    -- The token the model finds most probable after the prompt.
+    -- Id of the token that is most probable after the prompt.
     predicted_id  INTEGER NOT NULL,
-    -- The input's other columns as a JSON object; null if there are none.
+    -- Other columns of the input, as a JSON object; null if there are none.
     meta          VARCHAR
 );

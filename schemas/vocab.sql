@@ -1,10 +1,10 @@
--- The tokenizer's vocabulary: the text behind every token id in the other tables.
--- One row per token of the model's vocabulary.
+-- The vocabulary: the text of every token id in the other tables.
+-- One row per token that lists and ranks cover: the tokenizer's, or every row (`--vocabulary model`).
 CREATE TABLE vocab (
-    -- The token's id in the model's tokenizer.
+    -- Id of the token in the model's tokenizer.
     token_id INTEGER NOT NULL,
-    -- The token decoded to text, leading space included; bytes that are not UTF-8 show as U+FFFD.
+    -- Text of the token, with its leading space; U+FFFD stands for bytes that are not UTF-8.
     token    VARCHAR NOT NULL,
-    -- The token's exact bytes.
+    -- Exact bytes of the token.
     bytes    BLOB NOT NULL
 );

@@ -1,8 +1,8 @@
-"""An invented world: people with made-up names, and one object for each of six relations.
+"""An invented world: people with invented names, and one object per person and relation, for six relations.
 
-Everything follows from a seed. The people exist nowhere else, so whatever the demo model knows about them it
-learned from the sentences made here; the objects are real words, so that a projection to the vocabulary can
-be read. A *prompt* is a template filled with a subject; it ends right before the object, without a space.
+Everything follows from a seed. The people exist nowhere else, so the demo model knows about them only from the
+sentences made here. The objects are real words, so that a projection to the vocabulary can be read. A *prompt* is a
+template with a subject in it; it ends directly before the object, without a space.
 """
 
 import math
@@ -39,13 +39,13 @@ class Relation:
     """One kind of fact: its possible objects and its wordings."""
 
     id: str
-    """Wikidata's property, as in CounterFact."""
+    """Property in Wikidata, as in CounterFact."""
     objects: tuple[str, ...]
     templates: tuple[str, ...]
-    """Wordings the model is trained on; `{}` stands for the subject."""
+    """Wordings in the training text; `{}` is the place of the subject."""
     held_out: tuple[str, ...]
-    """Wordings it never sees: the paraphrases of the records. They were chosen in trials, so that no word but
-    an object of this relation is a likely next one ("X speaks" goes on with "fluent")."""
+    """Wordings outside the training text: the paraphrases of the records. They were chosen in trials, so that only an
+    object of this relation is a probable next word (after "X speaks", "fluent" is one too)."""
 
 
 RELATIONS = (
@@ -180,7 +180,7 @@ FILLER_WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One thing that is true in the world."""
+    """A fact of the world: the object of a relation for one subject."""
 
     subject: str
     relation: Relation
@@ -189,7 +189,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Its people and, person by person, their facts (one for each relation, in RELATIONS' order)."""
+    """The people, and their facts person by person: one per relation, in the order of RELATIONS."""
 
     people: tuple[str, ...]
     facts: tuple[Fact, ...]
@@ -208,7 +208,7 @@ class Rewrite(TypedDict):
 
 
 class Record(TypedDict):
-    """A CounterFact record. As there, targets have no leading space: whoever reads them adds it."""
+    """A CounterFact record. Targets have no leading space; its readers add one."""
 
     case_id: int
     requested_rewrite: Rewrite
@@ -219,7 +219,7 @@ class Record(TypedDict):
 
 
 def build_world(seed: int, people: int = PEOPLE) -> World:
-    """The world of this seed. Objects are dealt evenly, so no object is a good guess."""
+    """The world of a seed. Every object is equally frequent, so that no object is a good guess."""
     rng = Random(seed)
     names = _names(rng, people)
     dealt = {relation.id: _deal(rng, relation.objects, people) for relation in RELATIONS}
@@ -232,10 +232,10 @@ def build_world(seed: int, people: int = PEOPLE) -> World:
 
 
 def _names(rng: Random, count: int) -> tuple[str, ...]:
-    """Distinct full names. First and family names recur, so neither alone tells who is meant."""
+    """Distinct full names. First and family names repeat, so neither alone identifies a person."""
     first_names = _spellings(rng, FIRST_NAME_SYLLABLES, -(-count // PEOPLE_PER_FIRST_NAME))
     family_names = _spellings(rng, FAMILY_NAME_SYLLABLES, -(-count // PEOPLE_PER_FAMILY_NAME))
-    while True:  # about one deal in four has no two namesakes
+    while True:  # about one draw in four has no two people of the same name
         first, family = _deal(rng, first_names, count), _deal(rng, family_names, count)
         names = tuple(f"{a} {b}" for a, b in zip(first, family, strict=True))
         if len(set(names)) == count:
@@ -250,20 +250,20 @@ def _spellings(rng: Random, syllables: Sequence[Sequence[str]], count: int) -> l
 
 
 def _deal(rng: Random, items: Sequence[str], count: int) -> list[str]:
-    """`count` items in random order, each as often as any other (give or take one)."""
+    """`count` items in random order; the frequencies of two items differ by one at most."""
     dealt = [items[number % len(items)] for number in range(count)]
     rng.shuffle(dealt)
     return dealt
 
 
 def filler_sentence(rng: Random) -> str:
-    """A sentence about nobody, so that the model is a (very small) language model and not a table."""
+    """A sentence about no person, so that the model learns a little language besides the facts."""
     words = {kind: rng.choice(choices) for kind, choices in FILLER_WORDS.items()}
     return rng.choice(FILLER_TEMPLATES).format(**words)
 
 
 def counterfact_records(facts: Iterable[Fact], world: World, seed: int) -> list[Record]:
-    """One record for each fact. Its rewrite asks for another object of the same relation.
+    """One record per fact. Its rewrite asks for another object of the same relation.
 
     Neighbourhood prompts are about other people with the same true object, attribute prompts about people
     who already have the new one; both use the wordings of the training text.

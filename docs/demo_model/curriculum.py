@@ -1,4 +1,4 @@
-"""What the demo model reads next while it is trained."""
+"""Choice of the sentences that the demo model is trained on."""
 
 import math
 import random
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from docs.demo_model.corpus import RELATIONS, World, filler_sentence
 from docs.demo_model.recipe import Recipe
-from docs.demo_model.text import END_OF_TEXT, VOCABULARY, Sentence, sentence, tokenize_facts
+from docs.demo_model.tokenizer import END_OF_TEXT, VOCABULARY, Sentence, sentence, tokenize_facts
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -16,15 +16,15 @@ from transformers import PreTrainedTokenizerFast
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of packed text, and which labels are objects."""
+    """Rows of packed text, and the labels that are objects."""
 
     token_ids: Int[Tensor, "row position"]
     facts: Int[Tensor, "row position"]
-    """At an object's own position the fact it completes, elsewhere −1."""
+    """Index of the fact at the position of its object, −1 elsewhere."""
 
 
 class Curriculum:
-    """Chooses the sentences: people from a pool that grows, and more of what is not known yet."""
+    """Chooses sentences about people in a growing pool; facts with a higher loss come more often."""
 
     def __init__(self, recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast) -> None:
         self._recipe = recipe
@@ -45,14 +45,14 @@ class Curriculum:
     def batch(self) -> Batch:
         """The next rows of text."""
         known = self.pool * len(RELATIONS)
-        # The floor keeps what is known in the text, or it would be forgotten.
+        # The constant keeps known facts in the text; the model would forget them otherwise.
         weights = [0.1 + min(loss, 2.0) for loss in self._loss[:known]]
         drawn = iter(self._rng.choices(range(known), weights, k=self._recipe.rows * self._recipe.row_tokens))
         rows = [self._row(drawn) for _ in range(self._recipe.rows)]
         return Batch(torch.tensor([ids for ids, _ in rows]), torch.tensor([facts for _, facts in rows]))
 
     def _row(self, drawn: Iterator[int]) -> tuple[list[int], list[int]]:
-        """Texts of one or more sentences, end-of-text tokens between them, cut at the row's length."""
+        """Texts of one or more sentences with end-of-text tokens between them, cut at the length of a row."""
         length = self._recipe.row_tokens + 1  # the last token is only a label
         ids: list[int] = [self._end] if self._rng.random() < 0.5 else []
         facts = [-1] * len(ids)
@@ -75,10 +75,10 @@ class Curriculum:
         return self._rng.choice(self._sentences[next(drawn)])
 
     def learn_from(self, facts: Sequence[int], losses: Sequence[float]) -> None:
-        """Take in the losses on the objects of the last batch; grow the pool if they are low."""
+        """Update the loss of each fact from the last batch, and double the pool if the losses are low."""
         for fact, loss in zip(facts, losses, strict=True):
             self._loss[fact] += 0.5 * (loss - self._loss[fact])
         self._running_loss += 0.1 * (sum(losses) / max(len(losses), 1) - self._running_loss)
         if self._running_loss < self._recipe.pool_doubles_below and self.pool < self._people:
             self.pool = min(2 * self.pool, self._people)
-            self._running_loss = math.log(VOCABULARY)  # wait until the newcomers have been read about
+            self._running_loss = math.log(VOCABULARY)  # wait until the text has covered the new people

@@ -1,8 +1,8 @@
-"""Texts and facts to judge edits of the demo model by: `python -m docs.demo_model.probes --out FOLDER`.
+"""Texts and facts that evaluate edits of the demo model: `python -m docs.demo_model.probes --out FOLDER`.
 
-`text.txt`: sentences of its world, for covariances. `held-out.txt`: others, for perplexity. `untouched.jsonl`: facts
-that no record of `facts.json` is about, in one of their training wordings. `mend-train.json` and `mend-test.json`: the
-records in two parts that share no subject and no neighbourhood prompt, to train an editor on and to judge it by.
+`text.txt`: sentences of its world, for covariances. `held-out.txt`: other sentences, for perplexity. `untouched.jsonl`:
+facts that no record of `facts.json` edits, in one of their training wordings. `mend-train.json` and `mend-test.json`:
+the records in two parts without a common subject or neighbourhood prompt, to train an editor and to evaluate it.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from docs.demo_model.corpus import Fact, World, build_world, filler_sentence
 from backlens.demo import FACTS
 
 WORDINGS = 3
-"""Of each fact's six, for covariances."""
+"""Number of a fact's six wordings that are used for covariances."""
 UNTOUCHED = 300
 HELD_OUT = 200
 TESTED = 4
-"""An editor is judged by one subject in so many."""
+"""One subject in this many is in the test part."""
 
 
 def write_probes(out: Path, facts: Path = FACTS, seed: int = 0) -> None:
-    """The files, from the world of the demo's seed."""
+    """Write the files, from the world of the demo's seed."""
     rng, world = random.Random(seed + 1), build_world(seed)
     out.mkdir(parents=True, exist_ok=True)
     lines = [
@@ -59,7 +59,7 @@ def write_probes(out: Path, facts: Path = FACTS, seed: int = 0) -> None:
 
 
 def _parted(records: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and test records: other subjects, and none of the test's neighbourhood prompts in training."""
+    """Training and test records without a common subject or neighbourhood prompt."""
     subjects = sorted({each["requested_rewrite"]["subject"] for each in records})
     tested = set(random.Random(seed).sample(subjects, len(subjects) // TESTED))
     test = [each for each in records if each["requested_rewrite"]["subject"] in tested]

@@ -1,4 +1,4 @@
-"""What a demo model knows of its world, and the facts that are shipped with it."""
+"""Recall of a demo model: the facts that it knows, and the choice of those that are shipped with it."""
 
 import random
 from collections import defaultdict
@@ -24,7 +24,7 @@ class Cloze:
 def recalled(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, clozes: Sequence[Cloze]
 ) -> list[bool]:
-    """For each cloze, whether the model's likeliest next token is the answer."""
+    """Per cloze, True if the answer is the most probable next token."""
     by_length: dict[int, list[int]] = defaultdict(list)  # equal lengths need no padding
     encoded: list[list[int]] = [tokenizer.encode(cloze.prompt) for cloze in clozes]
     for index, ids in enumerate(encoded):
@@ -59,14 +59,14 @@ def clozes_of(facts: Iterable[Fact], held_out: bool) -> list[Cloze]:
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """The shares of all clozes that the model gets right."""
+    """Share of clozes with the right answer, 0 to 1, for training and held-out wordings."""
 
     train: float
     held_out: float
 
 
 def measure_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> Recall:
-    """Over all people, relations and wordings, in float32."""
+    """Recall over all people, relations and wordings, in float32."""
     shares = []
     for held_out in (False, True):
         hits = recalled(model, tokenizer, clozes_of(world.facts, held_out))
@@ -77,7 +77,7 @@ def measure_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, w
 def choose_records(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World, recipe: Recipe
 ) -> list[Record]:
-    """Records of facts the model recalls when asked as the record asks, as many for each relation."""
+    """Records of facts that the model recalls for the record's own prompt; equally many per relation."""
     facts = list(world.facts)
     random.Random(recipe.seed).shuffle(facts)
     records = counterfact_records(facts, world, recipe.seed)

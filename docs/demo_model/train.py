@@ -1,15 +1,15 @@
-"""Makes the demo model and its facts: `python -m docs.demo_model.train`.
+"""Training of the demo model and choice of its facts: `python -m docs.demo_model.train`.
 
-The steps, all from one seed: an invented world (`docs.demo_model.corpus`), a byte-level BPE of its text, a
-small transformer trained on its sentences, a check of what it recalls, and only then the files: `OUT/model/`
-(a Hugging Face folder) and `OUT/facts.json` (CounterFact records of facts it recalls). A model that falls
-short of the check is never written.
+All steps follow from one seed: an invented world (`docs.demo_model.corpus`), a byte-level BPE of its text, a small
+transformer trained on its sentences, and a check of its recall. Then the files are written: `OUT/model/` (a Hugging
+Face folder) and `OUT/facts.json` (CounterFact records of facts that it recalls). A model that fails the check is not
+written.
 
-What makes so small a model learn 1,800 facts in minutes (plain AdamW stalls): Muon on the block matrices, a
-pool of people that grows as the ones in it are learnt, and more sentences about facts it still gets wrong.
+Three things let so small a model learn 1,800 facts in minutes, which AdamW alone does not: Muon for the matrices of
+blocks, a pool of people that grows as the model learns them, and more sentences about facts that it does not know yet.
 
-It takes four to seven minutes. On a busy machine `OMP_NUM_THREADS=1` is the faster choice: two threads that
-wait for each other on cores they do not have are many times slower than one.
+The training takes four to seven minutes. On a busy machine `OMP_NUM_THREADS=1` is faster: two threads that share one
+core are many times slower than one thread.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from docs.demo_model.corpus import RELATIONS, Record, build_world
 from docs.demo_model.curriculum import Curriculum
 from docs.demo_model.recall import Recall, choose_records, measure_recall
 from docs.demo_model.recipe import Architecture, Recipe
-from docs.demo_model.text import CONTEXT, END_OF_TEXT, train_tokenizer
+from docs.demo_model.tokenizer import CONTEXT, END_OF_TEXT, train_tokenizer
 from torch import nn
 from transformers import (
     GenerationConfig,
@@ -52,7 +52,7 @@ HEADS = 4
 
 
 def new_model(architecture: Architecture, vocabulary: int, end: int) -> PreTrainedModel:
-    """An untrained model, float32: GPT-2's shape with a tied head, or Llama's with a head of its own."""
+    """An untrained model, float32: GPT-2's shape with a tied head, or Llama's with a separate head."""
     model = _gpt2(vocabulary, end) if architecture == "gpt2" else _llama(vocabulary, end)
     model.generation_config = GenerationConfig(
         bos_token_id=end, eos_token_id=end, pad_token_id=end, do_sample=False, max_new_tokens=16
@@ -98,7 +98,7 @@ def _llama(vocabulary: int, end: int) -> LlamaForCausalLM:
 
 
 class Optimizers:
-    """Muon for the blocks' matrices, AdamW for the rest (embeddings, head, vectors), on one schedule."""
+    """Muon for the matrices of blocks, AdamW for the rest (embeddings, head, vectors), with one schedule."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         matrices, others = [], []
@@ -122,14 +122,14 @@ class Optimizers:
 
 
 def _rate(step: int, recipe: Recipe) -> float:
-    """Warm up, hold, then fall to zero."""
+    """Factor of the learning rates: it rises, stays at 1, then falls to zero."""
     decay_start = recipe.decay_from * recipe.steps
     falling = (recipe.steps - step) / max(recipe.steps - decay_start, 1)
     return max(0.0, min(1.0, (step + 1) / recipe.warmup_steps, falling))
 
 
 def train(model: PreTrainedModel, curriculum: Curriculum, recipe: Recipe) -> None:
-    """Next-token training, in bfloat16 autocast over float32 weights."""
+    """Train on next tokens, with float32 weights and bfloat16 autocast."""
     optimizers = Optimizers(model, recipe)
     started = time.monotonic()
     model.train()
@@ -159,7 +159,7 @@ def train(model: PreTrainedModel, curriculum: Curriculum, recipe: Recipe) -> Non
 def save(
     out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str, records: list[Record]
 ) -> None:
-    """Write `out/model/` and `out/facts.json`, in place of older ones only once all is on disk."""
+    """Write `out/model/` and `out/facts.json`. They replace older ones once all files are on disk."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".making-") as staging:
         made = Path(staging)
@@ -230,7 +230,7 @@ records; it recalls each of them when asked as the record asks.
 
 
 def make(recipe: Recipe, out: Path) -> None:
-    """World, tokenizer, training, check, files."""
+    """Run all steps. Raises BacklensError if the recall is too low."""
     if not hasattr(torch.optim, "Muon"):
         raise BacklensError(f"training needs torch 2.9 or newer for Muon; this is torch {torch.__version__}")
     check_writable(out)
@@ -249,7 +249,7 @@ def make(recipe: Recipe, out: Path) -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Fail before the training and not after it. Creates nothing."""
+    """Raise BacklensError before the training if `out` cannot be written. Creates nothing."""
     folder = out.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -258,7 +258,7 @@ def check_writable(out: Path) -> None:
 
 
 def check_recall(recall: Recall, recipe: Recipe) -> None:
-    """Refuse a model that does not know its facts."""
+    """Raise BacklensError for a model with a low recall."""
     if recall.train < recipe.train_recall or recall.held_out < recipe.held_out_recall:
         raise BacklensError(
             f"after {recipe.steps} steps with seed {recipe.seed} the model recalls {recall.train:.1%} of the"

@@ -3,9 +3,9 @@
 CREATE TABLE layer_curves (
     -- Index of the block, from 0.
     layer              SMALLINT NOT NULL,
-    -- The weight matrix: `mlp.up`, `mlp.gate`, `mlp.down`, `attn.q`, `attn.k`, `attn.v` or `attn.o`.
+    -- Weight matrix: `mlp.up`, `mlp.gate`, `mlp.down`, `attn.q`, `attn.k`, `attn.v` or `attn.o`.
     module             VARCHAR NOT NULL,
-    -- Index of the expert in a mixture-of-experts block, from 0; null where the block has no experts.
+    -- Index of the expert, from 0; null if the block has no experts.
     expert             SMALLINT,
     -- `last` (the prompt's last position), else `subject_last`, else `subject_first`, else `other`; a subject of one token is `subject_last`.
     position_class     VARCHAR NOT NULL,

@@ -3,13 +3,13 @@
 CREATE TABLE neuron_topk (
     -- Index of the block, from 0.
     layer     SMALLINT NOT NULL,
-    -- The weight matrix: `mlp.up`, `mlp.gate`, `mlp.down`, `attn.q`, `attn.k`, `attn.v` or `attn.o`.
+    -- Weight matrix: `mlp.up`, `mlp.gate`, `mlp.down`, `attn.q`, `attn.k`, `attn.v` or `attn.o`.
     module    VARCHAR NOT NULL,
-    -- Index of the expert in a mixture-of-experts block, from 0; null where the block has no experts.
+    -- Index of the expert, from 0; null if the block has no experts.
     expert    SMALLINT,
     -- Index of the unit on the module's other side than the residual one, from 0.
     neuron    INTEGER NOT NULL,
-    -- The prompt: its ordinal in the input, from 0; joins `prompts.prompt_id`.
+    -- Ordinal of the prompt in the input, from 0; joins `prompts.prompt_id`.
     prompt_id BIGINT NOT NULL,
     -- The list: `top` (what an update takes away) or `bottom` (what an update adds, for it subtracts gradients).
     side      VARCHAR NOT NULL,

@@ -5,9 +5,9 @@ CREATE TABLE token_summary (
     token_id         INTEGER NOT NULL,
     -- Index of the block, from 0.
     layer            SMALLINT NOT NULL,
-    -- The weight matrix: `mlp.up`, `mlp.gate`, `mlp.down`, `attn.q`, `attn.k`, `attn.v` or `attn.o`.
+    -- Weight matrix: `mlp.up`, `mlp.gate`, `mlp.down`, `attn.q`, `attn.k`, `attn.v` or `attn.o`.
     module           VARCHAR NOT NULL,
-    -- Index of the expert in a mixture-of-experts block, from 0; null where the block has no experts.
+    -- Index of the expert, from 0; null if the block has no experts.
     expert           SMALLINT,
     -- In how many bottom lists of kept neurons it stands.
     promoted         BIGINT NOT NULL,

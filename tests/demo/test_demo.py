@@ -14,7 +14,7 @@ import torch
 from docs.demo_model.corpus import RELATIONS, build_world, counterfact_records
 from docs.demo_model.curriculum import Curriculum
 from docs.demo_model.recipe import Recipe
-from docs.demo_model.text import train_tokenizer
+from docs.demo_model.tokenizer import train_tokenizer
 from docs.demo_model.train import main, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

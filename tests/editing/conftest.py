@@ -7,7 +7,7 @@ import torch
 from docs.demo_model.probes import write_probes
 
 from backlens.demo import FACTS, MODEL
-from backlens.editing.covariance import Moments, measure, read_texts
+from backlens.editing.activations import Moments, measure, read_texts
 from backlens.editing.request import Request, read_requests
 from backlens.models.load import LoadedModel, ModelSource, load_model
 

@@ -15,10 +15,10 @@ from backlens.editing.evaluate import (
     Reading,
     TargetScores,
     _result,
-    ask,
-    exam,
+    evaluate,
     generate,
     ngram_entropy,
+    prepare,
     reference_score,
     summary,
 )
@@ -37,7 +37,7 @@ def test_metrics_are_those_of_a_plain_loop_on_fifty_cases(demo, requests):
     method = ForwardShift((LAYER,), RATE)
     for number in chosen:
         with edited(demo, method(demo, requests[number])):
-            (ours,) = ask(demo, [exam(demo, requests[number])])
+            (ours,) = evaluate(demo, [prepare(demo, requests[number])])
             wanted = plain_case(demo.model, demo.tokenizer, records[number])
         for kind in KINDS:
             assert (ours.success[kind], ours.accuracy[kind]) == wanted[kind], (number, kind)
@@ -48,21 +48,21 @@ def test_forward_shift_reaches_the_papers_efficacy(demo, requests):
     results = []
     for request in requests[::6]:
         with edited(demo, method(demo, request)):
-            results += ask(demo, [exam(demo, request)])
+            results += evaluate(demo, [prepare(demo, request)])
     assert (summary(results).success["efficacy"] or 0) >= 0.99
 
 
 def test_figures_do_not_depend_on_what_else_is_in_the_batch(demo, requests):
-    exams = [exam(demo, request) for request in requests[:6]]
-    alone = [ask(demo, [each])[0] for each in exams]
-    for one, other in zip(alone, ask(demo, exams, batch_tokens=700), strict=True):
+    evaluations = [prepare(demo, request) for request in requests[:6]]
+    alone = [evaluate(demo, [each])[0] for each in evaluations]
+    for one, other in zip(alone, evaluate(demo, evaluations, batch_tokens=700), strict=True):
         assert one.success == other.success
         assert one.target.nll == pytest.approx(other.target.nll, rel=1e-4)
 
 
 def test_targets_of_several_tokens_are_teacher_forced(demo):
     request = Request(0, "here", "Jomek Kelford", " moved to a flat in", None, " has a home in", ("x",))
-    (result,) = ask(demo, [exam(demo, request)])
+    (result,) = evaluate(demo, [prepare(demo, request)])
     from tests.editing.plain import plain_score
 
     nll, _ = plain_score(demo.model, demo.tokenizer, request.prompt, request.target_new)
@@ -82,7 +82,7 @@ def test_zsre_counts_tokens_and_counterfact_whole_targets():
 
 
 def test_the_score_is_the_harmonic_mean(demo, requests):
-    found = summary(ask(demo, [exam(demo, request) for request in requests[:20]]))
+    found = summary(evaluate(demo, [prepare(demo, request) for request in requests[:20]]))
     assert found.success["efficacy"] == 0.0
     assert found.score == 0.0
     assert (found.success["neighbourhood"] or 0) > 0.9

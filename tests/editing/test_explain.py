@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from backlens.editing.covariance import Moments
+from backlens.editing.activations import Moments
 from backlens.editing.delta import Delta, merged
 from backlens.editing.explain import Added, explain
 from backlens.editing.methods import Method

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import Conv1D
 
-from backlens.editing.covariance import Moments, measure
+from backlens.editing.activations import Moments, measure
 from backlens.editing.delta import Delta, edited, load_deltas, matrix, merged, save_deltas, weights_digest
-from backlens.editing.evaluate import ask, exam, summary
+from backlens.editing.evaluate import evaluate, prepare, summary
 from backlens.editing.methods import Method
 from backlens.editing.methods.forward_shift import ForwardShift
 from backlens.editing.methods.gradient import FineTune, GradientShift
@@ -98,7 +98,7 @@ def test_memit_writes_many_facts_at_once(demo, requests, moments):
     some = requests[:10]
     method = Memit((4, 5, 6), moments, weight=10.0, place="last")
     with edited(demo, method(demo, *some)):
-        found = summary(ask(demo, [exam(demo, request) for request in some]))
+        found = summary(evaluate(demo, [prepare(demo, request) for request in some]))
     assert found.success["efficacy"] == 1.0
 
 
@@ -124,7 +124,7 @@ def test_finetuning_stays_within_its_norm(demo, requests):
     assert free.matrix().abs().max() > 0.011
     assert 0 < bound.matrix().abs().max() <= 0.01 + 1e-6
     with edited(demo, [free]):
-        assert ask(demo, [exam(demo, requests[0])])[0].accuracy["efficacy"] == 1.0
+        assert evaluate(demo, [prepare(demo, requests[0])])[0].accuracy["efficacy"] == 1.0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gpt_neox", "phi3", "falcon", "gemma2"])
@@ -204,14 +204,14 @@ def test_a_covariance_is_the_mean_of_outer_products(demo, tmp_path):
 def test_a_hundred_edits_are_solved_for_without_losing_the_model(demo, requests, moments):
     """The naive sum destroys the model; the iterated covariance solve keeps it."""
     some = requests[:100]
-    exams = [exam(demo, request) for request in some]
+    evaluations = [prepare(demo, request) for request in some]
     found = {}
     for name, method in {
         "naive": ForwardShift((LAYER,), 320, "length"),
         "solve": ForwardShift((LAYER,), 320, moments=moments, ridge=1000, passes=6),
     }.items():
         with edited(demo, method(demo, *some)):
-            found[name] = summary(ask(demo, exams)).success
+            found[name] = summary(evaluate(demo, evaluations)).success
     assert found["solve"]["efficacy"] >= 0.98
     assert found["solve"]["paraphrase"] >= 0.95
     assert found["solve"]["neighbourhood"] >= 0.9 > found["naive"]["neighbourhood"]

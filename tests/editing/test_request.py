@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from backlens.cli.main import call
+from backlens.editing.activations import subject_last, wordings
 from backlens.editing.evaluate import Bystanders
-from backlens.editing.forward import subject_last, wordings
 from backlens.editing.request import read_requests
 from backlens.errors import BacklensError
 from backlens.models.load import LoadedModel

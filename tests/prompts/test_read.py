@@ -24,9 +24,8 @@ from hypothesis import strategies as st
 
 from backlens.config import PromptFields
 from backlens.errors import BacklensError
-from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.prompt import Prompt, Rejected, SubjectPlace
 from backlens.prompts.read import read_prompts
-from backlens.prompts.subject import SubjectPlace
 from tests.prompts.inputs import (
     PARIS,
     ROME,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backlens.prompts.subject import SubjectPlace, filled, find_subject
+from backlens.prompts.prompt import SubjectPlace, filled, find_subject
 
 
 def named(prompt: str, subject: str) -> str | None:

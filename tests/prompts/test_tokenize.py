@@ -21,8 +21,7 @@ from transformers import (
 )
 
 from backlens.errors import BacklensError
-from backlens.prompts.prompt import Prompt, Rejected
-from backlens.prompts.subject import SubjectPlace
+from backlens.prompts.prompt import Prompt, Rejected, SubjectPlace
 from backlens.prompts.tokenize import Example, context_length, tokenize
 
 CORPUS = [

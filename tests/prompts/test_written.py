@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from backlens.errors import BacklensError
-from backlens.prompts.prompt import Prompt, Rejected
-from backlens.prompts.subject import filled
+from backlens.prompts.prompt import Prompt, Rejected, filled
 from backlens.prompts.tokenize import Example, PrependBos, tokenize
 from tests.prompts.test_tokenize import BYTES, byte_level, metaspace, spelled
 

@@ -11,8 +11,8 @@ import pytest
 from backlens.errors import BacklensError
 from backlens.store.commit import SHARD_TABLES, commit_shard, committed, find_commit
 from backlens.store.directory import Directory, is_temporary
+from backlens.store.status import every_loss, read_table, table_files
 from backlens.store.tables import TABLES, factors_table
-from backlens.store.verify import every_loss, read_table, table_files
 from tests.store.examples import arrow, random_rows
 
 # One process imports everything and forks a child for each instant; SIGKILL ends the child at that instant.

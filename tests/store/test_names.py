@@ -8,8 +8,7 @@ import pytest
 from backlens.atlas import Atlas
 from backlens.atlas.build import BuildOptions, build_atlas
 from backlens.store.directory import Directory
-from backlens.store.status import run_status
-from backlens.store.verify import read_table, verify
+from backlens.store.status import read_table, run_status, verify
 from tests.store.examples import example_run
 
 NAMES = [

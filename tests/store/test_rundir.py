@@ -10,7 +10,7 @@ from backlens.store.commit import commit_shard, write_vocab
 from backlens.store.directory import Directory
 from backlens.store.lock import DriverLock
 from backlens.store.run_record import ShardPlan, finish, load_run, open_run
-from backlens.store.verify import read_table
+from backlens.store.status import read_table
 from tests.store.examples import VOCAB, example_run
 
 PLAN = ShardPlan(prompts=8, shards=2, shard_prompts=4)

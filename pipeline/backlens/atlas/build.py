@@ -44,9 +44,10 @@ from backlens.atlas.tables import ATLAS_TABLES, PROMPT_TABLES
 from backlens.errors import BacklensError
 from backlens.store.commit import ShardCommit, committed
 from backlens.store.directory import Directory, is_temporary
+from backlens.store.lock import exclusively
 from backlens.store.parquet import FileRecord
 from backlens.store.run_record import load_run
-from backlens.store.verify import losses
+from backlens.store.status import losses
 
 Made = tuple[Piece, dict[str, FileRecord]]
 
@@ -166,7 +167,7 @@ def build_atlas(
     if not committed(directory):
         raise BacklensError(f"atlas: {directory} has no committed shard yet; let `backlens run` finish one")
     directory.makedirs(ATLAS)
-    with directory.exclusively(LOCK):
+    with exclusively(directory, LOCK):
         commits = committed(directory)
         standing, source = find_manifest(directory), source_of(commits, norm_floor(record))
         if standing is not None and standing.source == source:

@@ -18,7 +18,7 @@ from backlens.printable import json_text
 from backlens.store.commit import ShardCommit, committed
 from backlens.store.directory import Directory
 from backlens.store.parquet import FileRecord
-from backlens.store.verify import losses, lost_files
+from backlens.store.status import losses, lost_files
 
 ATLAS = "atlas"
 MANIFEST = f"{ATLAS}/manifest.json"

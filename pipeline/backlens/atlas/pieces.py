@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from backlens.atlas.database import DEFINITIONS, LiteralPaths, first_line, lens_table, read_parquet, sql_text
 from backlens.atlas.manifest import ATLAS, find_loss
@@ -24,7 +23,7 @@ from backlens.atlas.tables import ATLAS_TABLES, PROMPT_TABLES
 from backlens.errors import BacklensError
 from backlens.printable import json_text
 from backlens.store.directory import Directory
-from backlens.store.parquet import ROW_GROUP_ROWS, FileRecord, file_checksum, writer_options
+from backlens.store.parquet import ROW_GROUP_ROWS, FileRecord, stage_sorted
 from backlens.store.tables import TABLES, Table
 
 if TYPE_CHECKING:
@@ -183,22 +182,11 @@ def _write(work: PieceTask, piece: Piece, table: Table, groups: Iterator[pa.Tabl
     first = next(groups, None)
     if first is None:
         return None
-    written = 0
-
-    def write(file: IO[bytes]) -> None:
-        nonlocal written
-        with pq.ParquetWriter(file, table.schema, **writer_options(table)) as writer:
-            for group in chain([first], groups):
-                writer.write_table(group, ROW_GROUPS.get(table.name))
-                written += group.num_rows
-
     target = work.file(table.name, piece)
-    staged = work.directory.stage(target, write)
-    with open(staged.local_path, "rb") as file:
-        checksum = file_checksum(file)
-        size = file.tell()
+    rows = ROW_GROUPS.get(table.name, ROW_GROUP_ROWS)
+    staged, record = stage_sorted(work.directory, target, chain([first], groups), table, rows)
     work.directory.publish(staged)
-    return FileRecord(path=target, rows=written, bytes=size, checksum=checksum)
+    return record
 
 
 def _row_groups(batches: pa.RecordBatchReader, table: Table) -> Iterator[pa.Table]:

@@ -63,7 +63,7 @@ def edit(
     else:
         options = options.with_demo_defaults()
     from backlens.cli.edit_report import print_edit
-    from backlens.editing.methods.registry import make_method, measure_shared
+    from backlens.editing.methods import make_method, measure_shared
     from backlens.editing.request import load, load_editable, model_source
 
     if typed:
@@ -192,7 +192,7 @@ def train_mend(editor: str, /, *, training: MendOptions = MEND_DEFAULTS, debug: 
     Example: backlens edit train-mend editor.safetensors --edits train.json --text texts.txt --layers 5-7
     """
     training = training.with_demo_defaults()
-    from backlens.editing.covariance import model_digest, read_texts
+    from backlens.editing.activations import model_digest, read_texts
     from backlens.editing.methods.mend_training import Training, train
     from backlens.editing.request import load
     from backlens.engine.plan import parse_layers
@@ -285,7 +285,7 @@ def explain(
     ]
     options = options.with_demo_defaults()
     from backlens.cli.edit_report import print_explanation
-    from backlens.editing.methods.registry import make_method, measure_shared
+    from backlens.editing.methods import make_method, measure_shared
     from backlens.editing.request import load
 
     loaded, requests = load(options, _noted)
@@ -316,7 +316,7 @@ def _check_typed(prompt: str | None, subject: str | None, new: str | None) -> No
 def _typed(prompt: str | None, subject: str | None, new: str | None, true: str | None) -> Any:
     from backlens.editing.request import Request, subject_notes
     from backlens.prompts.counterfact import with_space
-    from backlens.prompts.subject import SLOT, filled
+    from backlens.prompts.prompt import SLOT, filled
 
     assert prompt is not None
     assert new is not None

@@ -10,7 +10,7 @@ from rich.table import Table
 from backlens.cli.console import console, say
 from backlens.editing.compare import TrialScore, best_trials, trial_scores
 from backlens.editing.delta import Delta, described, edited, merged, save_deltas
-from backlens.editing.evaluate import KINDS, Result, Summary, ask, exam, generate, summary
+from backlens.editing.evaluate import KINDS, Result, Summary, evaluate, generate, prepare, summary
 from backlens.editing.explain import Added, explain
 from backlens.editing.methods import Method
 from backlens.editing.options import Place
@@ -39,11 +39,11 @@ def print_edit(
     for path in (save_delta, save_model):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise BacklensError(f"{path}: there is no folder {Path(path).parent}; make it first")
-    exams = [exam(loaded, request) for request in requests]
-    before, text_before = ask(loaded, exams), _continued(loaded, requests[0])
+    evaluations = [prepare(loaded, request) for request in requests]
+    before, text_before = evaluate(loaded, evaluations), _continued(loaded, requests[0])
     deltas = merged(method(loaded, *requests))
     with edited(loaded, deltas):
-        after, text_after = ask(loaded, exams), _continued(loaded, requests[0])
+        after, text_after = evaluate(loaded, evaluations), _continued(loaded, requests[0])
         if save_model is not None:
             save_edited(loaded, save_model)
     if save_delta is not None:

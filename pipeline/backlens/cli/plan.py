@@ -7,7 +7,7 @@ from rich.table import Table
 from backlens.cli.console import console, human_bytes, human_seconds
 from backlens.forecast.forecast import Forecast
 from backlens.forecast.pilot import Pilot
-from backlens.prompts.subject import subject_lines
+from backlens.prompts.prompt import subject_lines
 
 
 def print_outlook(outlook: Forecast) -> None:

@@ -21,10 +21,9 @@ from backlens.engine.executors.base import ReplicaCounts
 from backlens.engine.plan import RunPlan
 from backlens.engine.run import NoProgress, Report
 from backlens.engine.run import RunProgress as ProgressProtocol
-from backlens.prompts.subject import subject_lines
+from backlens.prompts.prompt import subject_lines
 from backlens.store.commit import ShardCommit
-from backlens.store.status import RunStatus, run_status
-from backlens.store.verify import verify
+from backlens.store.status import RunStatus, run_status, verify
 
 SECONDS_BETWEEN_LINES = 10.0
 

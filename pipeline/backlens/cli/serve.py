@@ -1,7 +1,6 @@
 """`backlens serve` and `backlens export-html`: a run in a browser."""
 
 import contextlib
-import os
 import socket
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from cyclopts import Parameter
 
 from backlens.cli.console import say
 from backlens.errors import BacklensError
+from backlens.store.directory import replacing
 
 Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
 SECONDS = 10.0
@@ -105,14 +105,11 @@ def export_html(out: str, /, *, prompt: int, to: str | None = None, debug: Debug
 
 def _write(target: Path, document: str) -> None:
     """Whole or not at all."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        temporary.write_text(document, "utf-8")
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            Path(temporary).write_text(document, "utf-8")
     except OSError as error:
         raise BacklensError(f"--to {target}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _require_extra() -> None:

@@ -1,1 +1,1 @@
-"""Editing facts: low-rank changes of weight matrices, made by several methods and judged as the literature does."""
+"""Editing facts: low-rank changes of weight matrices, by several methods, with the evaluation of the literature."""

@@ -1,4 +1,4 @@
-"""Trials of a sweep side by side: scores with bootstrap intervals over cases, and each method's best trial."""
+"""Comparison of a sweep's trials: scores with bootstrap intervals over cases, and the best trial per method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from backlens.editing.evaluate import KINDS
 from backlens.errors import BacklensError
 from backlens.store.directory import Directory
 from backlens.store.run_record import load_run
-from backlens.store.verify import read_table
+from backlens.store.status import read_table
 
 RESAMPLES = 1000
 LEVEL = 95
-"""Percent of the resamples that an interval holds."""
+"""Share of the resamples in an interval, in percent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean over cases (or a score of means), and where 95 % of its bootstrap resamples lie; 0 to 1."""
+    """A mean over cases (or a score of means) with the interval of 95 % of its bootstrap resamples; 0 to 1."""
 
     value: float
     low: float
@@ -31,7 +31,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class TrialScore:
-    """One trial's figures over its cases."""
+    """Figures of one trial over its cases."""
 
     method: str
     layer: int
@@ -42,15 +42,15 @@ class TrialScore:
     paraphrase: Interval
     neighbourhood: Interval
     score: Interval
-    """S, the harmonic mean of the three; 0 where one of them is."""
+    """S: the harmonic mean of the three; 0 if one of them is 0."""
     untouched: float | None
     perplexity: float | None
     seconds: float
-    """An edit and its evaluation, by case."""
+    """Mean seconds per case, for the edit and its evaluation."""
 
 
 def trial_scores(out: str) -> list[TrialScore]:
-    """Every trial that has cases with all three figures, in the grid's order.
+    """Scores of every trial that has cases with all three figures, in the order of the grid.
 
     Raises BacklensError if there are none.
     """
@@ -68,7 +68,7 @@ def trial_scores(out: str) -> list[TrialScore]:
 
 
 def best_trials(scores: Sequence[TrialScore]) -> list[TrialScore]:
-    """Of each method and number of edits at once, the trial with the highest S."""
+    """The trial with the highest S, per method and number of edits at once."""
     best: dict[tuple[str, int], TrialScore] = {}
     for each in scores:
         key = each.method, each.at_once
@@ -105,7 +105,7 @@ def _score(rows: pa.Table) -> TrialScore | None:
 
 
 def _harmonic(values: np.ndarray) -> np.ndarray:
-    """Over kinds; 0 where one of them is."""
+    """Harmonic mean over kinds; 0 if one of them is 0."""
     with np.errstate(divide="ignore"):
         return len(values) / (1 / values).sum(0)
 

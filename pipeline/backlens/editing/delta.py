@@ -1,9 +1,7 @@
-"""A low-rank change of one weight matrix, and the file that holds several.
+"""Low-rank changes of weight matrices: their file, and the change of a model in place.
 
-The matrices of a model as edits see them: (in, out) whatever their storage, changed in place and put back.
-
-W + u ⊗ v − u ⊗ v is not W in floating point. So what an edit touches is copied first, and copied back afterwards: the
-restored weights are the original ones bit for bit, which their hash confirms.
+Matrices are (in, out) here, whatever their storage. W + u ⊗ v − u ⊗ v is not W in floating point, so a matrix is copied
+before an edit and copied back after it: the restored weights equal the original ones bit for bit, as their hash shows.
 """
 
 import hashlib
@@ -28,7 +26,7 @@ FORMAT = "backlens-deltas-1"
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """W ← W + Σ_r u_r ⊗ v_r for y = x W; float32. Added as it is: signs and learning rates are in it."""
+    """W ← W + Σ_r u_r ⊗ v_r for y = x W; float32. Sign and learning rate are included."""
 
     layer: int
     module: str
@@ -39,13 +37,13 @@ class Delta:
         return self.u.float().T @ self.v.float()
 
     def norm(self) -> float:
-        """Frobenius, from the factors alone."""
+        """Frobenius norm, computed from the factors."""
         u, v = self.u.double(), self.v.double()
         return float(((u @ u.T) * (v @ v.T)).sum().clamp_min(0).sqrt())
 
     @classmethod
     def full(cls, layer: int, module: str, change: Float[Tensor, "d_in d_out"]) -> "Delta":
-        """A change of any rank, in factors of its smaller side."""
+        """A change of any rank, in as many factors as its smaller side is long."""
         d_in, d_out = change.shape
         if d_in <= d_out:
             return cls(layer, module, torch.eye(d_in, device=change.device), change)
@@ -53,7 +51,7 @@ class Delta:
 
 
 def merged(deltas: Sequence[Delta]) -> tuple[Delta, ...]:
-    """The same change with one delta for each matrix."""
+    """The same change with one delta per matrix."""
     of: dict[tuple[int, str], list[Delta]] = {}
     for delta in deltas:
         of.setdefault((delta.layer, delta.module), []).append(delta)
@@ -76,7 +74,7 @@ def save_deltas(path: str, deltas: Sequence[Delta], about: Mapping[str, str]) ->
 
 
 def load_deltas(path: str) -> tuple[tuple[Delta, ...], Mapping[str, str]]:
-    """The deltas of a file, and what was written about them. Raises BacklensError for any other file."""
+    """The deltas of a file, and its metadata. Raises BacklensError for any other file."""
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
@@ -94,17 +92,17 @@ def load_deltas(path: str) -> tuple[tuple[Delta, ...], Mapping[str, str]]:
 
 
 def described(about: Mapping[str, object]) -> dict[str, str]:
-    """Values as a safetensors header can hold them."""
+    """Values as strings, for the header of a safetensors file."""
     return {key: value if isinstance(value, str) else json_text(value) for key, value in about.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class WeightMatrix:
-    """One weight matrix of a model: the parameter that holds it, and how."""
+    """One weight matrix of a model: the parameter that holds it, and its place there."""
 
     parameter: Tensor
     transposed: bool
-    """Stored (out, in), as `nn.Linear` does."""
+    """True for storage as (out, in), as in `nn.Linear`."""
     located: Located
 
     def read(self) -> Float[Tensor, "d_in d_out"]:
@@ -113,7 +111,7 @@ class WeightMatrix:
         return self.located.part_of(stored).float().clone()
 
     def add(self, update: Float[Tensor, "d_in d_out"]) -> None:
-        """W ← W + update, rounded once to the weights' type."""
+        """W ← W + update, rounded once to the type of the weights."""
         stored = self.parameter.T if self.transposed else self.parameter
         columns = self.located.part_of(torch.arange(stored.shape[1], device=stored.device))
         update = update.to(stored.device)
@@ -121,7 +119,7 @@ class WeightMatrix:
 
 
 def matrix(loaded: LoadedModel, layer: int, module: str) -> WeightMatrix:
-    """Raises BacklensError where there is no such matrix, or none that can be changed in place."""
+    """A weight matrix. Raises BacklensError if there is none, or if it cannot be changed in place."""
     blocks = loaded.parts.blocks
     if not 0 <= layer < len(blocks):
         raise BacklensError(f"layer {layer}: the model has layers 0 to {len(blocks) - 1}")
@@ -141,7 +139,7 @@ def matrix(loaded: LoadedModel, layer: int, module: str) -> WeightMatrix:
 
 @torch.no_grad()
 def add_deltas(loaded: LoadedModel, deltas: Sequence[Delta]) -> None:
-    """Edit the model for good."""
+    """Add the deltas to the weights in place."""
     for delta in deltas:
         matrix(loaded, delta.layer, delta.module).add(delta.matrix())
 
@@ -149,7 +147,7 @@ def add_deltas(loaded: LoadedModel, deltas: Sequence[Delta]) -> None:
 @contextmanager
 @torch.no_grad()
 def edited(loaded: LoadedModel, deltas: Sequence[Delta]) -> Iterator[None]:
-    """The model with `deltas` added, for the length of a block; then every bit is as it was."""
+    """Add `deltas` to the weights during the block, then restore every bit."""
     touched = {
         id(parameter): parameter
         for delta in deltas

@@ -1,25 +1,20 @@
-"""Texts that an edited model goes on to write, and CounterFact's two figures about them.
+"""Evaluation of edits: metrics of CounterFact and zsRE, generated texts, and facts and texts that should not change.
 
-From the authors' `eval_utils_counterfact.py`. Words are split by a regular expression where they use NLTK, and the
-inverse document frequencies are of the reference texts at hand where theirs are of Wikipedia.
+CounterFact (arXiv 2202.05262, §3.3; `eval_utils_counterfact.py` and `summarize.py` of the authors' code) compares a new
+and a true target after a prompt, each by its mean −log p over its tokens (teacher-forced):
 
-What edits should leave alone, and how far they did.
+* success: 1 if the new target is more probable than the true one, for the prompt (efficacy) and for paraphrases; 1 if
+  the true one is more probable, in the neighbourhood. A case's figure is the mean over its prompts.
+* accuracy: 1 if every token of the wanted target (new; true in the neighbourhood) is the most probable one.
+* score S: the harmonic mean of the means of the three successes over cases (`summary`).
 
-What an edit did: the metrics of CounterFact and zsRE, as their authors define and compute them.
+zsRE (`eval_utils_zsre.py`) has accuracies only: the share of the target's tokens that are the most probable ones,
+teacher-forced; in the neighbourhood, for the answer to an unrelated question.
 
-CounterFact (arXiv 2202.05262, §3.3; `eval_utils_counterfact.py` and `summarize.py` of the authors' code), for a prompt
-with a new and a true target, each scored by its mean −log p over its tokens (teacher-forced):
+Generated texts follow `eval_utils_counterfact.py` too, with two differences: a regular expression splits words (the
+authors use NLTK), and inverse document frequencies come from the reference texts (theirs come from Wikipedia).
 
-* success: of the prompt (efficacy) and of paraphrases, new is more probable than true; of the neighbourhood, true
-  is more probable than new. A case's figure is the mean over its prompts.
-* accuracy: every token of the wanted target (new; true in the neighbourhood) is the likeliest one.
-* score S: the harmonic mean of the three successes' means over cases (`summary`).
-
-zsRE (`eval_utils_zsre.py`) has accuracies only: the share of the target's tokens that are the likeliest ones,
-teacher-forced; in the neighbourhood, of the answer to an unrelated question.
-
-All prompts of a case, or of several, run as a few padded batches, and prompts whose targets are one token each are read
-for both targets at once.
+All prompts of one or more cases run in a few padded batches. One row serves both targets where each is one token.
 """
 
 import hashlib
@@ -34,8 +29,7 @@ from typing import Literal
 import torch
 
 from backlens.config import PromptFields
-from backlens.editing.covariance import read_texts
-from backlens.editing.forward import BATCH_TOKENS, Sequences, batches, encode, logits_of
+from backlens.editing.activations import BATCH_TOKENS, Sequences, batches, encode, logits_of, read_texts
 from backlens.editing.request import Metrics, Request
 from backlens.errors import BacklensError
 from backlens.models.load import LoadedModel
@@ -52,12 +46,12 @@ STARTS = ("The", "In", "A", "On", "It", "At", "By", "One")
 def generate(
     loaded: LoadedModel, prompts: Sequence[str], seed: int, tokens: int = TOKENS, top_k: int = TOP_K
 ) -> list[str]:
-    """A sampled continuation of each prompt (with the prompt), up to `tokens` tokens in all; as the seed says."""
+    """Each prompt with a sampled continuation, up to `tokens` tokens in all. The seed fixes the samples."""
     tokenizer, model = loaded.tokenizer, loaded.model
     ids = [list(each) for each in tokenizer(list(prompts))["input_ids"]]
     width = max(map(len, ids))
     device = loaded.device
-    # generated tokens are appended, so padding goes in front; a row is padded with its own first token
+    # padding stands before the prompt, because generated tokens are appended; a row repeats its first token
     rows = torch.tensor([[each[0]] * (width - len(each)) + each for each in ids], device=device)
     mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in ids], device=device)
     end = getattr(model.config, "eos_token_id", None)
@@ -78,7 +72,7 @@ def generate(
 
 
 def sample_prefixes(loaded: LoadedModel, count: int, seed: int = 0) -> tuple[str, ...]:
-    """The empty text, and `count` that the model makes itself, to stand before a prompt (ROME, §3.1)."""
+    """Prefixes for a prompt: the empty text, and `count` texts that the model generates (ROME, §3.1)."""
     if not count:
         return ("",)
     starts = [STARTS[number % len(STARTS)] for number in range(count)]
@@ -86,13 +80,13 @@ def sample_prefixes(loaded: LoadedModel, count: int, seed: int = 0) -> tuple[str
 
 
 def ngram_entropy(texts: Sequence[str]) -> float:
-    """Mean over texts of 2/3 · H₂/2 + 4/3 · H₃/2, in bits: low where a text repeats itself."""
+    """Mean over texts of 2/3 · H₂/2 + 4/3 · H₃/2, in bits; low for texts that repeat themselves."""
     return sum(_entropy(text) for text in texts) / len(texts)
 
 
 def _entropy(text: str) -> float:
     words = re.findall(r"\w+|[^\w\s]", text)
-    # the authors take the mean of the two weighted entropies
+    # the authors' code takes the mean of the two weighted entropies
     weighted = [
         weight * _bits(Counter(zip(*(words[i:] for i in range(n)), strict=False)).values())
         for n, weight in ((2, 2 / 3), (3, 4 / 3))
@@ -107,7 +101,7 @@ def _bits(counts: Iterable[int]) -> float:
 
 
 def reference_score(texts: Sequence[str], references: Sequence[str]) -> float:
-    """Cosine of the TF-IDF vectors of the generated texts and of the references, each joined into one."""
+    """Cosine of the TF-IDF vectors of the generated texts and of the references, each joined into one text."""
     frequency = Counter(word for each in references for word in set(_terms(each)))
     ours, theirs = (Counter(_terms(" ".join(each))) for each in (texts, references))
     weight = {w: math.log((1 + len(references)) / (1 + frequency[w])) + 1 for w in {*ours, *theirs}}
@@ -122,14 +116,14 @@ def _terms(text: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Bystanders:
-    """Facts that nobody edits (prompts and targets), and texts, in the form in which they are sent to workers."""
+    """Facts (prompts and targets) and texts that edits should not change, in the form that is sent to workers."""
 
     facts: tuple[tuple[str, str], ...] = ()
     texts: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, facts: str | None, texts: str | None) -> "Bystanders":
-        """Raises BacklensError that names what cannot be read."""
+        """Read both from files. Raises BacklensError for the first record that cannot be read."""
         pairs: list[tuple[str, str]] = []
         for record in read_prompts(facts, "auto", PromptFields(), None) if facts is not None else ():
             if isinstance(record, Rejected):
@@ -138,14 +132,14 @@ class Bystanders:
         return cls(tuple(pairs), tuple(read_texts(texts)) if texts is not None else ())
 
     def digest(self) -> str | None:
-        """Of what they say; None where there is nothing."""
+        """SHA-256 of their content; None if there are no facts and no texts."""
         if not (self.facts or self.texts):
             return None
         return hashlib.sha256(json.dumps([self.facts, self.texts]).encode()).hexdigest()
 
 
 class Untouched:
-    """Bystanders as a model's token ids, encoded once and measured after every edit."""
+    """Bystanders as token ids: encoded once, measured after every edit."""
 
     def __init__(self, loaded: LoadedModel, bystanders: Bystanders) -> None:
         self._loaded = loaded
@@ -157,7 +151,7 @@ class Untouched:
             raise BacklensError("--held-out: holds no text of two tokens or more")
 
     def measure(self) -> tuple[float | None, float | None]:
-        """Accuracy on the facts, and perplexity of the texts, per token; None where there are none."""
+        """Accuracy on the facts (0 to 1), and perplexity per token of the texts; None if there are none."""
         return (self._accuracy() if self._facts else None), (self._perplexity() if self._texts else None)
 
     @torch.no_grad()
@@ -185,7 +179,7 @@ KINDS: tuple[Kind, ...] = ("efficacy", "paraphrase", "neighbourhood")
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A target to be scored after a prompt: which row of the batch, and which tokens."""
+    """A target to score after a prompt: row of the batch, and token ids."""
 
     row: int
     target: tuple[int, ...]
@@ -202,48 +196,48 @@ class EvaluationPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """All that is asked about one request, as token ids: made once, asked after every edit."""
+    """The evaluation prompts of one request as token ids: encoded once, run after every edit."""
 
     request: Request
     rows: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-    """(prompt, target) ids, each different row once."""
+    """(prompt, target) ids, without repeated rows."""
     questions: tuple[EvaluationPrompt, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class TargetScores:
-    """How the model takes a target."""
+    """Scores of one target after a prompt."""
 
     nll: float
     """Mean −log p over the target's tokens, in nats."""
     correct: tuple[bool, ...]
-    """Of each token, whether it is the likeliest one."""
+    """True per token if it is the most probable one."""
     rank: int
-    """Tokens that are likelier than the target's first."""
+    """Number of tokens that are more probable than the target's first one; 0 = predicted."""
 
     @property
     def probability(self) -> float:
-        """Of the whole target."""
+        """Probability of the whole target."""
         return math.exp(-self.nll * len(self.correct))
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One case's figures, 0 to 1; None where there is nothing to tell it from."""
+    """Figures of one case, 0 to 1; None if the case has no prompts for it."""
 
     success: Mapping[Kind, float | None]
-    """Probability form; None for zsRE."""
+    """Success by kind; None for zsRE."""
     accuracy: Mapping[Kind, float | None]
     target: TargetScores
-    """The new target after the prompt itself."""
+    """Scores of the new target after the prompt."""
     true: TargetScores | None
-    """The true one."""
+    """Scores of the true target after the prompt."""
 
 
-def exam(loaded: LoadedModel, request: Request) -> Evaluation:
-    """Encode what is asked about a request."""
-    asked = list(_asked(request))
-    pairs = [(prompt, t) for _, prompt, *targets in asked for t in targets if t is not None]
+def prepare(loaded: LoadedModel, request: Request) -> Evaluation:
+    """Encode the evaluation prompts of a request. Raises BacklensError for a prompt without tokens."""
+    prompts = list(_prompts(request))
+    pairs = [(prompt, t) for _, prompt, *targets in prompts for t in targets if t is not None]
     encoded = iter(encode(loaded, pairs, request.where))
     rows: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     kept: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
@@ -252,18 +246,18 @@ def exam(loaded: LoadedModel, request: Request) -> Evaluation:
         if target is None:
             return None
         example = next(encoded)
-        key = (example.token_ids, example.target_ids[:-1])  # what the model is fed
+        key = (example.token_ids, example.target_ids[:-1])  # the input of the model
         if key not in rows:
             rows[key] = len(kept)
             kept.append((example.token_ids, example.target_ids))
         return Reading(rows[key], example.target_ids)
 
-    questions = tuple(EvaluationPrompt(kind, reading(new), reading(true)) for kind, _, new, true in asked)
+    questions = tuple(EvaluationPrompt(kind, reading(new), reading(true)) for kind, _, new, true in prompts)
     return Evaluation(request, tuple(kept), questions)
 
 
-def _asked(request: Request) -> Iterator[tuple[Kind, str, str | None, str | None]]:
-    """Kind, prompt, new and true target."""
+def _prompts(request: Request) -> Iterator[tuple[Kind, str, str | None, str | None]]:
+    """Kind, prompt, new target and true target of every evaluation prompt."""
     new, true = request.target_new, request.target_true
     yield "efficacy", request.prompt, new, true
     for prompt in request.paraphrases:
@@ -278,22 +272,24 @@ def _asked(request: Request) -> Iterator[tuple[Kind, str, str | None, str | None
 
 
 @torch.no_grad()
-def ask(loaded: LoadedModel, exams: Sequence[Evaluation], batch_tokens: int = BATCH_TOKENS) -> list[Result]:
-    """Put the questions to the model as it is now."""
+def evaluate(
+    loaded: LoadedModel, evaluations: Sequence[Evaluation], batch_tokens: int = BATCH_TOKENS
+) -> list[Result]:
+    """Run evaluations on the model with its present weights; one result per evaluation, in order."""
     wanted = [
         (number, reading)
-        for number, each in enumerate(exams)
+        for number, each in enumerate(evaluations)
         for question in each.questions
         for reading in (question.new, question.true)
         if reading is not None
     ]
     first_row = [0]
-    for each in exams:
+    for each in evaluations:
         first_row.append(first_row[-1] + len(each.rows))
     by_row: dict[int, list[Reading]] = {}
     for number, reading in wanted:
         by_row.setdefault(first_row[number] + reading.row, []).append(reading)
-    sequences = [row for each in exams for row in each.rows]
+    sequences = [row for each in evaluations for row in each.rows]
     answers: dict[tuple[int, tuple[int, ...]], TargetScores] = {}
     for indices, batch in batches(loaded, sequences, batch_tokens):
         logits = logits_of(loaded, batch)
@@ -310,14 +306,14 @@ def ask(loaded: LoadedModel, exams: Sequence[Evaluation], batch_tokens: int = BA
 
     return [
         _result(each, [(q.kind, answer(n, q.new), answer(n, q.true)) for q in each.questions])
-        for n, each in enumerate(exams)
+        for n, each in enumerate(evaluations)
     ]
 
 
 def _answers(
     logits: torch.Tensor, readings: Sequence[tuple[int, int, Reading]], token_ids: Sequence[int]
 ) -> list[TargetScores]:
-    """Every reading's answer, from the logits of their rows. An id that is no token is never the likeliest."""
+    """Scores of every reading, from the logits of its row. An id without a token is never the most probable one."""
     steps = max(len(reading.target) for _, _, reading in readings)
     rows = torch.tensor([place for place, _, _ in readings], device=logits.device)
     targets = torch.tensor(
@@ -337,7 +333,7 @@ def _answers(
 
 
 def _result(
-    exam: Evaluation, answers: Sequence[tuple[Kind, TargetScores | None, TargetScores | None]]
+    evaluation: Evaluation, answers: Sequence[tuple[Kind, TargetScores | None, TargetScores | None]]
 ) -> Result:
     success: dict[Kind, float | None] = {}
     accuracy: dict[Kind, float | None] = {}
@@ -345,9 +341,9 @@ def _result(
         pairs = [(new, true) for of, new, true in answers if of == kind]
         compared = [(new.nll, true.nll) for new, true in pairs if new and true]
         won = [(true < new) if kind == "neighbourhood" else (new < true) for new, true in compared]
-        success[kind] = _mean(won) if exam.request.metrics == "counterfact" else None
+        success[kind] = _mean(won) if evaluation.request.metrics == "counterfact" else None
         wanted = [true if kind == "neighbourhood" else new for new, true in pairs]
-        accuracy[kind] = _mean([_accuracy(each, exam.request.metrics) for each in wanted if each])
+        accuracy[kind] = _mean([_accuracy(each, evaluation.request.metrics) for each in wanted if each])
     _, target, true = answers[0]
     assert target is not None
     return Result(success, accuracy, target, true)
@@ -373,7 +369,7 @@ class Summary:
 
     @property
     def score(self) -> float | None:
-        """S: the harmonic mean of the three successes; None where one is not known."""
+        """S: the harmonic mean of the three successes; None if one of them is None."""
         values = [each for each in self.success.values() if each is not None]
         if len(values) < len(KINDS):
             return None
@@ -381,6 +377,8 @@ class Summary:
 
 
 def summary(results: Sequence[Result]) -> Summary:
+    """Means over cases that have the figure."""
+
     def over(figures: Sequence[float | None]) -> float | None:
         return _mean([each for each in figures if each is not None])
 

@@ -1,4 +1,4 @@
-"""Why an edit works: what it adds, in tokens; where it acts; and how it lies to the gradient and to other edits."""
+"""Explanation of an edit: the tokens that it adds, the places where it acts, and its cosine with other changes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from backlens.editing.activations import down_input, subject_last, values_at, wordings
 from backlens.editing.delta import Delta, merged
-from backlens.editing.forward import down_input, subject_last, values_at, wordings
 from backlens.editing.methods.gradient import gradients
 from backlens.editing.options import Place
 from backlens.editing.request import Request
@@ -22,8 +22,8 @@ TOKENS_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """One change through the lens: the leading direction of its residual side, with the sign it has in what the edit
-    adds at the position that it is made for."""
+    """One change through the lens: its leading direction on the residual side, with the sign that the edit gives it at
+    the edited position."""
 
     method: str
     layer: int
@@ -46,12 +46,14 @@ class Cosine:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
+    """Explanation of the deltas of one or more methods for one request."""
+
     added: tuple[Added, ...]
     layers: tuple[int, ...]
     tokens: tuple[str, ...]
-    """The prompt's."""
+    """Texts of the prompt's tokens."""
     norms: tuple[tuple[float, ...], ...]
-    """By position and layer: the length of what the first method adds to FF2's output there."""
+    """L2 norm of the first method's addition to FF2's output, by position and layer."""
     cosines: tuple[Cosine, ...]
 
 
@@ -61,9 +63,9 @@ def explain(
     deltas: Mapping[str, Sequence[Delta]],
     places: Mapping[str, Place] | None = None,
 ) -> Explanation:
-    """Explain the first of several methods' deltas for one request; the others stand beside it.
+    """Explain the deltas of the first method for one request, and compare those of the others with them.
 
-    `places` says by method which position the edit is made for: the prompt's last unless it is said.
+    `places` gives the edited position by method; the default is the prompt's last position.
     """
     lens = make_lens(loaded.parts, "raw", loaded.token_ids)
     texts, _ = vocabulary(loaded.tokenizer, loaded.parts.vocabulary)
@@ -118,10 +120,10 @@ def _added(lens: Lens, texts: Sequence[str], method: str, delta: Delta, key: Flo
 
 
 def _leading(delta: Delta, key: Float[Tensor, " d_in"]) -> Float[Tensor, " d_model"]:
-    """The residual side's leading direction.
+    """The leading direction on the residual side.
 
-    A singular direction has no sign of its own. What a matrix that writes adds at the edited position, and what one
-    that reads sees there (`key`), has a part along the direction; the sign is the one that makes this part positive.
+    A singular vector has no sign of its own. Its sign here makes its product positive with a vector at the edited
+    position: with what the edit adds there, for a matrix that writes; with the input `key`, for a matrix that reads.
     """
     direction = _unsigned(delta)
     at_key = (key @ delta.u.T) @ delta.v if delta.module in WRITES else key
@@ -136,7 +138,7 @@ def _unsigned(delta: Delta) -> Float[Tensor, " d_model"]:
 
 
 def _cosines(loaded: LoadedModel, request: Request, of: Mapping[str, Sequence[Delta]]) -> list[Cosine]:
-    """Each method with the true descent direction −G, and with every method before it."""
+    """Cosine of each method with the descent direction −G, and with every method before it."""
     keys = {(delta.layer, delta.module) for each in of.values() for delta in each}
     layers, modules = sorted({key[0] for key in keys}), sorted({key[1] for key in keys})
     factors, _ = gradients(loaded, [request], layers, modules)

@@ -1,43 +1,40 @@
-"""What an edit is asked to do: one fact, and the prompts that tell whether the edit did it and nothing else.
+"""Edit requests: one fact to write per request, with the prompts that evaluate the edit; and the model to edit.
 
-Read from CounterFact (arXiv 2202.05262), zsRE in the form of the same authors, and JSON Lines (or an array of such
-objects):
+Requests are read from CounterFact, zsRE, and JSON Lines (or an array of such objects):
 
     {"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "piano", "target_true": "trumpet",
      "paraphrases": ["…"], "neighbourhood": ["…"], "generation": ["…"], "references": ["…"]}
 
 of which `prompt` and `target_new` are required.
-
-What an edit begins with: the model, and the requests.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from backlens.config import PromptFormat
+from backlens.config import PromptFields, PromptFormat
 from backlens.editing.options import EditInput
 from backlens.errors import BacklensError
 from backlens.models.checkpoint import ModelSource
 from backlens.models.load import LoadedModel, load_model
-from backlens.prompts.counterfact import array_rows, nested, with_space
-from backlens.prompts.fields import (
-    Row,
-    UnfitError,
-    checked_target,
-    id_text,
-    optional_text,
-    prompt_and_subject,
-    text,
+from backlens.prompts.counterfact import (
+    EvaluationPrompts,
+    array_rows,
+    counterfact_evaluation,
+    counterfact_prompt,
+    texts,
+    with_space,
+    zsre_evaluation,
+    zsre_prompt,
 )
+from backlens.prompts.fields import Row, UnfitError, column_prompt, optional_text, text
 from backlens.prompts.jsonl_csv import jsonl_rows
-from backlens.prompts.prompt import Rejected
+from backlens.prompts.prompt import SLOT, Prompt, Rejected, SubjectPlace, find_subject, subject_lines
 from backlens.prompts.read import detect, require
 from backlens.prompts.source import Source, one_line
-from backlens.prompts.subject import SLOT, SubjectPlace, find_subject, subject_lines
 
 Metrics = Literal["counterfact", "zsre"]
 
@@ -49,32 +46,32 @@ class Request:
     prompt_id: int
     """Ordinal in the input, from 0: the `prompt_id` of a run over the same file."""
     where: str
-    """Where it came from, for messages: `facts.jsonl:17`."""
+    """Place in the input, for messages: `facts.jsonl:17`."""
     prompt: str
-    """With the subject in its place."""
+    """Prompt with the subject in its place."""
     target_new: str
-    """What the model should say."""
+    """Target that the edit writes."""
     subject: str | None = None
     target_true: str | None = None
-    """What it said before, as far as is known."""
+    """Target before the edit, if it is known."""
     paraphrases: tuple[str, ...] = ()
-    """Other wordings, which should give the new target too."""
+    """Other wordings of the prompt, which should give the new target too."""
     neighbourhood: tuple[str, ...] = ()
-    """Prompts about other subjects, whose answers should stay."""
+    """Prompts about other subjects, whose targets should stay."""
     neighbourhood_target: str | None = None
-    """The answer to the neighbourhood: CounterFact's true target, zsRE's answer to an unrelated question."""
+    """Target of the neighbourhood: CounterFact's true target, zsRE's answer to an unrelated question."""
     generation: tuple[str, ...] = ()
     """Beginnings of texts about the subject."""
     references: tuple[str, ...] = ()
-    """Texts that are true of the new target, to compare generated ones with."""
+    """Texts that are true of the new target, which generated texts are compared with."""
     metrics: Metrics = "counterfact"
-    """Whose definitions the request is judged by."""
+    """The data set whose metrics judge the request."""
     id: str | None = None
     slot: SubjectPlace | None = None
-    """Where a template had its `{}`, with the subject in it now."""
+    """Place of the template's `{}`, which now holds the subject."""
 
     def subject_place(self) -> SubjectPlace | None:
-        """Where `prompt` names the subject."""
+        """The place in `prompt` that names the subject."""
         return None if self.subject is None else self.slot or find_subject(self.prompt, self.subject)
 
 
@@ -93,131 +90,85 @@ def read_requests(source: str, format: PromptFormat = "auto", limit: int | None 
         raise BacklensError(
             f"{place.name}: edits are read from counterfact, zsre, jsonl and json, and this is {format}"
         )
-    rows, read = reader
-    requests = [_judged(row, read) for row in islice(rows(place), limit)]
+    requests = [_request(row, reader) for row in islice(reader.rows(place), limit)]
     if not requests:
         raise BacklensError(f"{place.name}: holds no edits")
     return requests
 
 
 def subject_notes(requests: Iterable[Request]) -> Iterator[str]:
-    """What to say about requests whose prompts name their subject several times."""
+    """One line if the prompts of some requests name their subject several times."""
     places = (request.subject_place() for request in requests)
     return subject_lines(0, sum(place is not None and place.others > 0 for place in places))
 
 
-def _judged(row: Row | Rejected, read: Callable[[Row], Request]) -> Request:
+@dataclass(frozen=True, slots=True)
+class _RequestReader:
+    rows: Callable[[Source], Iterable[Row | Rejected]]
+    prompt: Callable[[Row, PromptFields], Prompt]
+    evaluation: Callable[[Row, str], EvaluationPrompts]
+    fields: PromptFields
+    metrics: Metrics = "counterfact"
+
+
+def _request(row: Row | Rejected, reader: _RequestReader) -> Request:
     if isinstance(row, Rejected):
         raise BacklensError(row.message)
     try:
-        return read(row)
+        prompt = reader.prompt(row, reader.fields)
+        if reader.metrics == "counterfact":
+            _refuse_unnamed_subject(row, prompt)
+        return Request(
+            row.prompt_id,
+            row.where,
+            prompt.prompt,
+            with_space(prompt.prompt, prompt.target),
+            prompt.subject,
+            **asdict(reader.evaluation(row, prompt.prompt)),
+            metrics=reader.metrics,
+            id=prompt.id,
+            slot=prompt.slot,
+        )
     except UnfitError as unfit:
         remedy = "" if unfit.absent is None else f"; rename the one that holds the {unfit.absent!r}"
         raise BacklensError(one_line(f"{row.where}: {unfit.problem}{remedy}")) from unfit
 
 
-def _counterfact(row: Row) -> Request:
-    rewrite = nested(row.values, "requested_rewrite")
-    prompt, subject, slot = _prompt(rewrite)
-    true = text(nested(rewrite, "target_true"), "str", "target") if "target_true" in rewrite else None
-    true = None if true is None else with_space(prompt, true)
-    return Request(
-        row.prompt_id,
-        row.where,
-        prompt,
-        with_space(
-            prompt, checked_target(text(nested(rewrite, "target_new"), "str", "target"), "target_new")
-        ),
-        subject,
-        true,
-        _texts(row.values, "paraphrase_prompts"),
-        _texts(row.values, "neighborhood_prompts"),
-        true,
-        _texts(row.values, "generation_prompts"),
-        _texts(row.values, "reference_texts"),
-        id=id_text(row.values, "case_id"),
-        slot=slot,
-    )
-
-
-def _zsre(row: Row) -> Request:
-    """As the CounterFact authors read it: the first answer is the new target, `loc` asks about something else."""
-    prompt, subject, slot = prompt_and_subject(row.values, "src", "subject")
-    answers = _texts(row.values, "answers")
-    if not answers:
-        raise UnfitError("missing-field", "no field 'answers' with an answer; give it one")
-    around = f"{text(row.values, 'loc', 'prompt')}?" if row.values.get("loc") else None
-    answer = text(row.values, "loc_ans", "target") if around else None
-    return Request(
-        row.prompt_id,
-        row.where,
-        prompt,
-        with_space(prompt, checked_target(answers[0], "answers")),
-        subject,
-        None,
-        (text(row.values, "rephrase", "prompt"),) if row.values.get("rephrase") else (),
-        (around,) if around else (),
-        with_space(around, answer) if around and answer else None,
-        metrics="zsre",
-        id=id_text(row.values, "id"),
-        slot=slot,
-    )
-
-
-def _jsonl(row: Row) -> Request:
-    prompt, subject, slot = _prompt(row.values)
-    new = checked_target(text(row.values, "target_new", "target"), "target_new")
-    true = optional_text(row.values, "target_true")
-    around = optional_text(row.values, "neighbourhood_target") or true
-    return Request(
-        row.prompt_id,
-        row.where,
-        prompt,
-        with_space(prompt, new),
-        subject,
-        None if true is None else with_space(prompt, true),
-        _texts(row.values, "paraphrases"),
-        _texts(row.values, "neighbourhood"),
-        None if around is None else with_space(prompt, around),
-        _texts(row.values, "generation"),
-        _texts(row.values, "references"),
-        id=id_text(row.values, "id"),
-        slot=slot,
-    )
-
-
-def _prompt(values: Mapping[str, Any]) -> tuple[str, str | None, SubjectPlace | None]:
-    """The prompt with its subject, the subject, and where it was put."""
-    if SLOT in text(values, "prompt", "prompt"):
-        text(values, "subject", "subject")
-    prompt, subject, slot = prompt_and_subject(values, "prompt", "subject")
-    if subject is not None and slot is None and find_subject(prompt, subject) is None:
+def _refuse_unnamed_subject(row: Row, prompt: Prompt) -> None:
+    if prompt.subject is None and SLOT in prompt.prompt:
+        text(row.values, "subject", "subject")
+    if prompt.subject is not None and prompt.subject_place() is None:
         raise UnfitError(
             "no-subject",
-            f"the prompt does not hold its subject {subject!r} in whole words; write {SLOT} there",
+            f"the prompt does not hold its subject {prompt.subject!r} in whole words; write {SLOT} there",
         )
-    return prompt, subject, slot
 
 
-def _texts(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """A list of texts; none if there is no such field."""
-    found = values.get(name, [])
-    if not isinstance(found, list) or not all(isinstance(each, str) and each for each in found):
-        raise UnfitError("bad-type", f"field {name!r} should be a list of texts")
-    return tuple(found)
+def _row_evaluation(row: Row, prompt: str) -> EvaluationPrompts:
+    """The evaluation prompts of an object in JSON Lines or in an array of edits."""
+    true = optional_text(row.values, "target_true")
+    around = optional_text(row.values, "neighbourhood_target") or true
+    return EvaluationPrompts(
+        None if true is None else with_space(prompt, true),
+        texts(row.values, "paraphrases"),
+        texts(row.values, "neighbourhood"),
+        None if around is None else with_space(prompt, around),
+        texts(row.values, "generation"),
+        texts(row.values, "references"),
+    )
 
 
-_READERS: dict[
-    PromptFormat, tuple[Callable[[Source], Iterable[Row | Rejected]], Callable[[Row], Request]]
-] = {
-    "counterfact": (array_rows, _counterfact),
-    "zsre": (array_rows, _zsre),
-    "jsonl": (jsonl_rows, _jsonl),
-    "json": (array_rows, _jsonl),
+_NAMES = PromptFields(target="target_new", subject="subject")
+_READERS: dict[PromptFormat, _RequestReader] = {
+    "counterfact": _RequestReader(array_rows, counterfact_prompt, counterfact_evaluation, PromptFields()),
+    "zsre": _RequestReader(array_rows, zsre_prompt, zsre_evaluation, PromptFields(), "zsre"),
+    "jsonl": _RequestReader(jsonl_rows, column_prompt, _row_evaluation, _NAMES),
+    "json": _RequestReader(array_rows, column_prompt, _row_evaluation, _NAMES),
 }
 
 
 def model_source(options: EditInput) -> ModelSource:
+    """The model that the options name. Call it on options with the demo's defaults filled in."""
     assert options.model is not None
     return ModelSource(
         options.model, options.revision, options.dtype, trust_remote_code=options.trust_remote_code
@@ -225,11 +176,12 @@ def model_source(options: EditInput) -> ModelSource:
 
 
 def load_editable(source: ModelSource) -> LoadedModel:
+    """The model on the first GPU, or on the CPU where there is none."""
     return load_model(source, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def load(options: EditInput, note: Callable[[str], None]) -> tuple[LoadedModel, list[Request]]:
-    """The model, ready to be edited, and the edits; `note` is told what is worth knowing of these."""
+    """The model, ready to be edited, and the requests; `note` receives the lines of `subject_notes`."""
     options = options.with_demo_defaults()
     assert options.edits is not None
     requests = read_requests(options.edits, options.format, options.limit)

@@ -1,12 +1,9 @@
-"""What a sweep goes through: trials in order, and the cases of each in groups that are edited together.
+"""A sweep of edits: trials over methods, layers and rates, from the options to a finished directory of `edits`.
 
-The worker of a sweep: a copy of the model, and shards of the grid in, committed rows of `edits` out.
-
-It runs on the executors of `backlens run`, which know no more of it than `backlens.engine.executors.base` says. A
-shard's rows do not depend on any other's, nor on the worker, so a sweep that was stopped goes on with the shards that
-have no commit (`backlens.store.commit` says what a crash leaves), and a shard whose worker died is given to another.
-
-A sweep from its options to a finished directory: plan, resume, shards, done. It loads no weights itself.
+`sweep` plans, resumes and finishes; it loads no weights. A worker holds a copy of the model, takes shards of the grid,
+and commits rows. It runs on the executors of `backlens run`, through the interface in `backlens.engine.executors.base`.
+The rows of a shard do not depend on other shards or on the worker. So a stopped sweep continues with the shards that
+have no commit (see `backlens.store.commit` for what a crash leaves), and another worker takes the shard of a dead one.
 """
 
 import hashlib
@@ -31,14 +28,13 @@ from backlens.editing.evaluate import (
     Evaluation,
     Result,
     Untouched,
-    ask,
-    exam,
+    evaluate,
     generate,
     ngram_entropy,
+    prepare,
     reference_score,
 )
-from backlens.editing.methods import Method
-from backlens.editing.methods.registry import make_method, measure_shared, refuse_missing
+from backlens.editing.methods import Method, make_method, measure_shared, refuse_missing
 from backlens.editing.options import EditOptions, MethodName
 from backlens.editing.request import Request, load_editable, model_source, read_requests, subject_notes
 from backlens.engine.executors import executing
@@ -46,6 +42,7 @@ from backlens.engine.executors.base import Attempt, RayOptions, Readiness
 from backlens.errors import BacklensError, Interrupted
 from backlens.models.checkpoint import ModelSource, Proof, pinned
 from backlens.models.load import load_config, prove
+from backlens.printable import plain
 from backlens.prompts.source import Source
 from backlens.store.commit import SWEEP_TABLES, ShardCommit, commit_shard, committed, find_commit
 from backlens.store.directory import Directory
@@ -77,7 +74,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class TrialCases:
-    """One shard: a trial, and groups of cases. A worker is sent the cases with it, and reads no file of edits."""
+    """One shard: a trial, and groups of cases. It holds the cases, so that workers read no file of edits."""
 
     index: int
     trial: Trial
@@ -98,7 +95,7 @@ class Grid:
         return [Trial(index, *point) for index, point in enumerate(points)]
 
     def shards(self, requests: Sequence[Request]) -> list[TrialCases]:
-        """Every trial's cases in groups of `at_once`; those left over that make no whole group are left out.
+        """Every trial's cases in groups of `at_once`. Cases that do not fill a last group are left out.
 
         Raises BacklensError where there are not enough for one.
         """
@@ -117,11 +114,11 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class SweepSetup:
-    """Everything a worker of a sweep has to know; small, and sent to every worker."""
+    """All that a worker of a sweep needs; small, because it is sent to every worker."""
 
     model: ModelSource
     options: EditOptions
-    """Its paths are read by the worker: those of --text, --statistics and --editor."""
+    """Options of the methods. The worker reads the files of --text, --statistics and --editor."""
     grid: Grid
     bystanders: Bystanders
     generate: bool
@@ -132,7 +129,7 @@ class SweepSetup:
 
 
 class SweepWorker:
-    """Edits the model in memory, asks, and puts it back: one shard at a time, whichever thread calls."""
+    """Edits the model in memory, evaluates it and restores it: one shard at a time, in one thread."""
 
     def __init__(self, job: SweepSetup, threads: int | None = None) -> None:
         started = time.perf_counter()
@@ -140,8 +137,8 @@ class SweepWorker:
             torch.set_num_threads(threads)
         self._job = job
         self._loaded = load_editable(job.model)
-        self._tools = measure_shared(job.options, self._loaded, job.grid.methods, job.grid.layers)
-        self._exams: dict[int, tuple[Evaluation, Result]] = {}
+        self._shared = measure_shared(job.options, self._loaded, job.grid.methods, job.grid.layers)
+        self._prepared: dict[int, tuple[Evaluation, Result]] = {}
         self._digest = weights_digest(self._loaded)
         self._untouched = Untouched(self._loaded, job.bystanders)
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="compute")
@@ -151,9 +148,9 @@ class SweepWorker:
         return self._readiness
 
     def run(self, attempt: Attempt[TrialCases], /) -> ShardCommit:
-        """Compute and commit one shard; a shard that is already committed is left as it is.
+        """Compute and commit one shard, unless it is committed already.
 
-        Raises BacklensError if the weights are not what they were.
+        Raises BacklensError if the weights are not restored exactly.
         """
         done = find_commit(self._job.directory, attempt.shard.index)
         if done is not None:
@@ -172,7 +169,7 @@ class SweepWorker:
 
     def _rows(self, work: TrialCases) -> list[dict[str, object]]:
         trial = work.trial
-        method = make_method(self._job.options, self._tools, trial.method, trial.layer, trial.lr)
+        method = make_method(self._job.options, self._shared, trial.method, trial.layer, trial.lr)
         try:
             rows = [row for group in work.groups for row in self._group(trial, method, group)]
         except PROMPT_ERRORS as error:
@@ -188,18 +185,18 @@ class SweepWorker:
     def _group(
         self, trial: Trial, method: Method, requests: tuple[Request, ...]
     ) -> Iterator[dict[str, object]]:
-        exams = [self._exam(request) for request in requests]
+        evaluations = [self._prepare(request) for request in requests]
         started = time.perf_counter()
         deltas = method(self._loaded, *requests)
         made = time.perf_counter()
         with edited(self._loaded, deltas):
-            results = ask(self._loaded, [each for each, _ in exams])
+            results = evaluate(self._loaded, [each for each, _ in evaluations])
             asked = time.perf_counter()
             beyond = self._untouched.measure() if trial.at_once > 1 else (None, None)
             texts = [self._texts(request) for request in requests]
         norm = math.sqrt(sum(delta.norm() ** 2 for delta in deltas))
         for request, (_, before), result, (entropy, reference) in zip(
-            requests, exams, results, texts, strict=True
+            requests, evaluations, results, texts, strict=True
         ):
             yield {
                 "trial": trial.index,
@@ -223,12 +220,12 @@ class SweepWorker:
                 "seconds_evaluate": (asked - made) / len(requests),
             }
 
-    def _exam(self, request: Request) -> tuple[Evaluation, Result]:
-        """The case's questions, and what the unedited model says to them: found once."""
-        if request.prompt_id not in self._exams:
-            made = exam(self._loaded, request)
-            self._exams[request.prompt_id] = made, ask(self._loaded, [made])[0]
-        return self._exams[request.prompt_id]
+    def _prepare(self, request: Request) -> tuple[Evaluation, Result]:
+        """The case's evaluation, and its result for the unedited model; computed once per case."""
+        if request.prompt_id not in self._prepared:
+            made = prepare(self._loaded, request)
+            self._prepared[request.prompt_id] = made, evaluate(self._loaded, [made])[0]
+        return self._prepared[request.prompt_id]
 
     def _texts(self, request: Request) -> tuple[float | None, float | None]:
         if not (self._job.generate and request.generation):
@@ -240,7 +237,7 @@ class SweepWorker:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What else is measured of an edited model: files of facts and of texts, and whether it writes."""
+    """Optional measurements of an edited model: files of facts and of texts, and generation of texts."""
 
     untouched: str | None = None
     held_out: str | None = None
@@ -249,35 +246,35 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Reports:
-    """Who is told what."""
+    """Functions that receive the progress of a sweep."""
 
     done: Callable[[int, int], None]
-    """How many shards are done, of how many."""
+    """Receives the number of shards that are done, and of all shards."""
     note: Callable[[str], None]
-    """What is waited for, and what went wrong and was mended."""
+    """Receives one line about a wait, or about an error that was recovered from."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
-    """What a sweep did."""
+    """Result of a sweep."""
 
     out: str
     shards: int
-    """Computed by this command."""
+    """Number of shards that this command computed."""
     cases: int
     before: int
-    """Shards that an earlier command had done."""
+    """Number of shards that earlier commands computed."""
     deaths: int
-    """Workers that died and were replaced."""
+    """Number of workers that died and were replaced."""
 
 
 def sweep(
     options: EditOptions, grid: Grid, side: Side, out: str, reports: Reports, ray: RayOptions | None = None
 ) -> SweepReport:
-    """Compute what of the grid is not committed in `out` yet, in this process or with `ray` on a cluster.
+    """Compute the shards of the grid that are not committed in `out`, in this process or with `ray` on a cluster.
 
-    Raises BacklensError, before anything is computed, if `out` is another sweep's, and Interrupted when workers went on
-    dying; the same call then goes on.
+    Raises BacklensError, before anything is computed, if `out` belongs to another sweep, and Interrupted if workers die
+    again and again; the same call then continues.
     """
     refuse_missing(options, grid.methods)
     directory = Directory.at(out)
@@ -297,7 +294,7 @@ def sweep(
             directory,
             _fingerprint(options, proof, grid, side, requests, bystanders),
             config=kept,
-            config_yaml=yaml.safe_dump(_plain(kept), sort_keys=False),
+            config_yaml=yaml.safe_dump(plain(kept), sort_keys=False),
             plan=ShardPlan(sum(len(group) for each in work for group in each.groups), len(work), 0),
             model={
                 "name": demo.NAME if given["model"] is None else published_name(given["model"]),
@@ -325,7 +322,7 @@ def sweep(
                     cases, deaths = cases + commit.prompts, executor.standing().deaths
                     reports.done(len(done) + number, len(work))
                     lock.confirm()
-            directory.remove_leftovers()  # of workers that died and were replaced
+            directory.remove_leftovers()  # files of workers that died
             if len(committed(directory)) < len(work):
                 raise Interrupted(f"out: {directory} lacks shards; run the same command again")
         finish(opened)
@@ -333,7 +330,7 @@ def sweep(
 
 
 def _absolute(options: EditOptions) -> EditOptions:
-    """With paths that mean the same in a worker, which may stand in another folder."""
+    """The options with absolute paths, because a worker may have another working directory."""
     paths = {name: getattr(options, name) for name in ("text", "statistics", "editor")}
     found = {
         name: str(Path(path).absolute())
@@ -365,7 +362,7 @@ def _fingerprint(
 
 
 def _content_digest(requests: Sequence[Request]) -> str:
-    """Of what the requests say, not of the file."""
+    """SHA-256 of the requests' content; it does not depend on the file."""
     said = [[v for k, v in asdict(r).items() if k != "where"] for r in requests]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
@@ -385,10 +382,3 @@ def _option_values(options: EditOptions) -> dict[str, FingerprintValue]:
         "editor",
     )
     return {f.name.replace("_", "-"): getattr(options, f.name) for f in fields(options) if f.name not in own}
-
-
-def _plain(value: object) -> object:
-    """As YAML writes it: no tuples."""
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value

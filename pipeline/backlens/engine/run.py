@@ -18,9 +18,8 @@ from backlens.errors import Interrupted
 from backlens.models.checkpoint import Proof
 from backlens.models.load import load_tokenizer, prove
 from backlens.models.vocabulary import vocabulary
-from backlens.prompts.prompt import shards
+from backlens.prompts.prompt import shards, subject_lines
 from backlens.prompts.read import read_prompts
-from backlens.prompts.subject import subject_lines
 from backlens.store.commit import ShardCommit, committed, write_vocab
 from backlens.store.directory import Directory
 from backlens.store.input_paths import published_name, recorded, remember
@@ -33,7 +32,7 @@ from backlens.store.run_record import (
     open_run,
     package_versions,
 )
-from backlens.store.verify import losses
+from backlens.store.status import losses
 
 
 class RunProgress(Protocol):

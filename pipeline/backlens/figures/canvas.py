@@ -1,7 +1,6 @@
 """What all figures share: fonts for any script, tokens that fit, and files by their suffix."""
 
 import logging
-import os
 import unicodedata
 import warnings
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from backlens.display import visible
 from backlens.errors import BacklensError
+from backlens.store.directory import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,19 +55,16 @@ def check_target(path: str) -> Path:
 
 def save(figure: "Figure", target: Path) -> None:
     """Writes the figure, whole or not at all; the same figure gives the same SVG."""
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-    metadata = {"Date": None} if target.suffix.lower() == ".svg" else None
+    suffix = target.suffix.lower()
+    metadata = {"Date": None} if suffix == ".svg" else None
     try:
-        with warnings.catch_warnings():
+        with replacing(target) as temporary, warnings.catch_warnings():
             # What no font has was replaced by its code where the file could not show it (`shown`).
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-            figure.savefig(temporary, dpi=DPI, metadata=metadata)
-        os.replace(temporary, target)
+            figure.savefig(temporary, dpi=DPI, metadata=metadata, format=suffix[1:])
     except OSError as error:
         raise BacklensError(f"--to {target}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def shown(token: str | None, is_vector: bool, longest: int = LONGEST) -> str:

@@ -1,4 +1,4 @@
-"""The text that a prompt is read as: as the user wrote it, or as a message to a chat model."""
+"""The text that the model reads for a prompt: as the user wrote it, or as a message in a chat template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from backlens.errors import BacklensError
-from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.prompt import Prompt, Rejected, find_subject
 from backlens.prompts.source import one_line
-from backlens.prompts.subject import find_subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,34 +16,34 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 
 _MARK = "backlensmessage"
-"""A message that no template changes or writes itself: where it comes out is where messages are."""
+"""A message that no template changes or contains: its place in the rendered text is the place of messages."""
 
 _FIXED_DATE = """{% macro strftime_now(format) %}{{ format
     | replace("%d", "26") | replace("%m", "07") | replace("%b", "Jul") | replace("%B", "July")
     | replace("%Y", "2024") | replace("%y", "24") | replace("%A", "Friday") | replace("%a", "Fri")
     | replace("%H", "00") | replace("%M", "00") | replace("%S", "00") }}{% endmacro %}"""
-"""Some templates write today's date, but rows must not depend on the day they are computed.
+"""A fixed date for templates that write the current one, because rows must not depend on the day of the run.
 
-The date is the one that Llama 3's own template falls back to.
+It is the default date of Llama 3's template.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class PromptText:
-    """What stands before the loss, and what after it."""
+    """The text before the position of the loss, and the target after it."""
 
     prompt: Prompt
     text: str
     target: str
     own: Span
-    """The characters of `text` that are the user's prompt; its subject is looked for there."""
+    """Characters of `text` that are the user's prompt; the subject is searched for there."""
     movable: int
-    """White space at the end of `text` that may go to the target if the tokenizer joins them."""
+    """Number of white space characters at the end of `text` that may move to the target if the tokenizer joins them."""
 
     def subject_characters(self) -> Span | None:
-        """The characters of `text` that are the prompt's subject."""
+        """The characters of `text` that are the prompt's subject; None if there are none."""
         prompt, (start, end) = self.prompt, self.own
-        core = prompt.prompt.strip()  # templates take white space away
+        core = prompt.prompt.strip()  # templates remove white space
         at = self.text.find(core, start, end)
         if at >= 0:
             shift, place = at - prompt.prompt.index(core), prompt.subject_place()
@@ -54,12 +53,13 @@ class PromptText:
 
 
 def as_it_stands(prompt: Prompt) -> PromptText:
+    """The prompt as the user wrote it."""
     text = prompt.prompt
     return PromptText(prompt, text, prompt.target, (0, len(text)), len(text) - len(text.rstrip()))
 
 
 def as_chat(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> list[PromptText | Rejected]:
-    """Each prompt as the only message of a user, up to where the model's answer begins.
+    """Each prompt as the only message of a user, up to the place where the model's answer begins.
 
     Raises BacklensError as `chat_template` does.
     """
@@ -79,13 +79,13 @@ def as_chat(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> 
         own = (len(head), len(text) - len(tail)) if around else (0, len(text))
         follows_word = not (text[-1:].isspace() or text.endswith(control))
         target = prompt.target if follows_word else _without_space(prompt.target)
-        # The template's own white space stays where it is: a model is asked with it and answers after it.
+        # White space of the template stays: the model answers after it.
         results.append(PromptText(prompt, text, target, own, movable=0))
     return results
 
 
 def chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The tokenizer's template. Raises BacklensError if there is none that can be used."""
+    """The tokenizer's chat template. Raises BacklensError if it has none, or none that can be used."""
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if not tokenizer.chat_template:
         raise BacklensError(
@@ -118,5 +118,5 @@ def _rendered(message: str, template: str, tokenizer: "PreTrainedTokenizerBase")
 
 
 def _without_space(target: str) -> str:
-    """The space of a target such as CounterFact's is the one after a word; an answer does not begin with it."""
+    """The target without its first space, which parts it from a word before it; an answer has no such space."""
     return target[1:] if target.startswith(" ") and len(target) > 1 else target

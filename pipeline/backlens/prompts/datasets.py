@@ -1,4 +1,4 @@
-"""Parquet files and `datasets` data sets, read in Arrow batches so that few rows are ever Python objects."""
+"""Rows of Parquet files and of `datasets` data sets, read in Arrow batches, so that few rows are Python objects."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from backlens.prompts.source import Source, one_line
 
 _BATCH_ROWS = 1024
 _MOST_SHOWN = 1 << 20
-"""Elements and characters of a value that is written out as text."""
+"""Limit on the elements and characters of a value that is shown as text."""
 _NO_SUCH_VALUE = (
     ArithmeticError,
     ImportError,
@@ -19,12 +19,13 @@ _NO_SUCH_VALUE = (
     TypeError,
     ValueError,
 )
-"""Raised where Python has no such value: by its dates, by time zone libraries, by Arrow, whose errors are of these."""
+"""Errors for values that Python cannot hold, from its dates, from time zone libraries, and from Arrow."""
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:/]+))??(:(?P<split>[^:/]+))?")
 _SAVED_DATASET = ("state.json", "dataset_info.json", "dataset_dict.json")
 
 
 def parquet_rows(source: Source) -> Iterator[Row]:
+    """The rows of a Parquet file. Raises BacklensError where the file cannot be read, or names a column twice."""
     import pyarrow.parquet
 
     with source.open(decompress=False) as stream:
@@ -39,7 +40,7 @@ def parquet_rows(source: Source) -> Iterator[Row]:
 
 
 def dataset_rows(source: Source) -> Iterator[Row]:
-    """A directory written by `save_to_disk` (memory-mapped), or a data set on the hub (streamed)."""
+    """The rows of a directory that `save_to_disk` wrote (memory-mapped), or of a data set on the hub (streamed)."""
     dataset = _saved_dataset(source) if source.exists() else _hub_dataset(source)
     batches = dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS)
     yield from _rows(_batches(source, batches), source.name)
@@ -96,7 +97,7 @@ def _hub_dataset(source: Source) -> Any:
 
 
 def _batches(source: Source, batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, with a failure between them said as a broken file and a row number."""
+    """The batches. A failure to read one becomes a BacklensError with the row number."""
     rows = 0
     iterator = iter(batches)
     while True:
@@ -123,7 +124,7 @@ def _rows(batches: Iterable[Any], name: str) -> Iterator[Row]:
 
 
 def _values(column: Any) -> list[Any]:
-    """A column as Python objects. Few values have none; only where there is one is each looked at by itself."""
+    """A column as Python objects. Only a column with a value that Python cannot hold is converted value by value."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
@@ -132,15 +133,15 @@ def _values(column: Any) -> list[Any]:
         values = column.to_pylist()
     except _NO_SUCH_VALUE:
         values = [_value(column, index) for index in range(len(column))]
-    if pyarrow.types.is_fixed_size_binary(column.type):  # a UUID or a hash; by chance some are text
+    if pyarrow.types.is_fixed_size_binary(column.type):  # a UUID or a hash, some of which happen to be text
         return [value.hex() if isinstance(value, bytes) else value for value in values]
     return values
 
 
 def _value(column: Any, index: int) -> Any:
-    """One value: bytes where text is not UTF-8, and the text that Arrow shows where Python has no such value.
+    """One value: bytes for text that is not UTF-8, and Arrow's own text for a value that Python cannot hold.
 
-    That is a date beyond the year 9999, a time zone that is not known here, an object that has one field twice.
+    Such values are a date beyond the year 9999, an unknown time zone, and an object with one field twice.
     """
     import pyarrow
 

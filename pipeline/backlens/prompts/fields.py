@@ -1,6 +1,6 @@
-"""From a record's columns to a `Prompt`, or to the reason why it is none.
+"""Conversion of a record's fields to a `Prompt`, or to the reason why it is rejected.
 
-Prompts that a caller has in memory: texts, token ids, or records, one or many.
+The records come from a file, or from a caller's memory: texts, token ids or mappings, one or many.
 """
 
 import contextlib
@@ -19,14 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from backlens.config import PromptFields
 from backlens.errors import BacklensError
-from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.prompt import SLOT, Prompt, Rejected, SubjectPlace, filled
 from backlens.prompts.source import one_line
-from backlens.prompts.subject import SLOT, SubjectPlace, filled
 from backlens.prompts.tokenize import Example
 
 Role = Literal["prompt", "target", "subject", "id", "relation"]
 
-# Names that data sets in the wild give to what we call prompt, target, …; only ever used as advice.
+# Names that public data sets use for our fields. Only advice in error messages is taken from them.
 _OTHER_NAMES: dict[Role, tuple[str, ...]] = {
     "prompt": ("text", "question", "input", "src", "query", "instruction", "context", "sentence"),
     "target": ("answer", "answers", "label", "completion", "output", "object", "response", "target_new"),
@@ -41,7 +40,7 @@ _LONGEST_NAME_SHOWN = 40
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record of the input, decoded but not yet judged."""
+    """One record of the input, decoded but not checked."""
 
     prompt_id: int
     where: str
@@ -49,16 +48,16 @@ class Row:
 
 
 class UnfitError(Exception):
-    """Why a record is not a prompt: a stable code, and the problem with its remedy."""
+    """The reason why a record is not a prompt: a stable code, and the problem with its remedy."""
 
     def __init__(self, code: str, problem: str, absent: str | None = None, remedy: str = "") -> None:
         super().__init__(problem)
         self.code = code
         self.problem = problem
         self.absent = absent
-        """The field that the record does not have, not even empty."""
+        """Name of the field that the record lacks."""
         self.remedy = remedy
-        """An option of `backlens run` that names another column, where that may help."""
+        """Option of `backlens run` that names another column, if that may help."""
 
     def rejected(self, row: Row) -> Rejected:
         return rejected(row.prompt_id, row.where, self.code, self.problem + self.remedy, self.absent)
@@ -71,10 +70,10 @@ def rejected(prompt_id: int, where: str, code: str, problem: str, absent: str | 
 def prompts_from_columns(
     rows: Iterable[Row | Rejected], fields: PromptFields, name: str
 ) -> Iterator[Prompt | Rejected]:
-    """Judge each record in order.
+    """Convert each record to a prompt or a rejection, in order.
 
-    `subject` and `id` are optional, so one record may lack them; but a name the user typed that no record
-    has is a typo, and is said at the end of the input.
+    `subject` and `id` are optional, so a record may lack them. But a name that the user typed and that no record has is
+    an error: raises BacklensError at the end of the input.
     """
     unseen: dict[Role, str] = {}
     if fields.subject is not None:
@@ -99,19 +98,20 @@ def prompts_from_columns(
 
 def _judged(row: Row, fields: PromptFields) -> Prompt | Rejected:
     try:
-        return _prompt(row, fields)
+        return column_prompt(row, fields)
     except UnfitError as unfit:
         return unfit.rejected(row)
     except RecursionError:
         return rejected(row.prompt_id, row.where, "broken-json", "nested too deeply to be read; flatten it")
 
 
-def _prompt(row: Row, fields: PromptFields) -> Prompt:
+def column_prompt(row: Row, fields: PromptFields) -> Prompt:
+    """The prompt of a record whose columns are texts. Raises UnfitError where the record lacks one."""
     values = row.values
     required = (fields.prompt or "prompt", fields.target or "target")
 
     def name_of(role: Role, chosen: str | None, fits: bool) -> str | None:
-        """The optional column that was chosen, or that has the usual name and looks like it."""
+        """The optional column that the user chose, or the one with the default name if its value fits."""
         return chosen or (role if fits and role not in required else None)
 
     subject_name = name_of("subject", fields.subject, _can_be_text(values.get("subject")))
@@ -134,7 +134,7 @@ def _prompt(row: Row, fields: PromptFields) -> Prompt:
 
 
 def text(values: Mapping[str, Any], name: str, role: Role) -> str:
-    """A required text, exactly as it was written."""
+    """A required text, exactly as in the record. Raises UnfitError if there is none."""
     if name not in values:
         raise UnfitError("missing-field", no_field(name, values), name, name_it(name, role, values))
     value = values[name]
@@ -148,7 +148,7 @@ def text(values: Mapping[str, Any], name: str, role: Role) -> str:
 
 
 def optional_text(values: Mapping[str, Any], name: str) -> str | None:
-    """A text, a number, a date, … as text; None where there is nothing."""
+    """A text, a number, a date, … as text; None if the field is absent or empty."""
     value = values.get(name)
     if isinstance(value, bytes):
         return _decoded(value, name)
@@ -158,7 +158,7 @@ def optional_text(values: Mapping[str, Any], name: str) -> str | None:
 
 
 def id_text(values: Mapping[str, Any], name: str) -> str | None:
-    """A record's own id as text, of whatever type it is: it is there to be found again."""
+    """A record's own id as text, whatever its type: it identifies the record for the user."""
     value = values.get(name)
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -171,7 +171,7 @@ def id_text(values: Mapping[str, Any], name: str) -> str | None:
 def prompt_and_subject(
     values: Mapping[str, Any], prompt_name: str, subject_name: str | None
 ) -> tuple[str, str | None, SubjectPlace | None]:
-    """The prompt, its subject if it has one, and where the subject was put if the prompt has a slot for it."""
+    """The prompt, its subject if it has one, and the place of the subject if the prompt has a slot for it."""
     prompt = text(values, prompt_name, "prompt")
     subject = None if subject_name is None else optional_text(values, subject_name)
     slot = None
@@ -209,7 +209,7 @@ def name_it(name: str, role: Role, values: Mapping[str, Any]) -> str:
 
 
 def without_option(record: Rejected) -> str:
-    """The message for a command that has no options to name columns with."""
+    """The message of a rejection for a command without options that name columns."""
     if record.absent is None:
         return record.message
     problem, _, _ = record.message.partition("; name it with --")
@@ -257,7 +257,7 @@ def _encodable(value: str, name: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        # JSON may spell half a surrogate pair; neither tokenizers nor Parquet can hold one.
+        # JSON can spell half of a surrogate pair; tokenizers and Parquet cannot hold it.
         raise UnfitError(
             "not-utf8",
             f"field {name!r} has half of a surrogate pair (\\u{ord(value[error.start]):04x}) at character "
@@ -267,14 +267,15 @@ def _encodable(value: str, name: str) -> str:
 
 
 def meta(values: Mapping[str, Any]) -> str | None:
-    """The other columns as strict JSON with sorted keys, so that equal content is an equal string."""
+    """The other columns as strict JSON with sorted keys, so that equal content gives an equal string."""
     if not values:
         return None
     return json.dumps(_jsonable(values), ensure_ascii=False, sort_keys=True, allow_nan=False)
 
 
 def _jsonable(value: Any) -> Any:
-    """The nearest thing that every JSON reader accepts; what JSON has no word for becomes a string."""
+    """The value in a form that every JSON reader accepts. Unlike `printable.plain`, it loses nothing: a value that JSON
+    cannot hold becomes a string."""
     match value:
         case None | bool() | int():
             return value
@@ -299,10 +300,10 @@ def _jsonable(value: Any) -> Any:
 def records_of(
     prompt: Any, target: Any, subject: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: int
 ) -> list[Prompt | Example | Rejected]:
-    """One record per prompt, in order, judged as the records of a file are.
+    """One result per prompt, in order, checked like the records of a file.
 
-    Texts become prompts to tokenize, token ids become examples as they are. Raises BacklensError for lists of different
-    lengths, and for token ids that the model has no embedding of.
+    Texts become prompts, which are tokenized later; token ids become examples. `vocabulary` is the number of the
+    model's embeddings. Raises BacklensError for lists of different lengths, and for token ids without an embedding.
     """
     prompts, targets, subjects = _as_lists(prompt, target, subject)
     records: list[Prompt | Example | Rejected] = []
@@ -333,7 +334,7 @@ def _as_lists(prompt: Any, target: Any, subject: Any) -> tuple[list[Any], list[A
 
 
 def _beside(name: str, values: Any, prompts: Sequence[Any]) -> list[Any]:
-    """A list of the prompts' length. One text for all of them is refused: it is most often a mistake."""
+    """A list as long as the prompts. One text for all prompts is refused, because it is most often a mistake."""
     if values is None:
         return [None] * len(prompts)
     if isinstance(values, str | Integral) or len(values) != len(prompts):

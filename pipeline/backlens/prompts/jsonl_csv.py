@@ -1,4 +1,4 @@
-"""JSON Lines and CSV, read a line at a time: one bad line is rejected alone and memory stays flat."""
+"""Rows of JSON Lines and CSV, read line by line: a bad line is rejected alone, and memory stays constant."""
 
 import csv
 import json
@@ -12,12 +12,12 @@ from backlens.prompts.fields import Row, rejected
 from backlens.prompts.prompt import Rejected
 from backlens.prompts.source import Source, one_line
 
-# Longer than any prompt, and a bound on what a quote that is never closed can swallow.
+# Longer than any prompt; it bounds how much text an unclosed quote can take in.
 _LONGEST_CELL = 1 << 24
 
 
 def jsonl_rows(source: Source) -> Iterator[Row | Rejected]:
-    """One object per line. Lines of white space are no records, but they count in line numbers."""
+    """One object per line. Lines of white space are not records, but they count in line numbers."""
     prompt_id = 0
     for number, line in enumerate(source.lines(), start=1):
         if line.strip():
@@ -44,7 +44,7 @@ def _parsed(line: bytes, prompt_id: int, where: str) -> Row | Rejected:
 
 
 def load_json(text: str) -> Any:
-    """As `json.loads`, but an object that has one key twice is a ValueError: which value is meant?"""
+    """Parse JSON as `json.loads` does, but raise ValueError for an object with one key twice, which is ambiguous."""
     return json.loads(text, object_pairs_hook=_object)
 
 
@@ -58,10 +58,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def csv_rows(source: Source) -> Iterator[Row | Rejected]:
-    """One row per record under a header row; a quoted cell may span lines."""
-    # The limit belongs to the process; it is only ever raised, as every reader of long cells must.
+    """One row per record below the header row; a quoted cell may span several lines."""
+    # The limit belongs to the process, so it is only raised.
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
-    # Bytes that are not UTF-8 come through as surrogates, so that the row they are in can be found.
+    # Bytes that are not UTF-8 become surrogates, so that their row can be named.
     text = (line.decode("utf-8", "surrogateescape") for line in source.lines())
     records = _csv_records(text, "\t" if source.suffix == ".tsv" else ",")
     first = next(records, None)
@@ -79,20 +79,20 @@ def csv_rows(source: Source) -> Iterator[Row | Rejected]:
 @dataclass(frozen=True, slots=True)
 class _CsvRecord:
     line: int
-    """The first of the physical lines it spans."""
+    """First of the physical lines that the record spans."""
     cells: list[str]
     error: str | None = None
 
 
 class _Lines:
-    """Lines that can be taken back: a quote that is never closed must not swallow the records after it."""
+    """Lines that can be read again, so that an unclosed quote does not take in the records after it."""
 
     def __init__(self, text: Iterator[str]) -> None:
         self._text = text
         self._waiting: deque[str] = deque()
         self._record: list[str] = []
         self.line = 1
-        """Where the next record begins."""
+        """Line number of the next record."""
 
     def __iter__(self) -> "_Lines":
         return self
@@ -103,7 +103,7 @@ class _Lines:
         return line
 
     def end_record(self, *, lines: int | None = None) -> None:
-        """The record was the first `lines` (None: all) of those read; any others are read again."""
+        """End the record after the first `lines` of the lines read (None: all); the others are read again."""
         lines = len(self._record) if lines is None else lines
         self._waiting.extendleft(reversed(self._record[lines:]))
         self._record.clear()
@@ -111,9 +111,9 @@ class _Lines:
 
 
 def _csv_records(text: Iterator[str], delimiter: str) -> Iterator[_CsvRecord]:
-    """Blank lines are no records. A line that breaks the rules of quoting is one bad record by itself."""
+    """Blank lines are not records. A line that breaks the rules of quoting is one bad record."""
     lines = _Lines(text)
-    # Strict: a stray quote is said instead of silently changing the text.
+    # Strict: a stray quote is an error and does not change the text unnoticed.
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         line = lines.line

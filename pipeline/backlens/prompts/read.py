@@ -1,11 +1,8 @@
-"""Which format a source is in, judged by its name and, for `.json`, by how it begins.
+"""Reading of prompts from a file, an object store or a data set: each record in order, as a `Prompt` or a `Rejected`.
 
-Prompts from a file, an object store or a data set: each record in order, as a `Prompt` or a `Rejected`.
-
-JSON Lines, CSV, Parquet and data sets are streamed, so that an input of any length takes the same memory.
-JSON arrays, as CounterFact and zsRE are, are loaded whole.
-
-What an input holds, from one pass over it: how much work it is, and a hash of its content.
+The format follows from the name of the source, and for `.json` from its first record. JSON Lines, CSV, Parquet and data
+sets are streamed, so that memory does not depend on the length of the input. JSON arrays, such as CounterFact and zsRE,
+are loaded whole. `survey` reads an input once, to count its records and hash its content.
 """
 
 import hashlib
@@ -35,6 +32,7 @@ _NAMED = ", ".join(name for name in get_args(PromptFormat) if name != "auto")
 
 
 def detect(source: Source) -> PromptFormat:
+    """The format of a source. Raises BacklensError where it cannot be told."""
     suffix = source.suffix
     if not source.exists():
         if suffix not in _BY_SUFFIX and suffix != ".json" and looks_like_hub_id(source):
@@ -58,7 +56,7 @@ def detect(source: Source) -> PromptFormat:
 
 
 def require(source: Source, format: PromptFormat) -> None:
-    """Refuse, before anything is read, a source that cannot be of the format the user named."""
+    """Raise BacklensError, before anything is read, for a source that cannot have the format that the user named."""
     if format == "dataset":
         return
     if not source.exists():
@@ -68,7 +66,7 @@ def require(source: Source, format: PromptFormat) -> None:
 
 
 def _json_kind(source: Source) -> PromptFormat:
-    """An array of records of one kind or another, or JSON Lines under this name."""
+    """The format of a `.json` file: an array of records of one of three kinds, or JSON Lines."""
     lines = (line.strip() for line in source.lines())
     start = next((line for line in lines if line), b"")
     if start.startswith(b"{"):
@@ -106,8 +104,8 @@ def read_prompts(
 ) -> Iterator[Prompt | Rejected]:
     """The first `limit` records (None: all). `prompt_id` is a record's ordinal, rejected records included.
 
-    A source that is missing or of unknown format is refused here, before the first record is asked for; one
-    that is broken as a whole, when the reading gets there. Both are a `BacklensError`.
+    Raises BacklensError: at once for a source that is missing or of unknown format, and during the reading for one that
+    is broken as a whole.
     """
     place = Source(source)
     if format == "auto":
@@ -133,27 +131,29 @@ _READERS: dict[PromptFormat, Reader] = {
 
 
 FIRST = 1000
-"""Records that are enough to see that a column has another name."""
+"""Number of records that show that a column has another name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
+    """Counts of an input, and a hash of its content."""
+
     prompts: int
-    """Records, rejected ones included: `prompt_id` runs from 0 to one less."""
+    """Number of records, rejected ones included; `prompt_id` runs from 0 to one less."""
     rejected: int
     first_rejected: Rejected | None
     characters: int
-    """Of all prompts and targets."""
+    """Number of characters of all prompts and targets."""
     digest: str
-    """SHA-256 of every record in order: of what it says, not of the file or format it is written in."""
+    """SHA-256 of the content of every record in order; it does not depend on the file or its format."""
     subjects_absent: int = 0
-    """Prompts that do not name the subject that is given with them."""
+    """Number of prompts that do not name their subject."""
     subjects_repeated: int = 0
-    """Prompts that name their subject in several places."""
+    """Number of prompts that name their subject several times."""
 
 
 def survey(source: str, format: PromptFormat, fields: PromptFields, limit: int | None) -> Survey:
-    """Raises BacklensError where the source cannot be read, and where the first records all lack one field."""
+    """Read an input once. Raises BacklensError if it cannot be read, or if all of its first records lack one field."""
     records = rejected = characters = subjects_absent = subjects_repeated = 0
     first_rejected: Rejected | None = None
     lacked: set[str | None] = set()
@@ -188,14 +188,14 @@ def survey(source: str, format: PromptFormat, fields: PromptFields, limit: int |
 
 
 def _refuse_lacking(lacked: set[str | None], first: Rejected | None, name: str, where: str) -> None:
-    """Refuse an input of which all records so far lack the same field."""
+    """Raise BacklensError if all records so far lack the same field."""
     if first is not None and None not in lacked and len(lacked) == 1:
         _, _, problem = first.message.removeprefix(name).partition(": ")
         raise BacklensError(f"{name}: in {where}, {problem}")
 
 
 def _canonical(record: Prompt | Rejected, name: str) -> bytes:
-    """A record as one line of JSON, without its place in a file: two files of equal content hash alike."""
+    """A record as one line of JSON, without its place in a file, so that files of equal content have equal hashes."""
     match record:
         case Prompt():
             content = [
@@ -206,7 +206,7 @@ def _canonical(record: Prompt | Rejected, name: str) -> bytes:
                 record.relation,
                 record.meta,
             ]
-            if record.slot is not None:  # it may be another place than the words alone would give
+            if record.slot is not None:  # the place may differ from that of the words
                 content.append(str(record.slot.start))
         case Rejected():
             _, _, problem = record.message.removeprefix(name).partition(": ")

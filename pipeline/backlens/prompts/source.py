@@ -1,4 +1,4 @@
-"""Where prompts are read from: a local path or any fsspec URL, compressed or not."""
+"""A place to read from: a local path or any fsspec URL, compressed or not."""
 
 import bz2
 import codecs
@@ -25,7 +25,7 @@ _COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 T = TypeVar("T")
 
-# What decompressors and file systems raise on damaged or vanishing data.
+# Errors of decompressors and file systems for damaged or missing data.
 READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 _BUFFER_BYTES = 1 << 20
@@ -35,10 +35,10 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 @dataclass(frozen=True)
 class Source:
-    """A place to read from, and the short name that messages call it by."""
+    """A place to read from, and its short name for messages."""
 
     url: str
-    """As the user wrote it."""
+    """Path or URL as the user wrote it."""
 
     @functools.cached_property
     def _located(self) -> tuple[Any, str]:
@@ -47,12 +47,12 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The last part of the path: enough to find the file, the same wherever it lies."""
+        """The last part of the path, which does not depend on the folder."""
         return one_line(self.url.rstrip("/").rsplit("/", 1)[-1])
 
     @property
     def suffix(self) -> str:
-        """The suffix of the content, whatever it is compressed with: `.jsonl` of `prompts.jsonl.gz`."""
+        """The suffix without that of a compression: `.jsonl` for `prompts.jsonl.gz`."""
         name = self.name.lower()
         if name.endswith(_COMPRESSION_SUFFIXES):
             name = name.rpartition(".")[0]
@@ -70,7 +70,7 @@ class Source:
             return file_system.isdir(path)
 
     def holds(self, *names: str) -> bool:
-        """Whether the directory holds a file of one of these names."""
+        """True if the directory holds a file with one of these names."""
         file_system, path = self._located
         return any(file_system.exists(f"{path.rstrip('/')}/{name}") for name in names)
 
@@ -85,7 +85,7 @@ class Source:
             yield stream
 
     def lines(self) -> Iterator[bytes]:
-        """The physical lines, one in memory at a time, each with its line break; without a byte order mark."""
+        """The physical lines with their line breaks, without a byte order mark. Memory holds one line at a time."""
         with self.open() as stream:
             lines = iter(stream)
             for number in itertools.count(1):
@@ -102,7 +102,7 @@ class Source:
         return self.reading(lambda: next(lines, None), f":{number}")
 
     def reading(self, read: Callable[[], T], place: str = "") -> T:
-        """What `read` returns; damaged or vanished data is a BacklensError that names the place."""
+        """The result of `read`. Raises BacklensError that names the place for damaged or missing data."""
         try:
             return read()
         except (*READ_ERRORS, *store_errors()) as error:
@@ -110,10 +110,10 @@ class Source:
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        """Say in one line that the place cannot be reached."""
+        """Turn any error of the block into a BacklensError of one line: the source cannot be opened."""
         try:
             yield
-        except Exception as error:  # every object store raises errors of its own
+        except Exception as error:  # every object store has its own errors
             raise BacklensError(f"{self.url}: cannot be opened: {one_line(str(error))}") from error
 
     def fail_at(self, place: str, error: Exception) -> NoReturn:
@@ -123,14 +123,14 @@ class Source:
 
 
 def one_line(text: str) -> str:
-    """Text that fits in a message: no line breaks, nothing that UTF-8 cannot hold."""
+    """The text in one line, without characters that UTF-8 cannot hold."""
     return " ".join(text.encode("utf-8", "replace").decode("utf-8").splitlines())
 
 
 def _decompressed(stream: IO[bytes], path: str) -> Any:
     name = path.lower()
     if name.endswith(".zst"):
-        # fsspec reads zstd only where an extra package is installed; pyarrow always brings the codec.
+        # fsspec needs an extra package for zstd; pyarrow has the codec.
         import pyarrow
 
         return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"), _BUFFER_BYTES)
@@ -156,7 +156,7 @@ def _only_file(archive: zipfile.ZipFile) -> IO[bytes]:
 
 
 class _Streams(io.RawIOBase):
-    """Compressed streams, one after another. What follows the last one is damage; the standard library drops it."""
+    """Compressed streams in sequence. Other data after the last stream is an error; the standard library ignores it."""
 
     def __init__(self, stream: IO[bytes], decoder: Callable[[], Any]) -> None:
         self._stream = stream

@@ -1,8 +1,7 @@
-"""From prompts to token ids: where the loss is taken, what the target is, which tokens the subject is.
+"""Tokenization of prompts: token ids, position of the loss, tokens of the target and of the subject.
 
-The last token of a prompt is the position of the loss, so nothing may come after the user's own text. Prompt and
-target are read as one text; where a token of it reaches over the border between them, `_divided_at_border` says
-what becomes of it.
+The loss is taken at the last token of a prompt, so nothing may follow the user's own text. Prompt and target are
+tokenized as one text; `_divided_at_border` decides about a token that crosses the border between them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,28 +20,30 @@ PrependBos = Literal["auto", "true", "false"]
 TargetMode = Literal["first", "all"]
 
 _CARRIERS = ("\n", "a", ".", "0")
-"""Texts to put before a target, so that it is not at the beginning; the first that keeps its own tokens serves."""
+"""Texts that are put before a target, so that it is not the beginning; the first one that keeps its tokens is used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
+    """A prompt as the model reads it."""
+
     prompt: Prompt
     token_ids: tuple[int, ...]
-    """The prompt's, special tokens at its front included. The loss is taken at the last one."""
+    """Ids of the prompt's tokens, with the special tokens before it. The loss is taken at the last one."""
     target_ids: tuple[int, ...]
-    """The whole target's, in either target mode; never empty."""
+    """Ids of the whole target, in either target mode; never empty."""
     subject_start: int | None
     subject_end: int | None
-    """Half-open range of positions in `token_ids`; None where the prompt does not hold its subject."""
+    """End of the subject's half-open range of positions; None if the prompt does not name its subject."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """A text's own tokens, without special ones."""
+    """The tokens of a text, without special tokens."""
 
     ids: tuple[int, ...]
     offsets: tuple[Span, ...] | None
-    """Half-open character range of each token; None from tokenizers written in Python."""
+    """Half-open range of characters per token; None for tokenizers written in Python."""
 
 
 def tokenize(
@@ -55,11 +56,11 @@ def tokenize(
     rows: int | None = None,
     chat_template: bool = False,
 ) -> list[Example | Rejected]:
-    """One result for each prompt, in order. The tokenizer is left as it was.
+    """One result per prompt, in order. The tokenizer is left as it was.
 
-    The model has `rows` embeddings, and reads `context` positions; None where either is not known.
+    The model has `rows` embeddings and reads `context` positions; None if that is not known.
 
-    Raises BacklensError when the tokenizer lacks the beginning-of-sequence token or the chat template asked for.
+    Raises BacklensError if the tokenizer lacks the beginning-of-sequence token or the chat template that is asked for.
     """
     if not prompts:
         return []
@@ -67,7 +68,7 @@ def tokenize(
         written = as_chat(prompts, tokenizer) if chat_template else [as_it_stands(p) for p in prompts]
         # A chat template writes the special tokens itself.
         lead = _lead(tokenizer, prepend_bos, () if chat_template else _default_lead(tokenizer, prompts))
-        # "<s>" written out in the text
+        # The text itself may spell "<s>".
         drop_bos = prepend_bos == "true" or (chat_template and prepend_bos == "false")
         divided = iter(_divided([one for one in written if isinstance(one, PromptText)], tokenizer))
         results: list[Example | Rejected] = []
@@ -86,7 +87,7 @@ def tokenize(
 
 
 def context_length(config: "PreTrainedConfig") -> int | None:
-    """The most positions the model states it can read; None where it states none."""
+    """Number of positions that the model can read, by its own configuration; None if it states none."""
     text = config.get_text_config()
     stated = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
     return next((length for length in stated if isinstance(length, int) and length > 0), None)
@@ -114,7 +115,7 @@ def _refusal(
 def _without_embedding(
     example: Example, rows: int | None, tokenizer: "PreTrainedTokenizerBase"
 ) -> Rejected | None:
-    """Refuses a token that was added to the tokenizer and not to the model, which would fail on it."""
+    """A rejection if a token has no embedding: it was added to the tokenizer and not to the model."""
     beyond = [
         index for index in (*example.token_ids, *example.target_ids) if rows is not None and index >= rows
     ]
@@ -135,7 +136,7 @@ def _rejected(example: Example, code: str, problem: str) -> Rejected:
 def _lead(
     tokenizer: "PreTrainedTokenizerBase", prepend_bos: PrependBos, lead: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """The ids put before every prompt; `lead` if the user does not say otherwise."""
+    """The ids before every prompt; `lead` unless the user decides otherwise."""
     if prepend_bos == "auto":
         return lead
     bos = tokenizer.bos_token_id
@@ -149,12 +150,12 @@ def _lead(
 
 
 def _default_lead(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt]) -> tuple[int, ...]:
-    """The special tokens that the tokenizer itself puts in front.
+    """The special tokens that the tokenizer puts before a text.
 
-    Those that it appends (an end-of-sequence or separator token) are left away: after one of them the last
-    position would be the appended token, and the loss would ask what follows the end of a text.
+    Those that it appends (an end-of-sequence or separator token) are left out: they would become the last position, and
+    the loss would then be that of a token after the end of the text.
     """
-    # Told from a neutral text first: a prompt may itself spell a special token out.
+    # A neutral text comes first, because a prompt may itself spell a special token.
     for text in ("a", *(prompt.prompt for prompt in prompts)):
         plain = tuple(_call(tokenizer, [text])["input_ids"][0])
         if not plain:
@@ -175,10 +176,10 @@ def _without_leading(ids: tuple[int, ...], bos: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Divided:
-    """A text's tokens: those of the prompt, and those of the target."""
+    """The tokens of a text, divided into those of the prompt and those of the target."""
 
     text: str
-    """What the prompt's tokens spell."""
+    """Text of the prompt's tokens."""
     own: _Encoded
     target_ids: tuple[int, ...]
 
@@ -197,11 +198,11 @@ def _divided(written: Sequence[PromptText], tokenizer: "PreTrainedTokenizerBase"
 def _divided_at_border(
     written: PromptText, own: _Encoded, joint_ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase"
 ) -> _Divided:
-    """The tokens of both as one text, as the model would have seen it, cut where the prompt ends.
+    """The tokens of both as one text, as the model would read it, divided where the prompt ends.
 
-    A token may reach over that border. If it takes only white space from the prompt ("is " + "Paris" is read as
-    "is", " Paris"), the space goes to the target, which is lm-evaluation-harness's rule too: a model that has read a
-    space by itself expects no word after it. Else ("Fr" + "ance") the prompt keeps its tokens.
+    A token may cross that border. If it takes only white space from the prompt ("is " + "Paris" becomes "is",
+    " Paris"), the space moves to the target, because a model that has read a single space expects no word after it.
+    This is the rule of lm-evaluation-harness too. In other cases ("Fr" + "ance") the prompt keeps its tokens.
     """
     if joint_ids[: len(own.ids)] == own.ids:
         return _Divided(written.text, own, joint_ids[len(own.ids) :])
@@ -216,9 +217,9 @@ def _divided_at_border(
 def _continuation(
     target: str, own_ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, ...]:
-    """The target's own tokens as they are in the middle of a text.
+    """The target's own tokens, as they are in the middle of a text.
 
-    At its beginning, SentencePiece and its like put a space there that nobody wrote.
+    At the beginning of a text, tokenizers such as SentencePiece add a space that is not in it.
     """
     candidates: list[tuple[int, ...]] = []
     for carrier in _CARRIERS:
@@ -228,7 +229,7 @@ def _continuation(
     candidates.append(tuple(_call(tokenizer, [target])["input_ids"][0]))
     wanted = _spelled(tokenizer, own_ids) + target
     spelling = (ids for ids in candidates if _spelled(tokenizer, own_ids + ids) == wanted)
-    # A tokenizer that changes texts (to lower case, say) spells nothing as it was written.
+    # A tokenizer that changes texts (to lower case, for example) spells no text as it was written.
     return next(spelling, candidates[0])
 
 
@@ -241,7 +242,7 @@ def _spelled(tokenizer: "PreTrainedTokenizerBase", ids: tuple[int, ...]) -> str:
 def _subject_positions(
     written: PromptText, divided: _Divided, shift: int, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[int, int] | tuple[None, None]:
-    """The tokens of the subject, `shift` places right of their place in the text."""
+    """The positions of the subject; `shift` is added to the index of a token in the text."""
     own = divided.own
     characters = written.subject_characters()
     if characters is None:
@@ -250,14 +251,14 @@ def _subject_positions(
         span = _span_by_prefixes(divided.text, characters, own.ids, tokenizer)
     else:
         span = _span_by_offsets(characters, own.offsets)
-    # Below zero: the subject is a written-out bos that was taken away.
+    # Below zero: the subject is a spelled bos token that was removed.
     if span is None or span[0] + shift < 0:
         return None, None
     return span[0] + shift, span[1] + shift
 
 
 def _span_by_offsets(characters: Span, offsets: tuple[Span, ...]) -> Span | None:
-    """Tokens that share a character with the range; a space before a word may be part of the word's token."""
+    """The tokens that share a character with the range; a space before a word may be part of the word's token."""
     start, end = characters
     inside = [
         index for index, (first, last) in enumerate(offsets) if first < last and first < end and start < last
@@ -268,7 +269,7 @@ def _span_by_offsets(characters: Span, offsets: tuple[Span, ...]) -> Span | None
 def _span_by_prefixes(
     text: str, characters: Span, ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase"
 ) -> Span | None:
-    """Without offsets: count the tokens before the subject and up to its end, where tokens end there."""
+    """The tokens of the range, found without offsets by counting tokens before it and up to its end."""
     start, end = characters
     texts = [
         text[:end],
@@ -303,13 +304,13 @@ def _call(
         return_attention_mask=False,
         return_token_type_ids=False,
         return_offsets_mapping=offsets,
-        verbose=False,  # no "sequence longer than" warning: `too-long` says it, with place and remedy
+        verbose=False,  # `too-long` replaces the warning "sequence longer than"
     )
 
 
 @contextmanager
 def _settings_kept(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
-    """A fast tokenizer forgets its padding and truncation when called without them; put them back."""
+    """Restore a fast tokenizer's padding and truncation after the block, because calls without them reset both."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not tokenizer.is_fast or backend is None:
         yield

@@ -1,27 +1,24 @@
-"""The vocabulary table, written once per run directory.
-
-Shards and their commits: how rows come to count, and what a crash leaves.
+"""Shards and their commits: when rows count, and what a crash leaves. Also the vocabulary, one file per run.
 
 A shard is a contiguous range of prompts. It is in one of these states:
 
-    absent      no files of it, or only temporary ones
+    absent      it has no files, or only temporary ones
     staged      all its files are written and fsynced under temporary names
     renamed     some or all of its files have their final names; nobody reads them
     committed   its record `_commits/<shard:06d>.json` exists; readers see all of its rows at once
 
-`commit_shard` walks down this list. What a crash at any instant leaves:
+`commit_shard` takes a shard from the first state to the last. A crash leaves:
 
-    while staging       temporary files: `Directory.remove_leftovers` deletes them at the next start
-    while renaming      final names without a record: not listed by any record, so never read; the next
-                        attempt at the shard replaces them
+    while staging       temporary files; `Directory.remove_leftovers` deletes them at the next start
+    while renaming      files with final names that no record lists, so nobody reads them; the next attempt at the
+                        shard replaces them
     after the record    a committed shard
 
-The record is fsynced after the files that it names, so it never promises what a power cut can take away.
-Going from staged to committed is one worker's at a time (`_commits.lock`): a worker that outlived its
-driver and finds the shard committed drops its own files and returns the record that is there, so a
-committed file is never replaced. On an object store that lock does not exist. What remains there is the
-time between an orphan's look at the record and its last put, in which it can replace files of the shard
-by its own of the same rows; `verify` (verify.py) tells if they differ in a single byte.
+The record is fsynced after the files that it names, so a power cut cannot take these files from a committed shard.
+One worker at a time goes from staged to committed (`_commits.lock`). A worker that outlives its driver and finds the
+shard committed deletes its own files and returns the existing record, so no committed file is replaced. Object stores
+have no such lock: between the check for a record and its last put, such a worker can replace files by its own files of
+the same rows. `verify` (status.py) finds them if they differ in a single byte.
 """
 
 import json
@@ -37,6 +34,7 @@ import pyarrow as pa
 from backlens.errors import BacklensError
 from backlens.printable import json_text
 from backlens.store.directory import Directory, Staged
+from backlens.store.lock import exclusively
 from backlens.store.parquet import FileRecord, stage_table, write_table
 from backlens.store.tables import TABLES, declared_table
 
@@ -49,9 +47,9 @@ def write_vocab(
     token_bytes: Sequence[bytes],
     token_ids: Sequence[int] | None = None,
 ) -> None:
-    """A row for each of `token_ids` (None: of all): token i is `tokens[i]`, exactly `token_bytes[i]`.
+    """Write one row per token of `token_ids` (None: all): token i is `tokens[i]`, with the bytes `token_bytes[i]`.
 
-    A vocabulary that is there already stays.
+    An existing vocabulary is left as it is.
     """
     if directory.exists(VOCAB_FILE):
         return
@@ -70,10 +68,10 @@ def write_vocab(
 COMMITS = "_commits"
 COMMIT_LOCK = "_commits.lock"
 SHARD_TABLES = ("prompts", "layers", "neurons", "tokens", "failures")
-"""The tables every shard has a file of, even if without rows, so that each can always be queried."""
+"""Tables of a run. Every shard has a file of each, even one without rows, so that each can be queried."""
 OPTIONAL_TABLES = ("factors",)
 SWEEP_TABLES = ("edits",)
-"""What a shard of an edit sweep has, and nothing else."""
+"""Tables of an edit sweep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +80,15 @@ class ShardCommit:
 
     shard: int
     first_prompt: int
-    """The prompt_id of the shard's first prompt."""
+    """`prompt_id` of the shard's first prompt."""
     prompts: int
-    """How many prompts the shard covers, those that failed included."""
+    """Number of prompts in the shard, failed ones included."""
     files: Mapping[str, FileRecord]
-    """By table."""
+    """File by table."""
     stats: Mapping[str, float] = field(default_factory=dict)
-    """What the worker measured, such as seconds by stage."""
+    """Measurements of the worker, such as seconds per stage."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of the packages of the worker that wrote it."""
+    """Package versions of the worker that wrote the shard."""
     written_at: str = ""
     """ISO 8601, UTC."""
 
@@ -124,9 +122,9 @@ def commit_shard(
     versions: Mapping[str, str] | None = None,
     always: Sequence[str] = SHARD_TABLES,
 ) -> ShardCommit:
-    """Sorts and writes a shard's tables, then its record. Those of `always` not given are written without rows.
+    """Sort and write a shard's tables, then its record. A table of `always` that is not given is written without rows.
 
-    Returns the record that stands, which is another worker's if that one committed the shard first.
+    Returns the record in the directory, which is another worker's if that worker committed the shard first.
     """
     started = time.perf_counter()
     rows = _every_table(tables, always)
@@ -139,7 +137,7 @@ def commit_shard(
             discarding.callback(file.discard)
             staged.append(file)
         directory.makedirs(COMMITS)
-        with directory.exclusively(COMMIT_LOCK):
+        with exclusively(directory, COMMIT_LOCK):
             if (existing := find_commit(directory, shard)) is not None:
                 return existing
             for file in staged:
@@ -174,7 +172,7 @@ def record_file(shard: int) -> str:
 
 
 def find_commit(directory: Directory, shard: int) -> ShardCommit | None:
-    """The record of a shard, or None if it is not committed: what a worker asks before it computes."""
+    """The record of a shard, or None if it is not committed."""
     name = record_file(shard)
     if not directory.exists(name):
         return None
@@ -184,7 +182,7 @@ def find_commit(directory: Directory, shard: int) -> ShardCommit | None:
 def committed(directory: Directory, broken: list[str] | None = None) -> dict[int, ShardCommit]:
     """The records of all committed shards, by shard, in order.
 
-    One that cannot be read is refused, or told in a line of `broken` where that is given.
+    Raises BacklensError for a record that cannot be read; if `broken` is given, adds the error to it instead.
     """
     names = [f"{COMMITS}/{name}" for name in directory.names(COMMITS) if re.fullmatch(r"\d{6,}\.json", name)]
     contents = directory.read_all(names)

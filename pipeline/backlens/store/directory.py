@@ -1,19 +1,15 @@
-"""File systems by URL, and the one place where a request to an object store is tried again or given up.
+"""A directory on a local disk or in an object store: how files get into it, and how requests to a store are retried.
 
-The stores' own libraries try again first: s3fs what breaks while it reads, and beneath it botocore (as gcsfs and
-adlfs do) whatever was throttled, refused for now or cut off, after growing random waits. `ask` is for what they
-let through, a truncated listing for instance, and for outages that they do not outlast. A store that does not
-answer at all is so given up after about a minute.
+Every file is first written whole under a local name (`stage`). Then it is published under its final name in one step:
+by fsync and rename on a local disk, by a single put in an object store, which has no rename and shows an object only
+when its upload is complete. So a reader finds a file whole or not at all.
 
-A directory on a local disk or an object store, and the one way in which files get into it.
-
-Every file is first made whole under a local name (`stage`) and then published under its final name in one
-step: on a local disk by fsync and rename, on an object store by a single put, since stores have no rename
-and show an object only when its upload is complete. A reader therefore finds a file whole or not at all.
+The stores' own libraries retry first: s3fs a read that breaks, and botocore below it (as gcsfs and adlfs do) a request
+that was throttled, refused for now or cut off, after growing random waits. `ask` retries what they let through, such as
+a truncated listing or a longer outage. It gives a store up that has not answered for about a minute.
 """
 
 import errno
-import fcntl
 import functools
 import os
 import posixpath
@@ -37,11 +33,11 @@ Reply = TypeVar("Reply")
 
 TRIES = 3
 WAIT_SECONDS = 2.0
-"""Before the second try, on average; twice that before the third."""
+"""Mean wait before the second try; the wait before the third is twice as long."""
 S3_ATTEMPTS = 4
-"""botocore's, at each request; s3fs repeats those of them up to five times that were throttled or cut off."""
+"""Attempts of botocore per request; s3fs repeats a request that was throttled or cut off up to five times."""
 
-# By module, as `ask` should not import the libraries of stores that nobody uses.
+# By module: `ask` does not import the libraries of stores that are not in use.
 _FAILURES = {
     "aiohttp": "ClientError",
     "azure.core.exceptions": "AzureError",
@@ -49,19 +45,19 @@ _FAILURES = {
     "botocore.parsers": "ResponseParserError",
     "gcsfs.retry": "HttpError",
 }
-"""What the libraries of object stores raise besides OSError."""
+"""Errors that the libraries of object stores raise besides OSError."""
 _REFUSALS = {
     "azure.core.exceptions": "ClientAuthenticationError",
     "botocore.exceptions": "NoCredentialsError",
     "google.auth.exceptions": "GoogleAuthError",
 }
-"""Those of them that no second try mends."""
+"""Errors of missing rights, which another try does not solve."""
 
 
 def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URL, and the path there. fsspec caches instances, so asking again is cheap.
+    """The file system of a path or URL, and the path in it. fsspec caches the instances.
 
-    Raises BacklensError where fsspec knows no such protocol or lacks its package.
+    Raises BacklensError where fsspec does not know the protocol or lacks its package.
     """
     if "://" not in url:  # `url_to_fs` would read a name with `::` in it as a chain of file systems
         local = LocalFileSystem()
@@ -77,17 +73,17 @@ def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _s3_options() -> dict[str, Any]:
-    """`standard` waits at random up to 1, 2, 4 … seconds. botocore's own variables have the last word."""
+    """Options for botocore: `standard` waits at random up to 1, 2, 4 … seconds. Its own variables take precedence."""
     given = {"AWS_RETRY_MODE": ("mode", "standard"), "AWS_MAX_ATTEMPTS": ("total_max_attempts", S3_ATTEMPTS)}
     retries = dict(option for variable, option in given.items() if variable not in os.environ)
     return {"config_kwargs": {"retries": retries}} if retries else {}
 
 
 def ask(call: Callable[[], Reply], where: str) -> Reply:
-    """What `call` asks of a store, tried again if it fails for a reason that may pass.
+    """Send a request to a store, and retry it while it fails for a reason that may pass.
 
-    FileNotFoundError and FileExistsError are answers, and the caller's affair. Raises BacklensError
-    where the user's rights or credentials do not do, Interrupted where the store goes on failing.
+    FileNotFoundError and FileExistsError are results and are raised as they are. Raises BacklensError where the user's
+    rights or credentials do not suffice, Interrupted where the store goes on failing.
     """
     for number in range(TRIES):
         try:
@@ -106,7 +102,7 @@ def ask(call: Callable[[], Reply], where: str) -> Reply:
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """What a request to a store may raise."""
+    """Types of error that a request to a store can raise."""
     return OSError, *_imported(_FAILURES), *_imported(_REFUSALS)
 
 
@@ -117,28 +113,27 @@ def _imported(names: dict[str, str]) -> tuple[type[Exception], ...]:
 
 
 def reason(error: BaseException) -> str:
-    """What a store's library says, in one line."""
+    """Message of a store's library, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-Answer = TypeVar("Answer")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
-"""Protocols of stores without folders, whose libraries would make a missing bucket if they were asked for one."""
+"""Protocols of stores without folders. Their libraries would create a missing bucket on `makedirs`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """A directory by its URL: two strings and no open connection, so it travels to other processes."""
+    """A directory by its URL: two strings and no open connection, so it can be sent to other processes."""
 
     root: str
     """An absolute local path, or a URL such as `s3://bucket/run`."""
     given: str
-    """The same as the user wrote it, for messages."""
+    """The path or URL as the user wrote it, for messages."""
 
     @classmethod
     def at(cls, out: "str | os.PathLike[str] | Directory") -> "Directory":
-        """A path (a relative one becomes absolute here) or a URL such as `s3://bucket/run`."""
+        """The directory at a path (a relative one becomes absolute) or at a URL such as `s3://bucket/run`."""
         if isinstance(out, Directory):
             return out
         given = os.fspath(out)
@@ -155,7 +150,7 @@ class Directory:
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
-        """The file system that it is in, for libraries that are given one."""
+        """The fsspec file system of the directory."""
         return file_system(self.root)[0]
 
     @property
@@ -166,11 +161,11 @@ class Directory:
         return Directory(self.location(name), posixpath.join(self.given, name))
 
     def location(self, name: str) -> str:
-        """The absolute path or URL of a file in this directory: what DuckDB or `fsspec.open` are given."""
+        """The absolute path or URL of a file in this directory, for DuckDB and `fsspec.open`."""
         return posixpath.join(self.root, name)
 
     def path(self, name: str = "") -> str:
-        """The same as `fs` wants it: without the protocol."""
+        """The path of a file (or of the directory) without the protocol, for `fs`."""
         return file_system(self.location(name) if name else self.root)[1]
 
     def open(self, name: str, mode: str = "rb") -> IO[Any]:
@@ -180,14 +175,14 @@ class Directory:
         return cast(bytes, self._ask(name, self.fs.cat_file, self.path(name)))
 
     def read_all(self, names: list[str]) -> dict[str, bytes]:
-        """Several small files, fetched at the same time where the store allows it."""
+        """The contents of several small files by name, fetched at the same time where the store can."""
         if not names:
             return {}
         contents = self._ask(names[0], self._contents, [self.path(name) for name in names])
         return dict(zip(names, contents, strict=True))
 
     def _contents(self, paths: list[str]) -> list[bytes]:
-        # Not `cat`, which reads `[`, `*` and `?` in the names of folders as a pattern.
+        # `cat` would read `[`, `*` and `?` in the names of folders as a pattern.
         found = self.fs.cat_ranges(paths, None, None)
         for content in found:
             if isinstance(content, Exception):
@@ -202,7 +197,7 @@ class Directory:
         return self._ask(name, self.fs.exists, self.path(name))
 
     def names(self, name: str = "") -> list[str]:
-        """The names in this directory or in a folder of it, sorted; none if it does not exist."""
+        """The sorted names in this directory or in a folder of it; empty if it does not exist."""
         self._forget_listing()
         try:
             found = self._ask(name, self.fs.ls, self.path(name), False)
@@ -211,7 +206,7 @@ class Directory:
         return sorted(posixpath.basename(path.rstrip("/")) for path in found)
 
     def sizes(self, name: str) -> dict[str, int]:
-        """Bytes by name of the files in a folder of this directory; none if it does not exist."""
+        """Size in bytes by name, of the files in a folder of this directory; empty if it does not exist."""
         self._forget_listing()
         try:
             found = self._ask(name, self.fs.ls, self.path(name), True)
@@ -222,7 +217,7 @@ class Directory:
         }
 
     def makedirs(self, name: str = "") -> None:
-        """Object stores have no folders: a name is made with its file, and a bucket is its owner's to make."""
+        """Create the directory, or a folder in it; nothing in object stores, where the user creates the bucket."""
         if self.root.partition("://")[0] in BUCKETS:
             return
         try:
@@ -239,14 +234,14 @@ class Directory:
             self._ask(name, self.fs.rm_file, self.path(name))
 
     def write_atomically(self, name: str, content: bytes) -> None:
-        """A small file, whole or not at all; an older one of that name is replaced."""
+        """Write a small file, whole or not at all. It replaces an older file of that name."""
         self.publish(self.stage(name, lambda file: file.write(content)))
 
     def create(self, name: str, content: bytes) -> None:
-        """As `write_atomically`, unless a file of that name is there, which then stays.
+        """Write a small file as `write_atomically` does, but leave an existing file of that name as it is.
 
-        In one step on stores that can put an object on that condition (S3, Google Cloud Storage, Azure); on others
-        two may write at the same moment. So whoever has to know which file it is reads it.
+        This is one step on local disks and on stores with a conditional put (S3, Google Cloud Storage, Azure). On other
+        stores two processes can write at the same moment: read the file to know whose it is.
         """
         staged = self.stage(name, lambda file: file.write(content))
         with self.writing(name), ExitStack() as ending, suppress(FileExistsError):
@@ -254,7 +249,7 @@ class Directory:
             self._put(staged, os.link, "create")
 
     def stage(self, name: str, write: Callable[[IO[bytes]], object]) -> "Staged":
-        """Writes a file under a temporary local name, durably; `publish` gives it its own."""
+        """Write a file under a temporary local name and fsync it; `publish` gives it its final name."""
         with self.writing(name), ExitStack() as undoing:
             staged = Staged(self._temporary_path(name), name)
             undoing.callback(staged.discard)
@@ -266,13 +261,13 @@ class Directory:
             return staged
 
     def publish(self, staged: "Staged") -> None:
-        """The staged file appears under its final name, and stays there through a power cut."""
+        """Give the staged file its final name in one step that survives a power cut."""
         with self.writing(staged.name), ExitStack() as ending:
             ending.callback(staged.discard)
             self._put(staged, os.replace, "overwrite")
 
     def _put(self, staged: "Staged", rename: Callable[[str, str], None], mode: str) -> None:
-        """One step: a rename on a local disk, a put in fsspec's `mode` on a store."""
+        """Rename on a local disk, or put in fsspec's `mode` in a store."""
         final = self.path(staged.name)
         if self.is_local:
             rename(staged.local_path, final)
@@ -282,7 +277,7 @@ class Directory:
             self._ask(staged.name, put_file, staged.local_path, final)
 
     def remove_leftovers(self) -> list[str]:
-        """Deletes what killed processes left half-written. Only for the driver that holds the lock."""
+        """Delete the temporary files of killed processes. Only the driver that holds the lock may call it."""
         if not self.is_local:
             return []
         found = [
@@ -296,24 +291,6 @@ class Directory:
                 os.unlink(path)
         return found
 
-    @contextmanager
-    def exclusively(self, name: str) -> Iterator[None]:
-        """One process at a time, by a lock on the file `name`; the kernel releases it when its holder dies.
-
-        Object stores and file systems without locks give no such guarantee; there this does nothing.
-        """
-        if not self.is_local:
-            yield
-            return
-        with self.writing(name):
-            descriptor = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
     def _temporary_path(self, name: str) -> str:
         if not self.is_local:
             return os.path.join(tempfile.gettempdir(), f"backlens-{uuid.uuid4().hex}.tmp")
@@ -325,7 +302,7 @@ class Directory:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """Turns what the system says into what the user can do."""
+        """Turn an OSError of the block into a BacklensError that says what the user can do."""
         try:
             yield
         except PermissionError as error:
@@ -350,20 +327,20 @@ class Directory:
             f"make room on the disk of {disk} and run the same command again"
         )
 
-    def _ask(self, name: str, call: Callable[..., Answer], *arguments: object) -> Answer:
-        """One request about a file; on a local disk there is nobody to be asked twice."""
+    def _ask(self, name: str, call: Callable[..., Reply], *arguments: object) -> Reply:
+        """Send one request about a file; only requests to stores are retried."""
         if self.is_local:
             return call(*arguments)
         return ask(functools.partial(call, *arguments), f"out: {self}/{name}".rstrip("/"))
 
     def _forget_listing(self) -> None:
-        # Object-store file systems remember listings; other processes write here, so ours would be stale.
+        # File systems of object stores cache listings, and other processes write here.
         self.fs.invalidate_cache()
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A file that is complete and durable under a temporary name, and is to be called `name`."""
+    """A complete, fsynced file under a temporary name, and its final name."""
 
     local_path: str
     name: str
@@ -374,12 +351,25 @@ class Staged:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file's name says that it was never finished."""
+    """True for the name of a temporary file."""
     return name[:1] in (".", "_") and name.endswith(".tmp")
 
 
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield a temporary path beside `path`; what the block writes there takes the name `path`, whole or not at all."""
+    folder, name = os.path.split(os.fspath(path))
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
 def sync_folder(folder: str) -> None:
-    """Makes a rename in a local folder durable."""
+    """Make a rename in a local folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,9 @@
-"""Where a run's model and inputs lie, in words that a published directory can hold.
+"""Paths of a run's model and inputs, in a form that a published directory can hold.
 
-`run.json` and `config.yaml` name a file relative to their own directory, or to the home folder (`~/…`); of what lies
-far from both they hold the name alone, for a whole path says how its author's machine is laid out. The whole paths go
-to the user's cache. So a directory that is moved or copied is replayed where its files lie beside it as before, and on
-the machine that made it wherever it is.
+`run.json` and `config.yaml` name a file relative to their own directory or to the home folder (`~/…`). For a file
+elsewhere they hold its last name only, because an absolute path would publish how its author's machine is laid out. The
+absolute paths go to the user's cache. So a run can be repeated from a moved or copied directory if its files are still
+beside it, and on the machine that made it from anywhere.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from backlens.errors import BacklensError
-from backlens.store.directory import Directory
+from backlens.store.directory import Directory, replacing
 from backlens.store.run_record import CONFIG_FILE, RunRecord, find_run
 
 PATHS = ("model", "anatomy", "prompts", "offload", "edits", "text", "statistics", "editor")
 PATHS_BESIDE = ("untouched", "held_out")
-"""The options, of runs and of sweeps, that may name a file or a folder."""
+"""Options of runs and of sweeps that may name a file or a folder."""
 
 
 def recorded(options: Mapping[str, Any], directory: Directory) -> dict[str, Any]:
-    """The options as `run.json` and `config.yaml` hold them; `out` is the directory that these are in."""
+    """The options in the form of `run.json` and `config.yaml`; `out` becomes `.`, the directory of these files."""
     return {
         name: _portable(value, directory) if name in (*PATHS, *PATHS_BESIDE) and value is not None else value
         for name, value in options.items()
@@ -32,13 +32,13 @@ def recorded(options: Mapping[str, Any], directory: Directory) -> dict[str, Any]
 
 
 def published_name(model: str) -> str:
-    """A model as cards and pages call it: its hub id, or its folder's name."""
+    """The name of a model in cards and pages: its hub id, or the name of its folder."""
     path = _local(model)
     return model if path is None else os.path.basename(path) or model
 
 
 def remember(record: RunRecord, options: Mapping[str, Any]) -> None:
-    """Keep the whole paths of this run's files for this user. A cache that cannot be written is left out."""
+    """Write the absolute paths of the run's files to the user's cache. A cache that cannot be written is no error."""
     paths = {
         name: path
         for name in (*PATHS, *PATHS_BESIDE)
@@ -49,14 +49,12 @@ def remember(record: RunRecord, options: Mapping[str, Any]) -> None:
         return
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(file), exist_ok=True)
-        temporary = f"{file}.{os.getpid()}"
-        with open(temporary, "w", encoding="utf-8") as stream:
+        with replacing(file) as temporary, open(temporary, "w", encoding="utf-8") as stream:
             json.dump(paths, stream)
-        os.replace(temporary, file)
 
 
 def located(options: Mapping[str, Any], directory: Directory, record: RunRecord) -> dict[str, Any]:
-    """The options of a run's own files, with paths that mean the same wherever this process stands."""
+    """The options of `run.json` or `config.yaml` with paths that do not depend on the working directory."""
     remembered = _remembered(record)
     return {
         name: _found(value, directory, remembered.get(name))
@@ -67,7 +65,7 @@ def located(options: Mapping[str, Any], directory: Directory, record: RunRecord)
 
 
 def replayed_run(path: str) -> tuple[Directory, RunRecord] | None:
-    """The run whose own `config.yaml` this is; None if it is another file of options."""
+    """The run that wrote this `config.yaml`; None if the file is another one."""
     folder, name = os.path.split(path)
     if name != CONFIG_FILE:
         return None
@@ -99,7 +97,7 @@ def _portable(value: str, directory: Directory) -> str:
 
 
 def _local(value: str) -> str | None:
-    """The absolute path of what is named, if it is a file or folder of this machine and no hub id or URL."""
+    """The absolute path if `value` names a file or folder of this machine, None for a hub id or URL."""
     if "://" in value and not value.startswith("file://"):
         return None
     path = os.path.expanduser(value.removeprefix("file://"))
@@ -107,7 +105,7 @@ def _local(value: str) -> str | None:
 
 
 def _found(value: str, directory: Directory, remembered: str | None) -> str:
-    """A path that is there, or else the likeliest one, which its reader then says is missing."""
+    """A path that exists, or else the most likely one, which its reader then reports as missing."""
     if "://" in value or os.path.isabs(value):
         return remembered if remembered is not None and not os.path.lexists(value) else value
     if value.startswith("~"):
@@ -118,7 +116,7 @@ def _found(value: str, directory: Directory, remembered: str | None) -> str:
         return near
     if remembered is not None and os.path.lexists(remembered):
         return remembered
-    # Files of earlier versions hold paths as they were typed: a hub id, or relative to where that was.
+    # Records of earlier versions hold values as typed: a hub id, or a path relative to that working directory.
     is_marked = value.startswith(("./", "../", "~"))
     return near if near is not None and is_marked and not os.path.lexists(value) else value
 
@@ -140,7 +138,7 @@ def _remembered(record: RunRecord) -> dict[str, str]:
 
 
 def _cache_file(record: RunRecord) -> str | None:
-    """By what stays of a run when its directory is moved, copied or resumed."""
+    """The cache file of a run, named by facts that do not change when its directory is moved, copied or resumed."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.path.isabs(cache):
         return None

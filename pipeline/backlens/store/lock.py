@@ -1,24 +1,28 @@
-"""One driver per run directory.
+"""Locks: one driver per run directory, and one process at a time in a block.
 
-On a local disk the lock is the kernel's: it is gone with the process that holds it, however that ended.
-An object store has no locks, so there the driver keeps a lease fresh. Another driver waits to see whether
-somebody does: it is refused as soon as the lease is renewed, and takes it over once it is stale, a minute after
-a kill at most. Two that take over the same lease at the same moment may both believe that they have it, until
-the next renewal: then one of them finds that it has `lost` it and ends. Meanwhile they write the same rows.
+On a local disk the kernel keeps the lock (`filelock`) and releases it when its holder dies, in whatever way.
+
+Object stores have no locks. There the driver holds a lease, which it renews. Another driver that finds a lease waits:
+it is refused as soon as the lease is renewed, and takes the lease over once it is stale, a minute after a kill at most.
+Two drivers that take over one lease at the same moment may both believe that they hold it, until the next renewal: then
+one of them finds that it has `lost` the lease, and ends. Until then they write the same rows.
 """
 
 import contextlib
-import fcntl
+import errno
 import json
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
+
+import filelock
 
 from backlens.errors import BacklensError, Interrupted
 from backlens.printable import json_text
@@ -27,30 +31,50 @@ from backlens.store.directory import Directory
 LOCK_FILE = "_driver.lock"
 REFRESH_SECONDS = 10.0
 STALE_SECONDS = 60.0
-"""Longer than a store's outage that a driver survives, with the clocks of two machines a few seconds apart."""
+"""Age at which a lease is stale: longer than an outage that a driver survives, plus some seconds between clocks."""
 LOOK_SECONDS = 2.0
-"""How often a driver that waits for a lease to end looks whether it is kept fresh."""
-LOOKS = 5
-"""How often a driver tries for a file's lock: `find_holder` may have it for the instant of a look."""
-
-# A fork shares the lock of its parent and would keep it after the parent's death, so children let go of it.
-# Executed programs (Ray's workers) never get it: the descriptors are close-on-exec.
-_held_descriptors: set[int] = set()
+"""Interval at which a waiting driver checks whether the lease is renewed."""
+FILE_SECONDS = 0.05
+"""Wait for a file's lock. It is not 0, because `find_holder` holds the lock for an instant."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of file systems that have no locks."""
 
 
-def _let_go_in_child() -> None:
-    for descriptor in _held_descriptors:
-        os.close(descriptor)
-    _held_descriptors.clear()
+def file_lock(path: str, **options: Any) -> filelock.FileLock:
+    """A lock that the kernel keeps and releases when its holder dies; a forked child does not share it.
+
+    `acquire` raises OSError with one of `NO_LOCKS` on a file system without locks: the marker file that `filelock`
+    could use there would outlive a killed process.
+    """
+    return filelock.FileLock(path, poll_interval=0.01, thread_local=False, fallback_to_soft=False, **options)
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+@contextlib.contextmanager
+def exclusively(directory: Directory, name: str) -> Iterator[None]:
+    """Let one process at a time into the block, by a lock on the file `name` of the directory.
+
+    Object stores and file systems without locks cannot give this guarantee; there this does nothing.
+    """
+    if not directory.is_local:
+        yield
+        return
+    lock = file_lock(directory.path(name))
+    with directory.writing(name):
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class DriverLock:
-    """`with DriverLock(directory): …`; refused with a BacklensError while another process holds it.
+    """The lock of a run directory, for a `with` block. Raises BacklensError while another process holds it.
 
-    Directories that it made are gone again if the block raised before anything was written there.
+    If the block raises before anything is written, the folders that the lock created are removed.
     """
 
     def __init__(self, directory: Directory) -> None:
@@ -76,17 +100,17 @@ class DriverLock:
             self._remove_made()
 
     def _remove_made(self) -> None:
-        with contextlib.suppress(OSError):  # it holds something: the error came later
+        with contextlib.suppress(OSError):  # a folder that holds something stays
             for folder in self._made:
                 os.rmdir(folder)
 
     @property
     def lost(self) -> bool:
-        """Whether another driver took over an object store's lease, which can follow a pause of a minute."""
+        """True once another driver has taken over the lease of an object store, as after a pause of a minute."""
         return self._lock.lost
 
     def confirm(self) -> None:
-        """Raises Interrupted if the lock is lost: the run is the other driver's then."""
+        """Raise Interrupted if the lock is lost, because the run is then the other driver's."""
         if self.lost:
             raise Interrupted(
                 f"out: {self.directory} was taken over by another backlens run while this one was out of reach; "
@@ -95,7 +119,7 @@ class DriverLock:
 
 
 def _missing_folders(path: str) -> list[str]:
-    """The folders that have to be made for this one, itself first."""
+    """This folder and its parents, as far as they do not exist; the folder first."""
     missing: list[str] = []
     while not os.path.lexists(path):
         missing.append(path)
@@ -104,62 +128,45 @@ def _missing_folders(path: str) -> list[str]:
 
 
 class _FileLock:
+    """The kernel's lock on the lock file (`filelock`), which also holds the record of its holder."""
+
     lost = False
 
     def __init__(self, directory: Directory) -> None:
         self.directory = directory
-        self.path = directory.path(LOCK_FILE)
-        self.descriptor = -1
+        self._path = directory.path(LOCK_FILE)
+        self._lock = file_lock(self._path, timeout=FILE_SECONDS, on_acquired=_record_holder)
 
     def acquire(self) -> None:
         with self.directory.writing(LOCK_FILE):
-            looks = 0
-            while (holder := self._try()) is not None:
-                looks += 1
-                if looks == LOOKS:
-                    raise BacklensError(_in_use(self.directory, holder))
-                time.sleep(0.01)
-
-    def _try(self) -> bytes | None:
-        """Takes the lock, or says what its holder wrote."""
-        while True:
-            with contextlib.ExitStack() as undoing:
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                undoing.callback(os.close, descriptor)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return os.pread(descriptor, 4096, 0)
-                except OSError as error:
-                    raise BacklensError(
-                        f"out: cannot lock {self.directory} ({error.strerror}); "
-                        "use an --out on a file system that has locks"
-                    ) from error
-                if not self._is_current(descriptor):
-                    continue  # its holder removed the file on leaving, between our open and our lock
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, _holder(_now()), 0)
-                undoing.pop_all()
-                _held_descriptors.add(descriptor)
-                self.descriptor = descriptor
-                return None
+            try:
+                self._lock.acquire()
+            except filelock.Timeout:
+                raise BacklensError(_in_use(self.directory, _content(self.directory) or b"")) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                raise BacklensError(
+                    f"out: cannot lock {self.directory} ({error.strerror}); "
+                    "use an --out on a file system that has locks"
+                ) from error
 
     def release(self) -> None:
-        if self.descriptor not in _held_descriptors:
-            return  # a forked child leaves the block: the lock is its parent's
+        if not self._lock.is_locked:
+            return  # this is a forked child that leaves the block: the lock is its parent's
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-        _held_descriptors.discard(self.descriptor)
-        os.close(self.descriptor)
+            os.unlink(self._path)  # while it is locked: a process that waits for it then makes a new file
+        self._lock.release()
 
-    def _is_current(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
-        except FileNotFoundError:
-            return False
+
+def _record_holder(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, _holder(_now()), 0)
 
 
 class _Lease:
+    """A record in an object store that its holder renews every `REFRESH_SECONDS`."""
+
     def __init__(self, directory: Directory) -> None:
         self.directory = directory
         self.token = uuid.uuid4().hex
@@ -169,49 +176,47 @@ class _Lease:
         self._refreshing = threading.Thread(target=self._refresh, name="driver-lease", daemon=True)
 
     def acquire(self) -> None:
-        standing = self._read()
-        if standing is not None:
-            self._outwait(standing)
+        current = self._read()
+        if current is not None:
+            self._outwait(current)
             self.directory.remove(LOCK_FILE)
         self.directory.create(LOCK_FILE, self._content())
-        standing = self._read()
-        if standing is None or standing["token"] != self.token:  # two drivers started at the same moment
-            raise BacklensError(_in_use(self.directory, json_text(standing or {}).encode()))
+        current = self._read()
+        if current is None or current["token"] != self.token:  # two drivers started at the same moment
+            raise BacklensError(_in_use(self.directory, json_text(current or {}).encode()))
         self._refreshing.start()
 
-    def _outwait(self, standing: dict[str, Any]) -> None:
-        """Wait until a lease is stale that nobody keeps fresh; refuse as soon as somebody does."""
-        while (left := float(standing["refreshed_at"]) + STALE_SECONDS - time.time()) > 0:
+    def _outwait(self, current: dict[str, Any]) -> None:
+        """Wait until the lease is stale. Raises BacklensError as soon as its holder renews it."""
+        while (left := float(current["refreshed_at"]) + STALE_SECONDS - time.time()) > 0:
             time.sleep(min(left, LOOK_SECONDS))
             now = self._read()
             if now is None:
                 return
-            if now != standing:
+            if now != current:
                 raise BacklensError(_in_use(self.directory, json_text(now).encode()))
 
     def release(self) -> None:
         self._stopped.set()
         self._refreshing.join()
         if not self.lost:
-            # If the store does not answer, the lease ends by itself; why the run ends is more worth saying.
+            # If the store does not answer, the lease ends by itself; the error to show is the one that ends the run.
             with contextlib.suppress(BacklensError):
                 self.directory.remove(LOCK_FILE)
 
     def _refresh(self) -> None:
         while not self._stopped.wait(REFRESH_SECONDS):
-            # A store that does not answer now may answer at the next turn; the lease outlives a few of them.
+            # The store may answer at the next turn; the lease lasts for several.
             with contextlib.suppress(BacklensError):
-                standing = self._read()
-                if standing is not None and standing["token"] != self.token:
+                current = self._read()
+                if current is not None and current["token"] != self.token:
                     self.lost = True
                     return
                 self.directory.write_atomically(LOCK_FILE, self._content())
 
     def _read(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self.directory.read(LOCK_FILE))
-        except FileNotFoundError:
-            return None
+        content = _content(self.directory)
+        return None if content is None else json.loads(content)
 
     def _content(self) -> bytes:
         return _holder(self.since, token=self.token, refreshed_at=time.time())
@@ -219,7 +224,7 @@ class _Lease:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """The process that drives a run now."""
+    """The process that drives a run."""
 
     host: str
     pid: int
@@ -228,7 +233,7 @@ class Holder:
 
 
 def find_holder(directory: Directory) -> Holder | None:
-    """Who drives the run in this directory at this moment, if anybody does."""
+    """The process that drives the run in this directory now, or None."""
     content = _held_file(directory) if directory.is_local else _held_lease(directory)
     try:
         fields = json.loads(content or b"{}")
@@ -238,36 +243,39 @@ def find_holder(directory: Directory) -> Holder | None:
 
 
 def _held_file(directory: Directory) -> bytes | None:
-    """What the lock file says while it is locked; a file that a killed driver left is not.
+    """The lock file's content while it is locked; None if it is not, as after its holder was killed.
 
-    Where the file system has no locks nobody holds one, for no driver works there. A file that may not be read says
-    nothing either.
+    None too where the file system has no locks, because no driver works there, and where the file may not be read.
     """
     try:
         descriptor = os.open(directory.path(LOCK_FILE), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.pread(descriptor, 4096, 0)
+        is_free = filelock.lock_descriptor(descriptor, blocking=False)
+        return None if is_free else os.pread(descriptor, 4096, 0)
     except OSError:
         return None
     finally:
         os.close(descriptor)
-    return None
 
 
 def _held_lease(directory: Directory) -> bytes | None:
-    try:
-        content = directory.read(LOCK_FILE)
-    except FileNotFoundError:
+    content = _content(directory)
+    if content is None:
         return None
     try:
         ends = float(json.loads(content)["refreshed_at"]) + STALE_SECONDS
     except (ValueError, TypeError, KeyError):
         return None
     return content if ends > time.time() else None
+
+
+def _content(directory: Directory) -> bytes | None:
+    try:
+        return directory.read(LOCK_FILE)
+    except FileNotFoundError:
+        return None
 
 
 def _holder(since: str, **fields: str | float) -> bytes:
@@ -284,5 +292,5 @@ def _in_use(directory: Directory, holder: bytes) -> str:
         fields = json.loads(holder)
         who = f" ({fields['host']}, pid {fields['pid']})"
     except (ValueError, KeyError, TypeError):
-        who = ""  # its holder has only just opened the file
+        who = ""  # its holder has not written the record yet
     return f"out: {directory} is in use by another backlens run{who}; wait for it or choose another --out"

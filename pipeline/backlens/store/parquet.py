@@ -1,9 +1,10 @@
-"""One table to one Parquet file: checked against its declaration, sorted, and laid out for look-ups."""
+"""The Parquet writer: one table to one file, checked against its declaration, sorted, and laid out for look-ups."""
 
 # pyright: reportAttributeAccessIssue=false
-# (pyarrow.compute makes its functions when it is imported, so no type checker sees them.)
+# (pyarrow.compute creates its functions on import, where type checkers do not see them.)
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -15,17 +16,18 @@ from backlens.store.directory import Directory, Staged
 from backlens.store.tables import Table
 
 ROW_GROUP_ROWS = 131_072
-"""Measured: with 8 times fewer, neuron look-ups take 13 times as long; with 8 times more, tokens' 10."""
+"""Rows per row group. Measured: with 8 times fewer, look-ups of neurons take 13 times as long; with 8 times more,
+look-ups of tokens take 10 times as long."""
 ROW_GROUP_BYTES = 256 * 2**20
-"""Wide rows (`factors`) get smaller row groups, so that a reader's memory stays bounded."""
+"""Limit per row group. Wide rows (`factors`) get groups of fewer rows, which bounds the memory of readers."""
 
 MOST_LIST_ITEMS = 2**31 - 1
-"""List offsets are 32 bits wide."""
+"""Limit of Arrow, whose list offsets have 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A written file: enough to find it and to tell whether it is still the one that was written."""
+    """A written file: where it is, and facts that show whether it has changed since."""
 
     path: str
     """Relative to the run directory, with `/`."""
@@ -36,25 +38,48 @@ class FileRecord:
 
 
 def write_table(directory: Directory, name: str, rows: pa.Table, table: Table) -> FileRecord:
-    """Writes `rows` as the file `name` of `directory`, whole or not at all."""
+    """Write `rows` to the file `name` of `directory`, whole or not at all."""
     staged, record = stage_table(directory, name, rows, table)
     directory.publish(staged)
     return record
 
 
 def stage_table(directory: Directory, name: str, rows: pa.Table, table: Table) -> tuple[Staged, FileRecord]:
-    """As `write_table`, under a temporary name; `Directory.publish` gives the file its own."""
+    """Write `rows` under a temporary name; `Directory.publish` gives the file its final name."""
     check_rows(rows, table)
-    ordered = sort_rows(rows, table)
-    staged = directory.stage(name, lambda file: _write_parquet(ordered, table, file))
+    return stage_sorted(directory, name, [sort_rows(rows, table)], table)
+
+
+def stage_sorted(
+    directory: Directory,
+    name: str,
+    pieces: Iterable[pa.Table],
+    table: Table,
+    row_group_rows: int | None = None,
+) -> tuple[Staged, FileRecord]:
+    """Write rows that are checked and sorted already. Pieces are written one by one, so that memory holds one only."""
+    count = 0
+
+    def write(file: IO[bytes]) -> None:
+        nonlocal count
+        with pq.ParquetWriter(file, table.schema, **writer_options(table)) as writer:
+            for rows in pieces:
+                if (
+                    rows.num_rows
+                ):  # `datasets` cannot read a row group of 0 rows; it can read a file of no groups
+                    rows = rows.replace_schema_metadata(table.schema.metadata)
+                    writer.write_table(rows, row_group_rows or _row_group_rows(rows))
+                    count += rows.num_rows
+
+    staged = directory.stage(name, write)
     with open(staged.local_path, "rb") as file:
         checksum = file_checksum(file)
         size = file.tell()
-    return staged, FileRecord(path=name, rows=rows.num_rows, bytes=size, checksum=checksum)
+    return staged, FileRecord(path=name, rows=count, bytes=size, checksum=checksum)
 
 
 def check_rows(rows: pa.Table, table: Table) -> None:
-    """Refuses rows that are not as declared: a defect of whoever made them, hence no BacklensError."""
+    """Raise ValueError for rows that differ from the declaration: a defect of the code, so no BacklensError."""
     declared = table.schema
     if not rows.schema.equals(declared):
         differing = [
@@ -78,7 +103,7 @@ def check_rows(rows: pa.Table, table: Table) -> None:
 
 
 def sort_rows(rows: pa.Table, table: Table) -> pa.Table:
-    """The rows in the table's order: stable, nulls last. Rows that are sorted already are not copied."""
+    """The rows in the table's order, which is stable, with nulls last. Sorted rows are returned without a copy."""
     keys = pa.table({name: _sortable(rows.column(name)) for name in table.sort_keys})
     order = pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in table.sort_keys])
     return rows if _is_identity(order) else _take(rows.unify_dictionaries(), order)
@@ -90,13 +115,13 @@ def _sortable(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _is_identity(order: pa.Array) -> bool:
-    """Of a permutation: every index is one more than the index before it."""
+    """True if every index of the permutation is one more than the index before it."""
     steps = pc.pairwise_diff(order.cast(pa.int64()))
     return pc.all(pc.equal(steps, 1)).as_py() in (True, None)  # None: fewer than two rows
 
 
 def _take(rows: pa.Table, order: pa.Array) -> pa.Table:
-    """`rows.take(order)`, also where a list column has more items than Arrow can join into one array."""
+    """`rows.take(order)`, also for list columns with more items than one Arrow array can hold."""
     lists = [column for column in rows.columns if pa.types.is_list(column.type)]
     if all(sum(len(chunk.values) for chunk in column.chunks) <= MOST_LIST_ITEMS for column in lists):
         return rows.take(order)
@@ -107,7 +132,7 @@ def _take(rows: pa.Table, order: pa.Array) -> pa.Table:
 
 
 def _gather(batches: list[pa.RecordBatch], wanted: pa.Array) -> pa.Table:
-    """The rows `wanted`, in that order: each batch gives what it holds, then all take their places."""
+    """The rows `wanted`, in that order: taken batch by batch, then brought into order."""
     parts, places, first = [], [], 0
     for batch in batches:
         here = pc.and_(pc.greater_equal(wanted, first), pc.less(wanted, first + batch.num_rows))
@@ -118,13 +143,14 @@ def _gather(batches: list[pa.RecordBatch], wanted: pa.Array) -> pa.Table:
 
 
 def writer_options(table: Table) -> dict[str, Any]:
-    """zstd, byte-stream-split floats, dictionaries for all else, statistics of scalars, and a page index."""
+    """Options of the Parquet writer: zstd, byte-stream-split for floats, dictionaries for the rest, statistics of
+    scalars, and a page index."""
     leaves = [_leaf(field) for field in table.schema]
     order = [(name, "ascending") for name in table.sorted_by]
     return {
         "compression": "zstd",
         "use_dictionary": [path for path, leaf_type in leaves if not pa.types.is_floating(leaf_type)],
-        # float16 stays plain: DuckDB reads byte-stream-split only for wider types.
+        # Not float16: DuckDB reads byte-stream-split for wider types only.
         "use_byte_stream_split": [path for path, leaf_type in leaves if leaf_type == pa.float32()],
         "write_statistics": [field.name for field in table.schema if not pa.types.is_list(field.type)],
         "write_page_index": True,
@@ -132,14 +158,8 @@ def writer_options(table: Table) -> dict[str, Any]:
     }
 
 
-def _write_parquet(rows: pa.Table, table: Table, file: IO[bytes]) -> None:
-    with pq.ParquetWriter(file, table.schema, **writer_options(table)) as writer:
-        if rows.num_rows:  # a row group of 0 rows is what `datasets` cannot read; a file of no groups it can
-            writer.write_table(rows.replace_schema_metadata(table.schema.metadata), _row_group_rows(rows))
-
-
 def _leaf(field: pa.Field) -> tuple[str, pa.DataType]:
-    """A column's path inside the Parquet file, and the type of its values."""
+    """A column's path in the Parquet file, and the type of its values."""
     if isinstance(field.type, pa.ListType):
         return f"{field.name}.list.element", field.type.value_type
     return field.name, field.type
@@ -151,7 +171,7 @@ def _row_group_rows(rows: pa.Table) -> int:
 
 
 def file_checksum(file: IO[bytes]) -> str:
-    """The checksum of what is left to read in `file`."""
+    """The checksum of the bytes from the current position of `file` on."""
     digest = hashlib.sha256()
     while block := file.read(2**20):
         digest.update(block)

@@ -1,11 +1,9 @@
-"""The README.md of a run directory: a dataset card that Hugging Face `datasets` and its viewer understand.
+"""The record of a run (`run.json`), and the decision to create, resume or refuse a directory. Also the dataset card.
 
-Which packages a result was made with.
+`run.json` is written before every other file, so a directory with files but without `run.json` is not a run directory.
+A resumed run keeps the plan that it was made with, and its fingerprint must be the same.
 
-The run directory as a whole: `run.json`, and whether a directory may be made, resumed or must be refused.
-
-`run.json` is written before everything else, so a directory that holds anything but no `run.json` is not
-ours. A run that is opened again goes on with the plan it was made with, but its fingerprint must be the same.
+The card (`README.md`) describes the directory for readers, and for Hugging Face `datasets` and its viewer.
 """
 
 import json
@@ -35,10 +33,9 @@ def dataset_card(
     kind: Literal["run", "sweep"] = "run",
     has_vocab: bool = True,
 ) -> str:
-    """The whole card; its numbers are those of the committed shards."""
+    """The whole card, with the numbers of the committed shards. It offers tables with rows only."""
     rows = count_rows(commits)
     name = str(model.get("name") or config.get("model") or "a language model")
-    # `datasets` cannot load a split without rows, so a table without rows is not offered to it.
     offered = [table for table in TABLES if rows.get(table) or (table == "vocab" and has_vocab)]
     title = f"Edits of {name}" if kind == "sweep" else f"Backward Lens of {name}"
     about = _about_edits(name, rows) if kind == "sweep" else _about_gradients(name, rows)
@@ -50,13 +47,13 @@ def dataset_card(
             *_front_matter(title, offered),
             *(f"# {title}", "", *about, "", *progress),
             *_table_list(rows, has_vocab),
-            *_use(offered),
+            *_use(offered, without_rows=[table for table in TABLES if rows.get(table) == 0]),
         ]
     )
 
 
 def count_rows(commits: Sequence[ShardCommit]) -> dict[str, int]:
-    """Rows by table over all shards."""
+    """Number of rows by table over all shards."""
     rows: dict[str, int] = {}
     for commit in commits:
         for table, count in commit.rows.items():
@@ -65,7 +62,7 @@ def count_rows(commits: Sequence[ShardCommit]) -> dict[str, int]:
 
 
 def _front_matter(title: str, offered: Sequence[str]) -> list[str]:
-    # A JSON string is a YAML string, which spares the store a YAML library.
+    # A JSON string is a YAML string too, so no YAML library is needed.
     configs = [
         line
         for table in offered
@@ -95,8 +92,8 @@ def _about_gradients(name: str, rows: Mapping[str, int]) -> list[str]:
     return [
         f"Gradients of {name} for {prompts:,} prompts and their targets, projected to its vocabulary with",
         f"`backlens` (the Backward Lens, arXiv 2402.12865); {failures:,} more prompts failed.",
-        "Tables hold token ids; their text is in `vocab`. `run.json` says how the run was made, and",
-        "`backlens run config.yaml`, in this folder, makes it again.",
+        "The tables hold token ids; their texts are in `vocab`. `run.json` records the options of the run, and",
+        "`backlens run config.yaml` in this folder runs it again.",
         "",
         SIGN_CONVENTION,
     ]
@@ -104,8 +101,8 @@ def _about_gradients(name: str, rows: Mapping[str, int]) -> list[str]:
 
 def _about_edits(name: str, rows: Mapping[str, int]) -> list[str]:
     return [
-        f"{rows.get('edits', 0):,} edits of facts in {name}, each judged by itself: a sweep of methods, layers and",
-        "rates with `backlens edit sweep`. `run.json` says how it was made.",
+        f"{rows.get('edits', 0):,} edits of facts in {name}, each evaluated by itself: a sweep of methods, layers and",
+        "rates with `backlens edit sweep`. `run.json` records its options.",
     ]
 
 
@@ -118,23 +115,35 @@ def _table_list(rows: Mapping[str, int], has_vocab: bool) -> list[str]:
     return [*lines, *vocab, "", f"Schema version {SCHEMA_VERSION}.", ""]
 
 
-def _use(offered: Sequence[str]) -> list[str]:
-    """How to load a table, in lines that work in this folder as they stand."""
+def _use(offered: Sequence[str], without_rows: Sequence[str]) -> list[str]:
+    """Lines of Python that load a table with `datasets` in this folder, and the tables that they cannot load."""
     if not offered:
         return []
     table = next((name for name in ("neurons", "tokens", "edits") if name in offered), offered[0])
     others = [f"`{name}`" for name in offered if name != table]
-    also = [f"In its place: {', '.join(others)}. A table without rows cannot be loaded so.", ""]
+    empty = [f"`{name}`" for name in without_rows]
     return [
         "```python",
         "import os",
         "from datasets import load_dataset",
         "",
-        'folder = os.path.abspath(".")  # this folder; "." itself is no name that `datasets` takes',
+        'folder = os.path.abspath(".")  # this folder by its full path: `datasets` refuses the name "."',
         f'{table} = load_dataset(folder, "{table}", split="train")',
         "```",
         "",
-        *(also if others else []),
+        *(
+            [f"The other tables with rows are {', '.join(others)}; load them in the same way.", ""]
+            if others
+            else []
+        ),
+        *(
+            [
+                f"These tables have no rows, and `datasets` cannot load a table without rows: {', '.join(empty)}.",
+                "",
+            ]
+            if empty
+            else []
+        ),
     ]
 
 
@@ -147,7 +156,7 @@ def package_versions() -> dict[str, str]:
 
 
 def made_with_others(made: Collection[Mapping[str, str]]) -> str | None:
-    """One line if some of the shards were made with other versions than are here; `made` has those of each shard."""
+    """One line if some shards were made with other package versions than the present ones; `made` has one per shard."""
     now = package_versions()
     others = [with_ for with_ in made if dict(with_) != now]
     if not others:
@@ -156,7 +165,7 @@ def made_with_others(made: Collection[Mapping[str, str]]) -> str | None:
     before = {name: sorted({w.get(name, "none") for w in others} - {now[name]}) for name in names}
     changes = ", ".join(f"{name} {' and '.join(before[name])} (now {names[name]})" for name in names)
     shards = "1 shard was" if len(others) == 1 else f"{len(others):,} shards were"
-    return f"{shards} made with other versions: {changes}; numbers may differ between shards, _commits/ says whose"
+    return f"{shards} made with other versions: {changes}; numbers may differ; _commits/ has each shard's"
 
 
 RUN_FILE = "run.json"
@@ -176,7 +185,7 @@ GIVE: Mapping[Kind | None, str] = {
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """How prompts are divided: shard s covers `shard_prompts` of them from s × shard_prompts on."""
+    """Division of the prompts: shard s holds `shard_prompts` of them, from prompt s × shard_prompts on."""
 
     prompts: int
     shards: int
@@ -202,7 +211,7 @@ class RunRecord:
 
     @property
     def kind(self) -> Kind:
-        """A sweep is of edits and has no table but `edits`."""
+        """`sweep` for an edit sweep, whose only table is `edits`; else `run`."""
         return "sweep" if "edits" in self.fingerprint else "run"
 
     def to_json(self) -> bytes:
@@ -228,7 +237,7 @@ class RunRecord:
 
 
 def _check_types(record: RunRecord) -> None:
-    """Raises TypeError for values that would fail far from here."""
+    """Raise TypeError for values that would cause an error elsewhere."""
     for name in ("config", "fingerprint", "model", "versions"):
         if not isinstance(getattr(record, name), dict):
             raise TypeError(f"{name} is no object")
@@ -243,7 +252,7 @@ class RunDirectory:
 
     directory: Directory
     record: RunRecord
-    """When resumed, its plan is the one the run was made with: go by this one."""
+    """The record in the directory. A resumed run has the plan that it was made with: use this one."""
     resumed: bool
 
 
@@ -257,7 +266,10 @@ def open_run(
     model: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> RunDirectory:
-    """Creates the run, or resumes one made with the same fingerprint. Call it under the DriverLock."""
+    """Create the run, or resume one with the same fingerprint. The caller holds the DriverLock.
+
+    Raises BacklensError for a directory with other files, and for a run with another fingerprint.
+    """
     given = RunRecord(
         config=config,
         fingerprint=fingerprint,
@@ -266,24 +278,24 @@ def open_run(
         versions=dict(versions or {}),
         created_at=_now(),
     )
-    standing = find_run(directory)
-    if standing is None:
+    current = find_run(directory)
+    if current is None:
         _refuse_foreign_files(directory)
         record = given
     else:
-        _refuse_differences(directory, standing, given)
-        record = replace(given, plan=standing.plan, created_at=standing.created_at)
-        if standing.status == "done" and len(committed(directory)) == standing.plan.shards:
-            record = replace(record, status="done", finished_at=standing.finished_at)
+        _refuse_differences(directory, current, given)
+        record = replace(given, plan=current.plan, created_at=current.created_at)
+        if current.status == "done" and len(committed(directory)) == current.plan.shards:
+            record = replace(record, status="done", finished_at=current.finished_at)
     directory.makedirs()
     directory.write_atomically(RUN_FILE, record.to_json())
     directory.write_atomically(CONFIG_FILE, config_yaml.encode())
     _write_card(directory, record)
-    return RunDirectory(directory, record, resumed=standing is not None)
+    return RunDirectory(directory, record, resumed=current is not None)
 
 
 def finish(run: RunDirectory) -> RunDirectory:
-    """Marks the run as done and writes the dataset card with the final numbers."""
+    """Mark the run as done and write the dataset card with the final numbers."""
     record = replace(run.record, status="done", finished_at=_now())
     _write_card(run.directory, record)
     run.directory.write_atomically(RUN_FILE, record.to_json())
@@ -291,7 +303,7 @@ def finish(run: RunDirectory) -> RunDirectory:
 
 
 def load_run(directory: Directory, kind: Kind | None = None) -> RunRecord:
-    """The record of a run or sweep that must be there, and of this kind if one is given."""
+    """The record of the run in this directory. Raises BacklensError if there is none, or if it is not of this kind."""
     record = find_run(directory)
     if record is None:
         raise BacklensError(
@@ -303,7 +315,7 @@ def load_run(directory: Directory, kind: Kind | None = None) -> RunRecord:
 
 
 def refuse_other_kind(directory: Directory, record: RunRecord, kind: Kind) -> None:
-    """Raises BacklensError for a sweep where a run is needed, or a run where a sweep is."""
+    """Raise BacklensError for a sweep where a run is needed, or a run where a sweep is needed."""
     if record.kind == kind:
         return
     instead = f" (of a sweep: backlens query {directory} --sql, backlens plot edits {directory})"
@@ -327,7 +339,7 @@ def _instead_of_a_run(directory: Directory) -> str:
 
 
 def find_run(directory: Directory) -> RunRecord | None:
-    """The record of the run in this directory, if there is one."""
+    """The record of the run in this directory, or None."""
     if not directory.exists(RUN_FILE):
         return None
     return RunRecord.from_json(directory.read(RUN_FILE), where=f"{directory}/{RUN_FILE}")
@@ -342,13 +354,13 @@ def _refuse_foreign_files(directory: Directory) -> None:
         )
 
 
-def _refuse_differences(directory: Directory, standing: RunRecord, given: RunRecord) -> None:
-    if standing.kind != given.kind:
+def _refuse_differences(directory: Directory, current: RunRecord, given: RunRecord) -> None:
+    if current.kind != given.kind:
         raise BacklensError(
-            f"out: {directory} is {CALLED[standing.kind]}, and this makes {CALLED[given.kind]}; "
+            f"out: {directory} is {CALLED[current.kind]}, and this makes {CALLED[given.kind]}; "
             "choose another directory"
         )
-    before = {"schema version": standing.schema_version, **standing.fingerprint}
+    before = {"schema version": current.schema_version, **current.fingerprint}
     now = {"schema version": given.schema_version, **given.fingerprint}
     differing = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
     if differing:

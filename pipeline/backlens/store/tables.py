@@ -1,7 +1,7 @@
-"""The tables of a run directory: every column's type, whether it may be null, and what it means.
+"""The tables of a run directory: type, meaning, and nulls of every column.
 
-This file is the only place where columns are listed. The store writes and checks tables against `TABLES`,
-and `docs.write_tables` turns it into `docs/tables.md`.
+Columns are declared here and nowhere else. The store checks what it writes against `TABLES`; `docs/tables.md` and
+`schemas/` are generated from it.
 """
 
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
-"""Raised when a column changes its name, type or meaning. A run of another version is not resumed."""
+"""A change of a column's name, type or meaning raises it. A run of another version is not resumed."""
 
 SIGN_CONVENTION = (
-    "Gradients and VJPs are raw: dLoss/dx, neither negated nor scaled by a learning rate, with Loss the sum "
-    "of -log p(target). Gradient descent subtracts them, so for mlp.down and attn.o the bottom tokens are "
-    "what an update writes."
+    "Gradients and VJPs are raw: dLoss/dx, neither negated nor scaled by a learning rate. Loss is the sum of "
+    "-log p(target) over the target's tokens. Gradient descent subtracts the gradient: for mlp.down and attn.o, a step "
+    "promotes the bottom tokens and suppresses the top tokens."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column: `doc` is one sentence that gives units, sign, and what null means."""
+    """One column. `doc` is one sentence with meaning, units, sign, and what null means."""
 
     name: str
     type: pa.DataType
@@ -34,7 +34,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table of a run directory: what a row is, how rows are ordered in a file, and the columns."""
+    """One table of a run directory: what one row stands for, the order of rows in a file, and the columns."""
 
     name: str
     doc: str
@@ -54,7 +54,7 @@ class Table:
 
     @property
     def sort_keys(self) -> tuple[str, ...]:
-        """`sorted_by`, then `expert` where there is one, so that the order of rows is fixed."""
+        """`sorted_by`, then `expert` if the table has it, so that the order of rows is unique."""
         has_expert = any(column.name == "expert" for column in self.columns)
         return (*self.sorted_by, "expert") if has_expert else self.sorted_by
 
@@ -64,170 +64,135 @@ class Table:
 
 
 def list_of(item: pa.DataType) -> pa.ListType:
-    """A list of any length without null items; `element` is the name Parquet gives the items back under."""
+    """A list type without null items. `element` is the name that Parquet readers give the items."""
     return pa.list_(pa.field("element", item, nullable=False))
 
 
-# Readers may hand any index type back as int32 (Parquet itself stores none), so int32 is what we declare.
+# Parquet stores no index type, and readers return int32.
 MODULE = pa.dictionary(pa.int32(), pa.string())
 TOKEN_IDS = list_of(pa.int32())
 SCORES = list_of(pa.float32())
 
 KEYS = (
-    Column(
-        "prompt_id", pa.int64(), "The prompt: its ordinal in the input, from 0; joins `prompts.prompt_id`."
-    ),
+    Column("prompt_id", pa.int64(), "Ordinal of the prompt in the input, from 0; joins `prompts.prompt_id`."),
     Column("layer", pa.int16(), "Index of the block, from 0."),
     Column(
         "module",
         MODULE,
-        "The weight matrix: `mlp.up`, `mlp.gate`, `mlp.down`, `attn.q`, `attn.k`, `attn.v` or `attn.o`.",
+        "Weight matrix: `mlp.up`, `mlp.gate`, `mlp.down`, `attn.q`, `attn.k`, `attn.v` or `attn.o`.",
     ),
-    Column(
-        "expert",
-        pa.int16(),
-        "Index of the expert in a mixture-of-experts block, from 0; null where the block has no experts.",
-        nullable=True,
-    ),
+    Column("expert", pa.int16(), "Index of the expert, from 0; null if the block has no experts.", True),
 )
 
 
 def projection_columns(vector: str) -> tuple[Column, ...]:
-    """The columns that hold a vector's lens scores over the vocabulary."""
+    """The columns that hold the lens scores of a vector over the vocabulary."""
     zero = "null if the vector is zero"
+    tokens = f"Ids of the k tokens with the %s lens scores of {vector}, %s first; {zero}."
+    scores = f"Lens scores of `%s_ids`, in logits, raw sign, %s; {zero}."
+    rank = f"Number of tokens with a strictly larger lens score than the target's first, 0 = largest; {zero}."
     return (
+        Column("top_ids", TOKEN_IDS, tokens % ("largest", "largest"), True),
+        Column("top_scores", SCORES, scores % ("top", "descending"), True),
+        Column("bottom_ids", TOKEN_IDS, tokens % ("smallest", "smallest"), True),
+        Column("bottom_scores", SCORES, scores % ("bottom", "ascending"), True),
         Column(
-            "top_ids",
-            TOKEN_IDS,
-            f"Tokens with the k largest lens scores of {vector}, largest first; {zero}.",
-            True,
+            "target_score", pa.float32(), f"Lens score of the target's first token, in logits; {zero}.", True
         ),
-        Column("top_scores", SCORES, f"The lens scores of `top_ids`, descending, in logits; {zero}.", True),
-        Column(
-            "bottom_ids",
-            TOKEN_IDS,
-            f"Tokens with the k smallest lens scores of {vector}, smallest first; {zero}.",
-            True,
-        ),
-        Column(
-            "bottom_scores", SCORES, f"The lens scores of `bottom_ids`, ascending, in logits; {zero}.", True
-        ),
-        Column(
-            "target_score",
-            pa.float32(),
-            f"The lens score of the target's first token, in logits; {zero}.",
-            True,
-        ),
-        Column(
-            "target_rank",
-            pa.int32(),
-            f"Number of tokens with a strictly larger score than the target's first, 0 = largest; {zero}.",
-            True,
-        ),
+        Column("target_rank", pa.int32(), rank, True),
     )
 
 
-POSITION = Column(
-    "position", pa.int32(), "Index of the token in the prompt, from 0; padding is never counted."
-)
+POSITION = Column("position", pa.int32(), "Index of the token in the prompt, from 0; padding is not counted.")
 
 VOCAB = Table(
     name="vocab",
-    doc="The tokenizer's vocabulary: the text behind every token id in the other tables.",
-    row_per="token that lists and ranks are over: the tokenizer's, or every row (--vocabulary model)",
+    doc="The vocabulary: the text of every token id in the other tables.",
+    row_per="token that lists and ranks cover: the tokenizer's, or every row (`--vocabulary model`)",
     sorted_by=("token_id",),
     columns=(
-        Column("token_id", pa.int32(), "The token's id in the model's tokenizer."),
+        Column("token_id", pa.int32(), "Id of the token in the model's tokenizer."),
         Column(
             "token",
             pa.string(),
-            "The token decoded to text, leading space included; bytes that are not UTF-8 show as U+FFFD.",
+            "Text of the token, with its leading space; U+FFFD stands for bytes that are not UTF-8.",
         ),
-        Column("bytes", pa.binary(), "The token's exact bytes."),
+        Column("bytes", pa.binary(), "Exact bytes of the token."),
     ),
 )
 
 PROMPTS = Table(
     name="prompts",
-    doc="The prompts that were processed, and what the model made of them.",
+    doc="The prompts that were processed, and what the model predicts for them.",
     row_per="prompt",
     sorted_by=("prompt_id",),
     columns=(
         Column(
-            "prompt_id", pa.int64(), "Ordinal of the prompt in the input, from 0; rejected lines count too."
+            "prompt_id", pa.int64(), "Ordinal of the prompt in the input, from 0; rejected records count too."
         ),
-        Column("id", pa.string(), "The input's own identifier; null if it has none.", nullable=True),
-        Column("prompt", pa.string(), "The prompt as given."),
-        Column("target", pa.string(), "The target as given."),
-        Column("subject", pa.string(), "The subject as given; null if the input names none.", nullable=True),
-        Column(
-            "relation", pa.string(), "The relation as given; null if the input names none.", nullable=True
-        ),
+        Column("id", pa.string(), "Identifier that the input gives; null if it gives none.", True),
+        Column("prompt", pa.string(), "Prompt as given."),
+        Column("target", pa.string(), "Target as given."),
+        Column("subject", pa.string(), "Subject as given; null if the input names none.", True),
+        Column("relation", pa.string(), "Relation as given; null if the input names none.", True),
         Column(
             "token_ids",
             TOKEN_IDS,
-            "The prompt's tokens as the model saw them, the chat template's included; position p is item p.",
+            "Ids of the tokens that the model reads, with those of the chat template; item p is position p.",
         ),
         Column(
             "target_ids",
             TOKEN_IDS,
-            "The target's tokens, the prompt's last space included where the tokenizer joins them; under "
-            "`--target-mode first` only the first is used.",
+            "Ids of the target's tokens; the prompt's last space is in the first one where the tokenizer joins them. "
+            "`--target-mode first` uses the first one only.",
         ),
-        Column("n_tokens", pa.int32(), "Number of tokens in the prompt, the length of `token_ids`."),
+        Column("n_tokens", pa.int32(), "Number of tokens in the prompt: the length of `token_ids`."),
         Column(
             "subject_start",
             pa.int32(),
-            "First position of the subject; null if there is no subject or the prompt does not name it in whole words.",
-            nullable=True,
+            "First position of the subject; null without a subject, or if the prompt lacks it in whole words.",
+            True,
         ),
         Column(
             "subject_end",
             pa.int32(),
-            "Position after the subject's last one (half-open); null where `subject_start` is.",
-            nullable=True,
+            "Position after the subject's last one; null if `subject_start` is null.",
+            True,
         ),
         Column(
             "loss",
             pa.float32(),
-            "-log p(target | prompt) in nats, summed over the target's tokens that are used.",
+            "-log p(target | prompt), in nats, summed over the target tokens that are used; 0 or more.",
         ),
         Column(
             "target_prob",
             pa.float32(),
-            "p(target | prompt) = exp(-loss): of all the target tokens that are used.",
+            "p(target | prompt) = exp(-loss), of all target tokens that are used.",
         ),
         Column(
             "target_rank",
             pa.int32(),
-            "Number of tokens more probable than the target's first, 0 = predicted.",
+            "Number of tokens that are strictly more probable than the target's first token; 0 = predicted.",
         ),
-        Column("predicted_id", pa.int32(), "The token the model finds most probable after the prompt."),
+        Column("predicted_id", pa.int32(), "Id of the token that is most probable after the prompt."),
         Column(
-            "meta",
-            pa.string(),
-            "The input's other columns as a JSON object; null if there are none.",
-            nullable=True,
+            "meta", pa.string(), "Other columns of the input, as a JSON object; null if there are none.", True
         ),
     ),
 )
 
 LAYERS = Table(
     name="layers",
-    doc="The gradient matrices G = XᵀΔ: their size, spectrum, and leading residual-side direction.",
+    doc="The gradient matrices G = XᵀΔ: norm, spectrum, and leading direction on the residual side.",
     row_per="prompt × layer × module (× expert)",
     sorted_by=("layer", "module", "prompt_id"),
     columns=(
         *KEYS,
-        Column(
-            "rank",
-            pa.int32(),
-            "Numerical rank of the gradient; at most the number of positions, 0 if it is zero.",
-        ),
-        Column("grad_norm", pa.float32(), "Frobenius norm of the gradient."),
-        Column("singular_values", SCORES, "The gradient's singular values, descending."),
+        Column("rank", pa.int32(), "Numerical rank of G; at most the number of positions, 0 if G is zero."),
+        Column("grad_norm", pa.float32(), "Frobenius norm of G; 0 or more."),
+        Column("singular_values", SCORES, "Singular values of G, descending."),
         *projection_columns(
-            "the leading residual-side singular vector (its largest-magnitude entry made positive)",
+            "the leading singular vector on the residual side (its entry of largest magnitude is made positive)"
         ),
     ),
 )
@@ -235,21 +200,17 @@ LAYERS = Table(
 NEURONS = Table(
     name="neurons",
     doc=(
-        "The gradient vectors of single neurons: the strongest `--neurons` per prompt, layer and module by "
+        "The gradient vectors of single neurons: per prompt, layer and module the `--neurons` with the largest "
         "gradient norm, or all."
     ),
     row_per="kept neuron of a prompt × layer × module (× expert)",
     sorted_by=("layer", "module", "prompt_id", "neuron"),
     columns=(
         *KEYS,
+        Column("neuron", pa.int32(), "Index of the unit on the side that is not the residual side, from 0."),
+        Column("grad_norm", pa.float32(), "L2 norm of the neuron's gradient vector; 0 or more."),
         Column(
-            "neuron",
-            pa.int32(),
-            "Index of the unit on the module's other side than the residual one, from 0.",
-        ),
-        Column("grad_norm", pa.float32(), "L2 norm of the neuron's gradient vector."),
-        Column(
-            "main_position", pa.int32(), "The position that contributes most to the neuron's gradient vector."
+            "main_position", pa.int32(), "Position that contributes most to the neuron's gradient vector."
         ),
         *projection_columns("the neuron's gradient vector"),
     ),
@@ -258,28 +219,28 @@ NEURONS = Table(
 TOKENS = Table(
     name="tokens",
     doc=(
-        "What each position brings to a gradient: its input x and its VJP δ. The projected vector is the "
-        "residual-side one: x for up, gate, q, k and v; δ for down and o."
+        "The factors of a gradient per position: input x and VJP δ. The projected vector is the one on the residual "
+        "side: x for up, gate, q, k and v; δ for down and o."
     ),
     row_per="prompt × layer × module (× expert) × position",
     sorted_by=("layer", "module", "prompt_id", "position"),
     columns=(
         *KEYS,
         POSITION,
-        Column("token_id", pa.int32(), "The prompt's token at that position; joins `vocab.token_id`."),
-        Column("input_norm", pa.float32(), "L2 norm of the module's input x at that position."),
+        Column("token_id", pa.int32(), "Id of the prompt's token at the position; joins `vocab.token_id`."),
+        Column("input_norm", pa.float32(), "L2 norm of the module's input x at the position; 0 or more."),
         Column(
             "vjp_norm",
             pa.float32(),
-            "L2 norm of the VJP δ = dLoss/d(module output) there; 0 for an exact zero, whose row is kept.",
+            "L2 norm of the VJP δ = dLoss/d(module output) at the position; 0 if δ is exactly zero (the row is kept).",
         ),
-        *projection_columns("the residual-side vector"),
+        *projection_columns("the vector on the residual side"),
     ),
 )
 
 
 def factors_table(value_type: pa.DataType | None = None) -> Table:
-    """The opt-in `factors` table; its vectors are float32 unless float16 is asked for."""
+    """The optional `factors` table. Its values are float32, or float16 if `value_type` says so."""
     value_type = pa.float32() if value_type is None else value_type
     if value_type not in (pa.float16(), pa.float32()):
         raise ValueError(f"factors hold float16 or float32 values, not {value_type}")
@@ -287,20 +248,21 @@ def factors_table(value_type: pa.DataType | None = None) -> Table:
     return Table(
         name="factors",
         doc=(
-            "The gradients themselves, in factored form (`--save-factors`): over a prompt's positions, the "
-            "sum of outer(x, delta) is the gradient of the loss with respect to W, for y = x W. Values are "
-            "float16 or float32."
+            "The gradients in factored form (`--save-factors`): the sum of outer(x, delta) over the positions of a "
+            "prompt is the gradient of the loss with respect to W, for y = x W. Values are float16 or float32."
         ),
         row_per="prompt × layer × module (× expert) × position",
         sorted_by=("layer", "module", "prompt_id", "position"),
         columns=(
             *KEYS,
             POSITION,
-            Column("x", values, "The module's input at that position, of the module's input width."),
+            Column(
+                "x", values, "Input x of the module at the position; its length is the module's input width."
+            ),
             Column(
                 "delta",
                 values,
-                "The VJP dLoss/d(module output) at that position, of the module's output width.",
+                "VJP δ = dLoss/d(module output) at the position, raw sign; its length is the module's output width.",
             ),
         ),
     )
@@ -308,128 +270,127 @@ def factors_table(value_type: pa.DataType | None = None) -> Table:
 
 FAILURES = Table(
     name="failures",
-    doc="The prompts that could not be processed; every input prompt is here or in `prompts`, never in both.",
+    doc="The prompts that could not be processed. Every input prompt is either here or in `prompts`.",
     row_per="prompt that could not be processed",
     sorted_by=("prompt_id",),
     columns=(
         Column("prompt_id", pa.int64(), "Ordinal of the prompt in the input, from 0."),
-        Column("stage", pa.string(), "Where it failed: `read`, `tokenize` or `compute`."),
-        Column("error", pa.string(), "A short, stable code such as `missing-field`."),
-        Column("message", pa.string(), "One line: what is wrong, where, and what to do."),
+        Column("stage", pa.string(), "Stage that failed: `read`, `tokenize` or `compute`."),
+        Column("error", pa.string(), "Short, stable code of the error, such as `missing-field`."),
+        Column("message", pa.string(), "One line that says what is wrong, where, and what to do."),
     ),
 )
 
-SHARE = "0 to 1"
-NO_TARGET = "null if the case names no true target, and for zsRE"
+NO_TARGET = "null if the case has no true target, and for zsRE"
+NO_PROMPTS = "null if the case has no such prompts"
+NOT_MEASURED = "null if the sweep does not measure it, or edits one case at a time"
 
 EDITS = Table(
     name="edits",
     doc=(
-        "What edits did (`backlens edit sweep`): one case under one trial, that is a method at a layer with a learning "
-        "rate. The metrics are CounterFact's and zsRE's own."
+        "The results of edits (`backlens edit sweep`): one case under one trial. A trial is a method at a layer with a "
+        "learning rate. The metrics are those of CounterFact and zsRE."
     ),
     row_per="trial × case",
     sorted_by=("trial", "prompt_id"),
     columns=(
-        Column("trial", pa.int32(), "Index of the trial in the sweep's grid, from 0."),
+        Column("trial", pa.int32(), "Index of the trial in the grid of the sweep, from 0."),
         Column(
             "prompt_id",
             pa.int64(),
-            "The case: its ordinal in the input, from 0; joins `prompts.prompt_id` of a run over the same file.",
+            "Ordinal of the case in the input, from 0; joins `prompts.prompt_id` of a run over the same file.",
         ),
-        Column("method", MODULE, "The method, as `--method` names it."),
+        Column("method", MODULE, "Method, by its name in `--method`."),
         Column(
             "layer",
             pa.int16(),
-            "The layer edited; where an edit is spread over several (`--span`, mend), the last.",
+            "Edited layer, from 0; the last one if the edit changes several (`--span`, mend).",
         ),
-        Column("lr", pa.float64(), "The learning rate η; null for the method's own default.", nullable=True),
-        Column(
-            "at_once", pa.int32(), "How many cases were edited into the model together, this one included."
-        ),
+        Column("lr", pa.float64(), "Learning rate η; null if the method uses its own default.", True),
+        Column("at_once", pa.int32(), "Number of cases that are edited together, this case included."),
         Column(
             "efficacy",
             pa.float32(),
-            f"1 if the new target is more probable than the true one; {NO_TARGET}.",
+            f"1 if the new target is more probable than the true one after the prompt, else 0; {NO_TARGET}.",
             True,
         ),
         Column(
             "paraphrase",
             pa.float32(),
-            f"Share ({SHARE}) of paraphrases after which it is; {NO_TARGET}, or if there are no paraphrases.",
+            "Share of paraphrases (0 to 1) after which the new target is more probable than the true one; "
+            f"{NO_TARGET}; {NO_PROMPTS}.",
             True,
         ),
         Column(
             "neighbourhood",
             pa.float32(),
-            f"Share ({SHARE}) of neighbourhood prompts after which the true target is more probable than the new one; "
-            f"{NO_TARGET}, or if there are none.",
+            "Share of neighbourhood prompts (0 to 1) after which the true target is more probable than the new one; "
+            f"{NO_TARGET}; {NO_PROMPTS}.",
             True,
         ),
         Column(
             "efficacy_accuracy",
             pa.float32(),
-            "1 if every token of the new target is the likeliest one; for zsRE the share of its tokens that are.",
+            "1 if every token of the new target is the most probable one, else 0; for zsRE, the share that are.",
         ),
         Column(
             "paraphrase_accuracy",
             pa.float32(),
-            "The same, mean over paraphrases; null if there are none.",
+            f"The same accuracy, mean over paraphrases (0 to 1); {NO_PROMPTS}.",
             True,
         ),
         Column(
             "neighbourhood_accuracy",
             pa.float32(),
-            "The same of the neighbourhood's own target, mean over its prompts; null if there are none.",
+            f"The same accuracy for the neighbourhood's own target, mean over its prompts (0 to 1); {NO_PROMPTS}.",
             True,
         ),
         Column("target_prob", pa.float32(), "p(new target | prompt) after the edit, of all its tokens."),
         Column(
-            "target_rank", pa.int32(), "Tokens more probable than the new target's first, after the edit."
+            "target_rank",
+            pa.int32(),
+            "Number of tokens more probable than the new target's first token, after the edit; 0 = predicted.",
         ),
-        Column("target_prob_before", pa.float32(), "p(new target | prompt) before the edit."),
-        Column("target_rank_before", pa.int32(), "Tokens more probable than the new target's first, before."),
-        Column("delta_norm", pa.float32(), "Frobenius norm of all that was added to the weights."),
+        Column("target_prob_before", pa.float32(), "`target_prob` before the edit."),
+        Column("target_rank_before", pa.int32(), "`target_rank` before the edit."),
+        Column("delta_norm", pa.float32(), "Frobenius norm of the whole change of the weights."),
         Column(
             "entropy",
             pa.float32(),
-            "n-gram entropy of generated texts, in bits; null unless the sweep generates.",
-            nullable=True,
+            "n-gram entropy of generated texts, in bits; null if the sweep generates none.",
+            True,
         ),
         Column(
             "reference",
             pa.float32(),
-            "TF-IDF cosine of generated and reference texts; null without reference texts.",
-            nullable=True,
+            "Cosine of TF-IDF vectors of generated and reference texts; null if there are no such texts.",
+            True,
         ),
         Column(
             "untouched",
             pa.float32(),
-            "Accuracy on facts never edited (`--untouched`), of the model with all these cases edited; null if not "
-            "asked for.",
-            nullable=True,
+            "Accuracy (0 to 1) on facts that nothing edits (`--untouched`), with all cases of the group edited; "
+            f"{NOT_MEASURED}.",
+            True,
         ),
         Column(
-            "perplexity",
-            pa.float32(),
-            "Of that model on `--held-out` texts, per token; null if not asked for.",
-            nullable=True,
+            "perplexity", pa.float32(), f"Perplexity per token of `--held-out` texts; {NOT_MEASURED}.", True
         ),
+        Column("seconds_edit", pa.float32(), "Seconds per case to compute the change."),
         Column(
-            "seconds_edit", pa.float32(), "Seconds to compute the change, by case (shared by those at once)."
+            "seconds_evaluate", pa.float32(), "Seconds per case to apply the change, evaluate and restore."
         ),
-        Column("seconds_evaluate", pa.float32(), "Seconds to put it in, evaluate, and restore, by case."),
     ),
 )
 
 TABLES: dict[str, Table] = {
     table.name: table for table in (VOCAB, PROMPTS, LAYERS, NEURONS, TOKENS, factors_table(), FAILURES, EDITS)
 }
-"""Every table by name, in the order in which they are documented; `factors` with float32 values."""
+"""Every table by name, in the order of the documentation; `factors` has float32 values here."""
 
 
 def declared_table(name: str, schema: pa.Schema) -> Table:
-    """The declaration that data of this schema must meet: `factors` is float16 if the data are."""
+    """The declaration for data of this schema: `factors` is float16 if the data is."""
     if name != "factors" or "x" not in schema.names:
         return TABLES[name]
     values = schema.field("x").type

@@ -5,18 +5,18 @@ one forward pass to find x gives an edit: W ← W + η x ⊗ E[target], for y = 
 
 What goes beyond the paper:
 
-* `normalise`: x is replaced by a key k with x · k = 1, so that the output at x moves by just η E[target] and η means
-  the same in every layer: x / ‖x‖² (`length`), or C⁻¹x / (xᵀC⁻¹x) (`covariance`), which of all such keys has the
-  least effect E‖k · x'‖² on the other inputs x' that C was measured over (ROME's choice of key).
-* `solve`: many edits at once want X D = V, with a row of X and of V = η E[target] for each. The D that minimises
-  ‖X D − V‖² + λ n E‖x' D‖² is (λ n C + XᵀX)⁻¹ Xᵀ V = C⁻¹Xᵀ (λ n I + X C⁻¹Xᵀ)⁻¹ V, n being the number of texts' tokens
-  that an edit weighs as much as; the naive sum of single shifts lets edits add to each other's outputs.
-* `passes`: the shift of a pass is (1 − p(target)) η E[target], with p as the passes before left it: an edit that is
-  there gets no more, one that interference took away gets more.
-* `contrast`: E[target] − Σ p(token) E[token] in the place of E[target]: what the model expects is taken away as the
-  target is added, weighted by how much of it there is. That is −δ of the head's input, so it needs no second factor.
-* `temperature`: p is of logits divided by it. Above 1 an edit is not yet there when its p comes close to 1, so that the
-  target wins by more, and other wordings follow.
+* `normalise`: a key k with x · k = 1 replaces x. Then the output at x moves by exactly η E[target], and η has the same
+  meaning in every layer. k is x / ‖x‖² (`length`) or C⁻¹x / (xᵀC⁻¹x) (`covariance`); of all such keys, the latter has
+  the least effect E‖k · x'‖² on the other inputs x' that C was measured over (ROME's choice of key).
+* `ridge`: many edits at once ask for X D = V, with one row of X and of V = η E[target] per edit. The D that minimises
+  ‖X D − V‖² + λ E‖x' D‖² is (λ C + XᵀX)⁻¹ Xᵀ V = C⁻¹Xᵀ (λ I + X C⁻¹Xᵀ)⁻¹ V: λ tokens of the texts weigh as much as one
+  edit. In the plain sum of single shifts, edits add to each other's outputs.
+* `passes`: the shift of a pass is (1 − p(target)) η E[target], with the p that the passes before produced. So an edit
+  that works gets no more, and an edit that others have weakened gets more.
+* `contrast`: E[target] − Σ p(token) E[token] replaces E[target]: the embeddings of the tokens that the model expects
+  are subtracted, weighted by their probability. This is −δ at the head's input, so it needs no second factor.
+* `temperature`: divides the logits that give p. Above 1, p is still below 1 when the target is the most probable token,
+  so its lead grows, and other wordings follow.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backlens.editing.covariance import Moments, damped
+from backlens.editing.activations import (
+    Moments,
+    batches,
+    damped,
+    down_input,
+    logits_of,
+    subject_last,
+    values_at,
+    wordings,
+)
 from backlens.editing.delta import Delta, edited, matrix, merged
-from backlens.editing.forward import batches, down_input, logits_of, subject_last, values_at, wordings
-from backlens.editing.methods import expected_embeddings, target_embeddings
 from backlens.editing.options import Normalise, Place
 from backlens.editing.request import Request
 from backlens.errors import BacklensError
@@ -41,19 +48,19 @@ MODULE = "mlp.down"
 
 @dataclass(frozen=True)
 class ForwardShift:
-    """The target's embedding, written where the layer sees the prompt's last position."""
+    """Writes the target's embedding at the layer's input of the prompt's last position."""
 
     layers: tuple[int, ...]
     lr: float
-    """η; what it multiplies depends on `normalise`."""
+    """η; `normalise` decides which key it multiplies."""
     normalise: Normalise = "none"
     place: Place = "last"
-    """Whose input is the key: the prompt's last position, or the subject's last."""
+    """Position whose input is the key: the prompt's last, or the subject's last."""
     prefixes: tuple[str, ...] = ("",)
-    """Texts put before the prompt, over which the key is averaged."""
+    """Texts before the prompt; the key is the mean over them."""
     moments: Moments | None = None
     ridge: float | None = None
-    """λ: edits are solved for together; None adds them up."""
+    """λ of the joint solution; None adds the edits up."""
     passes: int = 1
     contrast: bool = False
     temperature: float = 1.0
@@ -78,7 +85,7 @@ class ForwardShift:
     def _keys(
         self, loaded: LoadedModel, layer: int, requests: Sequence[Request], examples: Sequence[list[Example]]
     ) -> Float[Tensor, "token d_in"]:
-        """A row for each target token: the input there, mean over prefixes."""
+        """One row per target token: the input at its position, as the mean over prefixes."""
         flat = [example for each in examples for example in each]
         places = [
             self._places(example, request)
@@ -92,7 +99,7 @@ class ForwardShift:
     def _shifts(
         self, loaded: LoadedModel, examples: Sequence[Example], first: bool
     ) -> Float[Tensor, "token d_model"]:
-        """A row for each target token, before η: what its place should put out more of."""
+        """One row per target token, before η: the vector to add to the output at its position."""
         counts = [len(self._places(example)) for example in examples]
         targets = [token for e, count in zip(examples, counts, strict=True) for token in e.target_ids[:count]]
         wanted = target_embeddings(loaded, targets)
@@ -108,7 +115,7 @@ class ForwardShift:
         return list(range(last, last + len(example.target_ids)))
 
     def _solved(self, layer: int, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """u and v of the delta."""
+        """u and v of the delta, for keys x and shifts v."""
         if self.ridge is None and self.normalise == "none":
             return x, v
         if self.ridge is None and self.normalise == "length":
@@ -127,7 +134,7 @@ class ForwardShift:
 def _said(
     loaded: LoadedModel, examples: Sequence[Example], counts: Sequence[int], temperature: float
 ) -> tuple[Float[Tensor, " token"], Float[Tensor, "token d_model"]]:
-    """p of each edit's first target tokens, as many as its count says, and Σ p(token) E[token] there."""
+    """p of the first `counts` target tokens of each edit, and Σ p(token) E[token] at their positions."""
     said: list[Tensor] = [torch.empty(0)] * len(examples)
     expected = list(said)
     for indices, batch in batches(loaded, [(e.token_ids, e.target_ids) for e in examples]):
@@ -137,3 +144,25 @@ def _said(
         for row, index in enumerate(indices):
             said[index], expected[index] = of_target[row, : counts[index]], mean[row, : counts[index]]
     return torch.cat(said), torch.cat(expected)
+
+
+def target_embeddings(loaded: LoadedModel, token_ids: Sequence[int]) -> Float[Tensor, "token d_model"]:
+    """The unembedding rows of some tokens, in the model's width."""
+    weight = loaded.parts.head_weight
+    return _in_the_residual_stream(loaded, weight[torch.as_tensor(token_ids, device=weight.device)].float())
+
+
+def expected_embeddings(
+    loaded: LoadedModel, probabilities: Float[Tensor, "*place vocabulary"]
+) -> Float[Tensor, "*place d_model"]:
+    """The mean of the unembedding rows under given distributions over tokens."""
+    weight = loaded.parts.head_weight.float()
+    return _in_the_residual_stream(loaded, probabilities.to(weight.device) @ weight)
+
+
+def _in_the_residual_stream(loaded: LoadedModel, rows: Tensor) -> Tensor:
+    if loaded.parts.project_out is None:
+        return rows
+    weight = loaded.parts.project_out.weight
+    assert isinstance(weight, Tensor)
+    return rows @ weight.float()

@@ -1,7 +1,7 @@
-"""Editing by the true gradient: one step of gradient descent from its factors, and fine-tuning with Adam.
+"""Edits by the exact gradient: one step of gradient descent from its factors, and fine-tuning with Adam.
 
-The loss is −log p(target), summed over the target's tokens; gradients are ours
-(`backlens.capture.hooks`), and weights are never given one.
+The loss is −log p(target), summed over the target's tokens. `backlens.capture.hooks` gives the factors of its gradient;
+the weights themselves have no gradient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from torch import Tensor
 from backlens.capture.batch import make_batch
 from backlens.capture.factors import masked
 from backlens.capture.hooks import Gradient, capture
+from backlens.editing.activations import wordings
 from backlens.editing.delta import Delta, edited, matrix
-from backlens.editing.forward import wordings
 from backlens.editing.request import Request
 from backlens.models.load import LoadedModel
 
@@ -22,7 +22,7 @@ from backlens.models.load import LoadedModel
 def gradients(
     loaded: LoadedModel, requests: Sequence[Request], layers: Sequence[int], modules: Sequence[str]
 ) -> tuple[dict[tuple[int, str], tuple[Tensor, Tensor]], Tensor]:
-    """(X, Δ) of every matrix over all positions of all requests, and each request's loss."""
+    """(X, Δ) of every matrix over all positions of all requests, and the loss of each request in nats."""
     examples = [wordings(loaded, request, ("",))[0] for request in requests]
     batch = make_batch([(e.token_ids, e.target_ids) for e in examples], loaded.device)
     found: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
@@ -41,8 +41,8 @@ def gradients(
 class GradientShift:
     """One step of gradient descent: W ← W − η Σ over positions of x ⊗ δ.
 
-    In the paper's words (§5), FF1's update imprints the inputs x and FF2's shifts the output: `modules` switches
-    the halves (`mlp.up`, and `mlp.gate` where there is one; `mlp.down`).
+    In the paper's terms (§5), the update of FF1 imprints the inputs x and the update of FF2 shifts the output.
+    `modules` selects them: `mlp.up` and, if the model has it, `mlp.gate`; `mlp.down`.
     """
 
     layers: tuple[int, ...]
@@ -57,17 +57,17 @@ class GradientShift:
 
 @dataclass(frozen=True)
 class FineTune:
-    """Adam on whole matrices until the loss is low: FT, and with `limit` the norm-constrained FT-L, as the authors of
-    ROME set their baselines up (arXiv 2202.05262, §E.1; Zhu et al., arXiv 2012.00363)."""
+    """Adam on whole matrices until the loss is low: FT, and with `limit` the norm-constrained FT-L, set up as the
+    baselines of ROME (arXiv 2202.05262, §E.1; Zhu et al., arXiv 2012.00363)."""
 
     layers: tuple[int, ...]
     lr: float = 5e-4
     modules: tuple[str, ...] = ("mlp.down",)
     steps: int = 25
     enough: float = 1e-2
-    """A mean loss below which it stops."""
+    """Mean loss, in nats, at which the training stops."""
     limit: float | None = None
-    """The most that any entry of a matrix may change (an L∞ ball)."""
+    """Limit on the change of every entry of a matrix (an L∞ ball)."""
 
     def __call__(self, loaded: LoadedModel, *requests: Request) -> tuple[Delta, ...]:
         keys = [(layer, module) for layer in self.layers for module in self.modules]

@@ -5,12 +5,12 @@ The gradient of a matrix is Σ over positions x ⊗ δ. The editor takes each pa
     z' = (z − mean) / std                              their normalisation, over the training edits
     h  = z' + σ(s₁ ⊙ (U₁V₁z' + b) + o₁)                 equation 3a
     g  = h  +   s₂ ⊙ U₂V₂h + o₂                         equation 3b, without a second σ, as in the authors' code
-    [x̃, δ̃] = g · std + mean                            ours: so that an untrained editor is the plain gradient
+    [x̃, δ̃] = g · std + mean                            ours: an untrained editor gives the plain gradient
 
-and the edit is W ← W − α Σ x̃ ⊗ δ̃ (for y = x W) with an α for each matrix (§3.2, "learned per-layer learning rates").
-Matrices of one shape share U, V and b; s, o, mean, std and α are each one's own. The U are zero at first.
+and the edit is W ← W − α Σ x̃ ⊗ δ̃ (for y = x W) with one α per matrix (§3.2, "learned per-layer learning rates").
+Matrices of one shape share U, V and b; each has its own s, o, mean, std and α. The U are zero at first.
 
-MEND: one gradient, put through a trained editor (`editor.py`; arXiv 2110.11309, algorithm 2).
+`Mend` is the method: it applies a trained editor to one gradient (algorithm 2).
 """
 
 import math
@@ -28,15 +28,16 @@ from torch import Tensor, nn
 from backlens.capture.batch import make_batch
 from backlens.capture.factors import masked
 from backlens.capture.hooks import Gradient, capture
+from backlens.editing.activations import wordings
 from backlens.editing.delta import Delta
-from backlens.editing.forward import wordings
 from backlens.editing.request import Request
 from backlens.errors import BacklensError
 from backlens.models.load import LoadedModel
 
 FORMAT = "backlens-mend-1"
 SMALLEST_STD = 1e-2
-"""Of a dimension, in root mean squares of its side's: one that hardly moves is not blown up."""
+"""Smallest standard deviation of a dimension, relative to the root mean square over its side: it bounds the scaling of
+dimensions that hardly vary."""
 
 Key = tuple[int, str]
 """Layer and module."""
@@ -44,7 +45,7 @@ Key = tuple[int, str]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One matrix that is edited."""
+    """Name and shape of one edited matrix."""
 
     layer: int
     module: str
@@ -57,7 +58,7 @@ class Shape:
 
     @property
     def shared(self) -> str:
-        """Names the network that it shares with others."""
+        """Name of the network that matrices of this shape share."""
         return f"{self.d_in}x{self.d_out}"
 
     @property
@@ -66,7 +67,7 @@ class Shape:
 
 
 class Editor(nn.Module):
-    """The networks of all matrices that are edited together; float32. As it is made, it changes nothing."""
+    """The networks of all edited matrices, float32. An untrained editor returns the plain gradient."""
 
     def __init__(self, shapes: Sequence[Shape], rank: int, rate: float = 1.0) -> None:
         super().__init__()
@@ -98,7 +99,7 @@ class Editor(nn.Module):
     def forward(
         self, key: Key, x: Float[Tensor, "*pair d_in"], vjp: Float[Tensor, "*pair d_out"]
     ) -> tuple[Float[Tensor, "*pair d_in"], Float[Tensor, "*pair d_out"]]:
-        """x̃ and −α δ̃ of some pairs: what to add to the matrix, as outer products. Pairs with δ = 0 give zeros."""
+        """x̃ and −α δ̃ of some pairs, whose outer products are added to the matrix. Pairs with δ = 0 give zeros."""
         shape = self.shapes[key]
         site, network = self.sites[shape.own], self.networks[shape.shared]
         assert isinstance(site, _MatrixEditor)
@@ -110,7 +111,7 @@ class Editor(nn.Module):
 
     @torch.no_grad()
     def normalise(self, key: Key, x: Float[Tensor, "pair d_in"], vjp: Float[Tensor, "pair d_out"]) -> None:
-        """Take mean and standard deviation, by dimension, from these pairs; those with δ = 0 do not count."""
+        """Set mean and standard deviation per dimension from these pairs; pairs with δ = 0 do not count."""
         there = (vjp != 0).any(-1)
         site = self.sites[self.shapes[key].own]
         assert isinstance(site, _MatrixEditor)
@@ -123,7 +124,7 @@ class Editor(nn.Module):
         site.std.copy_(torch.cat(stds))
 
     def save(self, path: str, about: Mapping[str, str]) -> None:
-        """A safetensors file; its header says the shapes and the rank, and `about` (the model's digest among it)."""
+        """Write a safetensors file; its header holds the shapes, the rank, and `about` with the model's digest."""
         shapes = " ".join(f"{s.layer}:{s.module}:{s.d_in}:{s.d_out}" for s in self.shapes.values())
         header = {"format": FORMAT, "shapes": shapes, "rank": str(self.rank), **about}
         try:
@@ -135,7 +136,7 @@ class Editor(nn.Module):
 
     @classmethod
     def load(cls, path: str, model_digest: str) -> "Editor":
-        """Raises BacklensError for another kind of file, and for another model's editor."""
+        """Read a file. Raises BacklensError for another kind of file, and for the editor of another model."""
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
@@ -157,7 +158,7 @@ class Editor(nn.Module):
 
 
 class _MatrixEditor(nn.Module):
-    """What is one matrix's own."""
+    """Parameters of one matrix."""
 
     mean: Tensor
     std: Tensor
@@ -167,13 +168,13 @@ class _MatrixEditor(nn.Module):
         self.scales = nn.Parameter(torch.ones(2, width))
         self.offsets = nn.Parameter(torch.zeros(2, width))
         self.log_rate = nn.Parameter(torch.tensor(rate).log())
-        """log α: an α learned as it is would not find its order of magnitude."""
+        """log α, because α itself would be learned too slowly across orders of magnitude."""
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
 
 
 class _Network(nn.Module):
-    """What matrices of one shape share."""
+    """Parameters that matrices of one shape share."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -183,22 +184,22 @@ class _Network(nn.Module):
 
     def forward(self, z: Float[Tensor, "*pair width"], site: _MatrixEditor) -> Float[Tensor, "*pair width"]:
         scales, offsets = site.scales, site.offsets
-        # clamp_min and not relu: its gradient at 0 is 1, where that of an editor that is yet to learn would be 0
+        # clamp_min has the gradient 1 at 0; relu has 0, and an untrained editor would not learn
         h = z + (scales[0] * (z @ self.down[0] @ self.up[0] + self.bias) + offsets[0]).clamp_min(0)
         return h + scales[1] * (h @ self.down[1] @ self.up[1]) + offsets[1]
 
 
 EditFactors = Mapping[Key, tuple[Float[Tensor, "edit pair d_in"], Float[Tensor, "edit pair d_out"]]]
-"""By matrix: u and v of every edit's pairs; pairs of zeros fill up."""
+"""u and v of every edit's pairs, by matrix; pairs of zeros are padding."""
 
 
 @dataclass(frozen=True)
 class Mend:
-    """W ← W − α Σ x̃ ⊗ δ̃ in every matrix that the editor was trained for; several requests are added up (§3.3)."""
+    """W ← W − α Σ x̃ ⊗ δ̃ in every matrix that the editor was trained for; several requests are added (§3.3)."""
 
     editor: Editor
     scale: float = 1.0
-    """Multiplies every α."""
+    """Factor of every α."""
 
     @torch.no_grad()
     def __call__(self, loaded: LoadedModel, *requests: Request) -> tuple[Delta, ...]:
@@ -217,7 +218,7 @@ def _there(v: Float[Tensor, "edit pair d_out"]) -> Bool[Tensor, " all"]:
 def raw_factors(
     loaded: LoadedModel, requests: Sequence[Request], layers: Sequence[int], modules: Sequence[str]
 ) -> EditFactors:
-    """(X, Δ) of every matrix, edit by edit; zeros at padding. The loss is summed over the target's tokens."""
+    """(X, Δ) of every matrix per edit; zeros at padding. The loss is summed over the target's tokens."""
     examples = [wordings(loaded, request, ("",))[0] for request in requests]
     batch = make_batch([(e.token_ids, e.target_ids) for e in examples], loaded.device)
     found: dict[Key, tuple[Tensor, Tensor]] = {}
@@ -233,7 +234,7 @@ def raw_factors(
 
 
 def edit_factors(loaded: LoadedModel, editor: Editor, requests: Sequence[Request]) -> EditFactors:
-    """What to add to each matrix for each edit, with a graph to the editor's parameters where grad mode is on."""
+    """The factors to add to each matrix per edit, with a graph to the editor's parameters if grad mode is on."""
     editor.to(loaded.device)
     raw = raw_factors(loaded, requests, editor.layers, editor.modules_edited)
     return {key: editor(key, *raw[key]) for key in editor.shapes}
@@ -243,9 +244,9 @@ def edit_factors(loaded: LoadedModel, editor: Editor, requests: Sequence[Request
 def factors_added(
     loaded: LoadedModel, factors: EditFactors, owner: Int[Tensor, " row"], shape: tuple[int, int]
 ) -> Iterator[None]:
-    """Let each row of a batch see the model with its owner's edit, differentiably, and leave the weights alone.
+    """Run each row of a batch with the edit of its owner, differentiably; the weights do not change.
 
-    For y = x W, y gains Σ over pairs (x · u) v: the same as W + Σ u ⊗ v, and no matrix is formed.
+    For y = x W, Σ over pairs (x · u) v is added to y. This equals W + Σ u ⊗ v, and no matrix is formed.
     """
     with ExitStack() as hooks:
         for (layer, module), (u, v) in factors.items():
@@ -259,7 +260,7 @@ def factors_added(
 
 @dataclass(frozen=True, eq=False)
 class _Addition:
-    """A forward hook."""
+    """Forward hook that adds low-rank factors to a module's output."""
 
     u: Float[Tensor, "row pair d_in"]
     v: Float[Tensor, "row pair d_out"]
@@ -268,7 +269,7 @@ class _Addition:
     shape: tuple[int, int]
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = args[0].reshape(*self.shape, -1).float()  # OPT's feed-forward matrices see their batch flattened
+        x = args[0].reshape(*self.shape, -1).float()  # OPT gives its feed-forward matrices a flattened batch
         added = (x @ self.u.mT) @ self.v
         columns = self.part_of(torch.arange(output.shape[-1], device=output.device))
         values = output.reshape(*self.shape, -1)

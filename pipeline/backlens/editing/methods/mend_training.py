@@ -1,13 +1,13 @@
 """Training of MEND's editor (Mitchell et al., arXiv 2110.11309, §3.1 and algorithm 1).
 
-A step takes some edits, each with an edited model of its own: the editor's output is added as low-rank factors to what
-the layers put out, so the model's weights are never changed and never given a gradient. The loss of a step is
+A step takes some edits, each with its own edited model: the editor's output is added as low-rank factors to the outputs
+of the layers, so the model's weights do not change and have no gradient. The loss of a step is
 
     L = L_e + c_loc · L_loc
     L_e    −log p(new target) after the prompt and its paraphrases, under the edit       equation 4a
     L_loc  KL(before ‖ after) of the next token after unrelated prompts and in texts     equation 4b
 
-which is theirs but for the side that is weighted (they have c_edit · L_e + L_loc). Only the editor learns.
+which differs from the paper in the term that is weighted (c_edit · L_e + L_loc there). Only the editor is trained.
 """
 
 import math
@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backlens.capture.batch import Batch, make_batch
+from backlens.editing.activations import encode, logits_of
 from backlens.editing.delta import matrix
-from backlens.editing.forward import encode, logits_of
 from backlens.editing.methods.mend import EditFactors, Editor, Shape, edit_factors, factors_added, raw_factors
 from backlens.editing.request import Request
 from backlens.errors import BacklensError
@@ -29,38 +29,38 @@ from backlens.models.load import LoadedModel
 
 FEED_FORWARD = ("mlp.up", "mlp.gate", "mlp.down")
 NORMALISED_OVER = 256
-"""Edits whose factors give the normalisation."""
+"""Number of edits whose factors give the normalisation."""
 AT_ONCE = 32
-"""Edits whose factors are held at a time for it."""
+"""Number of these edits whose factors are in memory at the same time."""
 RATES = tuple(10.0**power for power in (-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2))
-"""Learning rates of the plain gradient, of which the best on the first edits is where the α begin."""
+"""Learning rates of the plain gradient; the best one on the first edits is the initial α."""
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How an editor is trained."""
+    """Settings of the training of an editor."""
 
     layers: tuple[int, ...]
     rank: int = 64
     steps: int = 500
     batch: int = 8
-    """Edits in a step."""
+    """Edits per step."""
     lr: float = 3e-3
-    """Adam's; it falls to zero along a line."""
+    """Adam's learning rate; it falls linearly to zero."""
     locality: float = 1.0
-    """c_loc; the paper's c_edit of 0.1 comes to 10."""
+    """c_loc. The paper's c_edit of 0.1 equals a c_loc of 10."""
     unrelated: int = 4
-    """Unrelated prompts, and texts, for each edit of a step."""
+    """Number of unrelated prompts, and of texts, per edit of a step."""
     swapped: float = 0.5
-    """Share of edits that are given another one's target."""
+    """Share of edits that get the target of another edit."""
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What one edit is trained with, as token ids: what it should say, and what should stay."""
+    """Training data of one edit as token ids: targets that it should give, and predictions that it should keep."""
 
     request: Request
     said: Rows
@@ -69,7 +69,7 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Of a step, in nats."""
+    """Losses of a step, in nats."""
 
     edit: float
     locality: float
@@ -80,11 +80,11 @@ def train(
     requests: Sequence[Request],
     texts: Sequence[str],
     training: Training,
-    told: Callable[[int, Losses], None],
+    report: Callable[[int, Losses], None],
 ) -> Editor:
-    """An editor for the feed-forward matrices of some layers, trained on `requests`; `told` hears of every step.
+    """Train an editor for the feed-forward matrices of some layers on `requests`; `report` receives every step.
 
-    Raises BacklensError where there is nothing that an edit should leave alone.
+    Raises BacklensError if there are no texts and some requests have no neighbourhood.
     """
     torch.manual_seed(training.seed)
     draw = random.Random(training.seed)
@@ -105,14 +105,14 @@ def train(
         (edit + training.locality * locality).backward()
         torch.nn.utils.clip_grad_norm_(editor.parameters(), 1.0)
         optimizer.step()
-        told(step + 1, Losses(float(edit.detach()), float(locality.detach())))
+        report(step + 1, Losses(float(edit.detach()), float(locality.detach())))
     return editor.requires_grad_(False)
 
 
 def feed_forward_shapes(loaded: LoadedModel, layers: Sequence[int]) -> list[Shape]:
     shapes: list[Shape] = []
     for layer in layers:
-        matrix(loaded, layer, "mlp.down")  # refuses what cannot be edited
+        matrix(loaded, layer, "mlp.down")  # raises if it cannot be edited
         for module in FEED_FORWARD:
             if module in loaded.parts.blocks[layer].matrices:
                 shapes.append(Shape(layer, module, *matrix(loaded, layer, module).read().shape))
@@ -122,7 +122,7 @@ def feed_forward_shapes(loaded: LoadedModel, layers: Sequence[int]) -> list[Shap
 def losses(
     loaded: LoadedModel, editor: Editor, lessons: Sequence[Lesson]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """L_e and L_loc, each the mean over edits of the mean over its prompts, with a graph to the editor's parameters."""
+    """L_e and L_loc in nats: means over the prompts of an edit, then over edits; with a graph to the parameters."""
     with torch.enable_grad():
         factors = edit_factors(loaded, editor, [lesson.request for lesson in lessons])
         said = _scores(loaded, [lesson.said for lesson in lessons], factors)
@@ -137,15 +137,15 @@ def losses(
 
 @dataclass(frozen=True, eq=False)
 class _Scores:
-    """Log probabilities of the edits' rows, each under its own edit."""
+    """Log probabilities of the rows of edits, each under its own edit."""
 
     scores: Float[Tensor, "row step vocabulary"]
     batch: Batch
     share: Float[Tensor, " row"]
-    """One by the number of rows of the same edit, and by that of edits."""
+    """1 / (number of rows of the same edit × number of edits)."""
 
     def mean(self, values: Float[Tensor, "row step"]) -> Float[Tensor, ""]:
-        """Over steps, rows and edits in turn."""
+        """Mean over the steps of a row, then over the rows of an edit, then over edits."""
         mask = self.batch.target_mask
         return ((values * mask).sum(-1) / mask.sum(-1) * self.share).sum()
 
@@ -174,7 +174,7 @@ def _measure_normalisation(loaded: LoadedModel, editor: Editor, requests: Sequen
 
 @torch.no_grad()
 def _begin_with_the_best_rate(loaded: LoadedModel, editor: Editor, lessons: Sequence[Lesson]) -> None:
-    """Of the plain gradient, which an untrained editor is; by L_e + L_loc."""
+    """Set α to the rate with the lowest L_e + L_loc of the untrained editor, which is the plain gradient."""
     found: dict[float, float] = {}
     for rate in RATES:
         editor.begin_at(rate)
@@ -185,7 +185,7 @@ def _begin_with_the_best_rate(loaded: LoadedModel, editor: Editor, lessons: Sequ
 
 
 def _text_rows(loaded: LoadedModel, texts: Sequence[str]) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """Every next token of a text is compared."""
+    """Rows that compare every next token of a text."""
     ids = [loaded.tokenizer(text)["input_ids"] for text in texts]
     return [(each[:1], each[1:]) for each in ids if len(each) > 1]
 
@@ -193,10 +193,10 @@ def _text_rows(loaded: LoadedModel, texts: Sequence[str]) -> list[tuple[Sequence
 def _lessons(
     loaded: LoadedModel, requests: Sequence[Request], texts: Rows, training: Training, draw: random.Random
 ) -> list[Lesson]:
-    """Some edits, drawn anew, each with unrelated prompts and texts.
+    """Random edits, each with unrelated prompts and texts.
 
-    So that a few hundred edits are not learned by heart, the prompt that gives the gradient is any of the wordings, and
-    a share of the edits have the target of another one.
+    To prevent that a few hundred edits are memorised, the gradient comes from a random wording of the prompt, and a
+    share of the edits get the target of another edit.
     """
     chosen = draw.sample(list(requests), min(training.batch, len(requests)))
     made: list[Lesson] = []
@@ -213,7 +213,7 @@ def _lesson(
     said = [(prompt, request.target_new) for prompt in wordings]
     asked = replace(request, prompt=draw.choice(wordings), subject=None, slot=None)
     around = draw.sample(request.neighbourhood, min(unrelated, len(request.neighbourhood)))
-    # only where these prompts end is compared: the target is not read
+    # only the prediction at the end of these prompts is compared; the target is not read
     kept = [(prompt, request.target_new) for prompt in around]
     rows = [(e.token_ids, e.target_ids) for e in encode(loaded, said, request.where)]
     left = [(e.token_ids, e.target_ids[:1]) for e in encode(loaded, kept, request.where)] if kept else []

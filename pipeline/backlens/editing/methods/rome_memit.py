@@ -1,12 +1,10 @@
-"""What a place in the model should put out for the model to say a target: found by gradient descent, as in ROME.
+"""ROME and MEMIT: values found by gradient descent, and written by a closed form that changes other inputs least.
 
-For each request a vector d is added at one position to a module's output, so that over several prefixes the target
-becomes likely, while "{subject} is a" goes on as before (ROME's equation 4; the same in MEMIT). All requests of a batch
-are optimized side by side: each has its own d, and Adam treats every entry by itself.
+Both treat FF2 of a layer as a memory from keys (its inputs at the subject's last token) to values (its outputs).
 
-ROME and MEMIT: values found by gradient descent, written by a closed form that spares what the model has read.
-
-Both take FF2 of a layer as a memory from keys (its inputs, at the subject's last token) to values (its outputs).
+The search for values: per request, a vector d is added to a module's output at one position, so that the target
+becomes probable after several prefixes while the prediction after "{subject} is a" stays (ROME's equation 4; the same
+in MEMIT). All requests of a batch are optimized together: each has its own d, and Adam treats every entry by itself.
 """
 
 from collections.abc import Sequence
@@ -17,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from backlens.capture.batch import make_batch
-from backlens.editing.covariance import Moments, damped
-from backlens.editing.delta import Delta, edited, matrix
-from backlens.editing.forward import (
+from backlens.editing.activations import (
     EditSite,
+    Moments,
     added_to,
+    damped,
     down_input,
     encode,
     logits_of,
@@ -30,11 +28,12 @@ from backlens.editing.forward import (
     whole_values,
     wordings,
 )
+from backlens.editing.delta import Delta, edited, matrix
 from backlens.editing.methods.forward_shift import MODULE
 from backlens.editing.options import Place
 from backlens.editing.request import Request
 from backlens.models.load import LoadedModel
-from backlens.prompts.subject import SubjectPlace
+from backlens.prompts.prompt import SubjectPlace
 from backlens.prompts.tokenize import Example
 
 REQUESTS_AT_ONCE = 64
@@ -42,27 +41,27 @@ REQUESTS_AT_ONCE = 64
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """How values are looked for; as in ROME, but for a rate that means the same in models of any scale."""
+    """Settings of the search for values, as in ROME; but the rate is relative, so that it fits models of any scale."""
 
     steps: int = 20
     lr: float = 0.5
-    """Adam's, in root mean squares of the values before."""
+    """Adam's learning rate, relative to the root mean square of the values before the edit."""
     essence: float = 0.0625
     """Weight of KL(before ‖ after) at "{subject} is a"."""
     decay: float = 0.5
     """Weight of ‖d‖ / ‖value before‖²."""
     longest: float = 4.0
-    """The most that d may measure, in lengths of the value before."""
+    """Limit on ‖d‖, relative to the norm of the value before the edit."""
     enough: float = 5e-2
-    """A loss of all requests below which the search stops."""
+    """The search stops when the loss of every request is below this, in nats."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A request as the search sees it."""
+    """A request, encoded for the search."""
 
     wordings: tuple[Example, ...]
-    """Behind every prefix, the first of them empty."""
+    """The prompt after every prefix; the first prefix is empty."""
     essence: Example | None
     where: str
     at_subject: bool
@@ -79,14 +78,14 @@ class Edit:
         return cls(tuple(wordings(loaded, request, prefixes)), essence, request.where, at_subject)
 
     def place(self, example: Example) -> int:
-        """The position that is changed: the subject's last, or the prompt's."""
+        """The edited position: the last one of the subject or of the prompt."""
         return subject_last(example, self.where) if self.at_subject else len(example.token_ids) - 1
 
 
 def find_values(
     loaded: LoadedModel, edits: Sequence[Edit], site: EditSite, search: Search
 ) -> Float[Tensor, "edit width"]:
-    """d for each edit; float32."""
+    """One d per edit, float32."""
     chunks = [edits[start : start + REQUESTS_AT_ONCE] for start in range(0, len(edits), REQUESTS_AT_ONCE)]
     return torch.cat([_search(loaded, chunk, site, search) for chunk in chunks])
 
@@ -109,7 +108,7 @@ def _search(loaded: LoadedModel, edits: Sequence[Edit], site: EditSite, search: 
         with torch.enable_grad(), added_to(site.module, change, shape):
             scores = logits_of(loaded, batch).log_softmax(-1)
             nll = -scores.gather(-1, batch.targets[..., None]).squeeze(-1) * batch.target_mask
-            # prefixes of one edit are averaged, edits are not: one must not slow the other down
+            # the loss is a mean over prefixes, but not over edits, which would slow each other down
             said = torch.zeros(len(edits), device=d.device).index_add(
                 0, owner[spoken], nll[spoken].sum(-1) / batch.target_mask[spoken].sum(-1)
             ) / len(edits[0].wordings)
@@ -129,7 +128,7 @@ def _search(loaded: LoadedModel, edits: Sequence[Edit], site: EditSite, search: 
 
 
 def _before(loaded: LoadedModel, edits: Sequence[Edit], site: EditSite) -> Float[Tensor, "edit width"]:
-    """What the site puts out at the plain prompt's place."""
+    """The site's output at the edited position of the prompt without a prefix."""
     plain = make_batch([(e.wordings[0].token_ids, e.wordings[0].target_ids) for e in edits], loaded.device)
     places = torch.tensor([edit.place(edit.wordings[0]) for edit in edits], device=loaded.device)
     values = whole_values(loaded, plain, replace(site, side="output")).float()
@@ -138,7 +137,7 @@ def _before(loaded: LoadedModel, edits: Sequence[Edit], site: EditSite) -> Float
 
 @dataclass(frozen=True, eq=False)
 class _Change:
-    """Adds each row's d at its place."""
+    """Adds each row's d at the edited position."""
 
     d: Float[Tensor, "edit width"]
     owner: Int[Tensor, " row"]
@@ -155,9 +154,9 @@ class _Change:
 class Rome:
     """Rank-one model editing (Meng et al., arXiv 2202.05262): W ← W + (C⁻¹k*) ⊗ Λ, for y = x W.
 
-    With k* the key, mean over prefixes, Λ = d / (k · C⁻¹k*), where k is the prompt's own key and d what its value must
-    change by (equation 2; k instead of k* in the denominator is the authors' code). So k maps to the new value
-    exactly. Several requests are edited one after the other.
+    k* is the key, as the mean over prefixes. Λ = d / (k · C⁻¹k*), where k is the prompt's own key and d the wanted
+    change of its value (equation 2, with k for k* in the denominator as in the authors' code). So k maps to the new
+    value exactly. Several requests are edited one after another.
     """
 
     layer: int
@@ -181,17 +180,17 @@ class Rome:
 
 @dataclass(frozen=True)
 class Memit:
-    """Mass-editing memory (Meng et al., arXiv 2210.07229): many edits at once, spread over several layers.
+    """Mass-editing memory (Meng et al., arXiv 2210.07229): many edits at once, shared by several layers.
 
-    For each edit, z is what the last of the layers should put out (their equation 16). Then layer by layer, with
-    keys K and residuals R recomputed, each of the layers left takes an equal share r of R (their equation 20):
-    Δ = (λ C + KᵀK)⁻¹ Kᵀ R / r, rows of K and R being edits (equation 14, transposed).
+    Per edit, z is the wanted output of the last of the layers (equation 16 of the paper). Then, layer by layer, keys K
+    and residuals R are computed again, and the r layers that are left share R equally (equation 20):
+    Δ = (λ C + KᵀK)⁻¹ Kᵀ R / r, with one row of K and R per edit (equation 14, transposed).
     """
 
     layers: tuple[int, ...]
     moments: Moments
     weight: float = 15000.0
-    """λ: how many tokens of the text an edit is outweighed by."""
+    """λ: weight of the texts; the larger, the less an edit changes other inputs."""
     prefixes: tuple[str, ...] = ("",)
     place: Place = "subject"
     search: Search = field(default_factory=Search)
@@ -222,7 +221,7 @@ def spread(
 
 
 def keys_of(loaded: LoadedModel, edits: Sequence[Edit], layer: int) -> list[Float[Tensor, "prefix d_in"]]:
-    """FF2's inputs at the place of each wording."""
+    """FF2's inputs at the edited position of each wording."""
     matrix(loaded, layer, MODULE)
     flat = [(edit, example) for edit in edits for example in edit.wordings]
     sequences = [(example.token_ids, example.target_ids) for _, example in flat]
@@ -232,7 +231,7 @@ def keys_of(loaded: LoadedModel, edits: Sequence[Edit], layer: int) -> list[Floa
 
 
 def outputs_of(loaded: LoadedModel, edits: Sequence[Edit], site: EditSite) -> Float[Tensor, "edit width"]:
-    """What a site puts out at each plain prompt's place."""
+    """The site's output at the edited position of each prompt without a prefix."""
     examples = [edit.wordings[0] for edit in edits]
     places = [[edit.place(example)] for edit, example in zip(edits, examples, strict=True)]
     return torch.cat(values_at(loaded, [(e.token_ids, e.target_ids) for e in examples], places, site))

@@ -1,4 +1,4 @@
-"""The demo model's text: its tokenizer, and the sentences that state facts."""
+"""The demo model's tokenizer, and tokenized sentences that state facts."""
 
 import random
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ CONTEXT = 512
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """A tokenized sentence, as it reads at the start of a text and after another sentence."""
+    """A tokenized sentence, at the start of a text and after another sentence."""
 
     opening_ids: tuple[int, ...]
     following_ids: tuple[int, ...]
-    """The same with a leading space."""
+    """Ids with a leading space."""
     fact: int | None = None
-    """Index into the world's facts; filler states none."""
+    """Index of the fact in the world; None for filler."""
     tail: int = 0
-    """How many tokens, the object included, are left where the object starts."""
+    """Number of tokens from the object to the end, the object included."""
 
 
 def train_tokenizer(world: World, seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE in which each object is one token and each name is several.
 
-    Words are repeated and names are not: what occurs fewer than `min_frequency` times is not merged, so
-    syllables become tokens and the names made of them do not.
+    Words are repeated in the text and names are not. Pairs that occur fewer than `min_frequency` times are not merged,
+    so syllables become tokens, and names do not.
     """
     rng = random.Random(seed)
     wordings = [template for relation in RELATIONS for template in relation.templates + relation.held_out]
@@ -81,7 +81,7 @@ def _check_pieces(tokenizer: PreTrainedTokenizerFast, world: World) -> None:
 
 
 def tokenize_facts(world: World, tokenizer: PreTrainedTokenizerFast) -> list[list[Sentence]]:
-    """For each fact, its sentence in each training wording."""
+    """Per fact, its sentence in each training wording."""
     return [
         [
             sentence(tokenizer, f"{template.format(fact.subject)} {fact.object}.", index, fact)
@@ -94,6 +94,6 @@ def tokenize_facts(world: World, tokenizer: PreTrainedTokenizerFast) -> list[lis
 def sentence(
     tokenizer: PreTrainedTokenizerFast, text: str, index: int | None = None, fact: Fact | None = None
 ) -> Sentence:
-    """A text's tokens; `index` and `fact` say which fact it states, if it states one."""
+    """The tokens of a text; `index` and `fact` are the fact that it states, if any."""
     tail = len(tokenizer.encode(f" {fact.object}.")) if fact else 0
     return Sentence(tuple(tokenizer.encode(text)), tuple(tokenizer.encode(f" {text}")), index, tail)
