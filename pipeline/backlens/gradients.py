@@ -219,11 +219,12 @@ class MatrixGradient:
         if not 1 <= k <= self.lens.vocabulary:
             raise BacklensError(f"k {k}: give 1 to {self.lens.vocabulary}, the size of the vocabulary")
         vector = (self.x if self.module in READS else self.delta)[self._row(position)]
-        if not vector.any():
-            return []
         device = self.lens.unembedding.device
-        asked = Vectors.alone(vector[None].to(device), self.lens)
-        found, _ = project(asked, self.lens, torch.zeros(1, dtype=torch.long, device=device), k)
+        mapped = self.lens.basis(vector[None].to(device), self.layer)
+        if not mapped.any():
+            return []
+        no_target = torch.zeros(1, dtype=torch.long, device=device)
+        found, _ = project(Vectors.alone(mapped, self.lens), self.lens, no_target, k)
         ids: list[int] = getattr(found, f"{side}_ids")[0].tolist()
         scores: list[float] = getattr(found, f"{side}_scores")[0].tolist()
         return [Token.of(self.tokens[token], token, score) for token, score in zip(ids, scores, strict=True)]

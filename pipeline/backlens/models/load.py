@@ -49,6 +49,7 @@ from backlens.models.device_map import (
     refuse_missing,
     stored_dtype,
 )
+from backlens.models.layout import Layout
 from backlens.models.module_tree import input_device, verify_backward
 from backlens.models.vocabulary import token_ids
 from backlens.models.weight_keys import refuse_other_keys, verify_keys
@@ -192,6 +193,47 @@ def load_model(
     verify_backward(model, [block.module for block in parts.blocks])
     copies = tuple(torch.device("cuda", gpu) for gpu in placement.lens_copies)
     return LoadedModel(model, tokenizer, parts, source.attention, placed, zero3 is not None, copies)
+
+
+def adopt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout | None = None,
+    attention: Attention = "exact",
+) -> LoadedModel:
+    """Find the parts of a model in memory; call it, and everything that uses its result, inside `borrowed`.
+
+    Raises BacklensError as `find_parts` does, and where a matrix passes no gradient.
+    """
+    parts = find_parts(model, layout)
+    verify_backward(model, [block.module for block in parts.blocks])
+    return LoadedModel(model, tokenizer, parts, attention)
+
+
+@contextmanager
+def borrowed(model: PreTrainedModel, attention: Attention = "exact") -> Iterator[None]:
+    """Hold a model as a run holds it: evaluation mode, frozen weights, exact attention; then put everything back."""
+    training = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config: Any = model.config
+    own_attention, own_experts = config._attn_implementation, config._experts_implementation
+    run_attention = exact_attention(config) if attention == "exact" else own_attention
+    try:
+        model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        if run_attention != own_attention:
+            model.set_attn_implementation(run_attention)
+        yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        if config._attn_implementation != own_attention:
+            model.set_attn_implementation(own_attention)
+        if config._experts_implementation != own_experts:
+            model.set_experts_implementation(own_experts)
 
 
 def verify_checkpoint(source: ModelSource, config: PretrainedConfig) -> None:
