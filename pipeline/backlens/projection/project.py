@@ -89,7 +89,7 @@ class Vectors:
 
 @dataclass(frozen=True)
 class TopK:
-    """What a vector's scores say; each field is a column of the tables (`store.tables.projection_columns`).
+    """The ends of each vector's scores, and the target's place; each field is a column of the tables (`store.tables.projection_columns`).
 
     Fields that end in `_ids` are token ids.
     """
