@@ -1,4 +1,4 @@
-"""The lens, read off modules it has never seen by name."""
+"""The lens, read off modules of unknown names."""
 
 import pytest
 import torch

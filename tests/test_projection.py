@@ -1,4 +1,4 @@
-"""Exact selection: against a full sort in plain Python, however the vocabulary is cut."""
+"""Exact lists and ranks: against a full sort in plain Python, for any tiling of the vocabulary."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Lists and ranks are those of a full sort of the scores' definition, bit for bit, whatever the screening saw."""
+"""Lists and ranks equal those of a full sort of the exact scores, bit for bit, for any screening."""
 
 import os
 import subprocess

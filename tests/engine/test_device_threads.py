@@ -24,7 +24,7 @@ from backlens.prompts.prompt import Prompt
 from backlens.prompts.tokenize import Example
 from backlens.rows import BatchRows, RowOptions
 from tests.families import CONFIGS
-from tests.test_spread import EmulatedGpus
+from tests.test_device_map import EmulatedGpus
 from tests.tiny import byte_tokenizer, random_model
 
 PATIENCE = 20.0

@@ -89,9 +89,9 @@ class Vectors:
 
 @dataclass(frozen=True)
 class TopK:
-    """The ends of each vector's scores, and the target's place; each field is a column of the tables (`store.tables.projection_columns`).
+    """The ends of each vector's scores, and the target's place; each field is a column of the tables.
 
-    Fields that end in `_ids` are token ids.
+    `store.tables.projection_columns` declares the columns. Fields that end in `_ids` are token ids.
     """
 
     top_ids: Int[Tensor, "vector k"]
