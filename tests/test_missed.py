@@ -90,16 +90,19 @@ def looked_at_before(mlp: Any, x: Tensor) -> Tensor:
 
 
 FAULTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
-    "uncalled": (uncalled, "mlp.down of layer 1 cannot be had: mlp.down_proj is never called"),
+    "uncalled": (uncalled, "mlp.down of layer 1 cannot be captured: mlp.down_proj is never called"),
     "no-grad": (
         ungraphed,
-        "mlp.gate of layer 1 cannot be had: mlp.gate_proj gives an output without a graph",
+        "mlp.gate of layer 1 cannot be captured: mlp.gate_proj gives an output without a graph",
     ),
-    "twice": (twice, "mlp.down of layer 1 cannot be had: mlp.down_proj is called more than once"),
+    "twice": (twice, "mlp.down of layer 1 cannot be captured: mlp.down_proj is called more than once"),
     "chunks": (in_chunks, "computes (3, 2) tokens where the batch has (3, 5)"),
     "some prompts": (of_the_first_prompt, "computes (1, 5) tokens where the batch has (3, 5)"),
     "turned": (turned, "computes (5, 3) tokens where the batch has (3, 5)"),
-    "unused": (unused, "mlp.up of layer 1 cannot be had: mlp.up_proj was called, but the loss passes no"),
+    "unused": (
+        unused,
+        "mlp.up of layer 1 cannot be captured: mlp.up_proj was called, but the loss passes no",
+    ),
 }
 
 
@@ -149,7 +152,7 @@ def test_experts_that_are_computed_past_us_are_named(
     rows(model, checkpointing)  # experts that got no token have no rows, and that is no fault
     experts: Any = model.parts.blocks[1].experts and model.parts.blocks[1].experts.module
     experts.forward = lambda hidden, *_: hidden * experts.down_proj.mean()
-    with pytest.raises(MatrixMissed, match=r"of layer 1 cannot be had: \w+_proj is never called"):
+    with pytest.raises(MatrixMissed, match=r"of layer 1 cannot be captured: \w+_proj is never called"):
         rows(model, checkpointing)
     with pytest.raises(MatrixMissed, match="is never called"):
         verify_capture(model, [1], ["mlp.up"], activation_checkpointing=checkpointing)

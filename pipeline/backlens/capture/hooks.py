@@ -167,7 +167,7 @@ class _Account:
     def settle(self) -> None:
         """Raise MatrixMissed unless every VJP came back."""
         if not self.called:
-            raise self._missed("is never called: the model takes its weight past it, as fused kernels do")
+            raise self._missed("is never called: the model uses its weight without it, as fused kernels do")
         if not self.computed:
             raise self._missed("gives an output without a graph (no_grad, a detached input, or no tensor)")
         if self.awaited:
@@ -176,8 +176,8 @@ class _Account:
     def _missed(self, problem: str) -> MatrixMissed:
         names = ", ".join(module for module, _ in self.matrices)
         return MatrixMissed(
-            f"model: {names} of layer {self.layer} cannot be had: {self.path} {problem}; leave it out with --modules, "
-            "or load the model without what does that"
+            f"model: {names} of layer {self.layer} cannot be captured: {self.path} {problem}; leave it out with "
+            "--modules, or load the model in another form"
         )
 
 

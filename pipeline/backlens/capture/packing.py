@@ -188,9 +188,9 @@ SHARE = 0.6
 """Share of free memory that one batch may use: estimates err, and the shard's rows need memory too."""
 
 
-def most_tokens(asked: int | Literal["auto"], device: str) -> int:
+def most_tokens(batch_tokens: int | Literal["auto"], device: str) -> int:
     """Return the largest number of tokens per batch on a type of device."""
-    return (ON_CPU if device == "cpu" else ON_GPU) if asked == "auto" else asked
+    return (ON_CPU if device == "cpu" else ON_GPU) if batch_tokens == "auto" else batch_tokens
 
 
 class TokenBudget:
@@ -201,10 +201,10 @@ class TokenBudget:
     to the length, as in attention. If a batch does not fit all the same, half of it becomes the budget.
     """
 
-    def __init__(self, asked: int | Literal["auto"], device: torch.device) -> None:
-        self.most = most_tokens(asked, device.type)
+    def __init__(self, batch_tokens: int | Literal["auto"], device: torch.device) -> None:
+        self.most = most_tokens(batch_tokens, device.type)
         """Largest number of tokens in any batch."""
-        self._learns = asked == "auto"
+        self._learns = batch_tokens == "auto"
         self._fits: tuple[float, int] | None = None
         """Tokens that would have fit, and the length of the measured batch's prompts."""
 

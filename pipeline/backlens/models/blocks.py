@@ -196,11 +196,11 @@ def _describe(block: nn.Module, index: int, layout: Layout, config: PretrainedCo
 
 
 def _incomplete(index: int, unknown: Collection[str], family: str) -> str:
-    problem = f"model: block {index} of this {family} is not as we know it"
+    problem = f"model: block {index} of this {family} does not fit its layout"
     if unknown:
         problem += f": no module name covers its {', '.join(unknown)}"
     else:
-        problem += ": it has none of the matrices that we know"
+        problem += ": it has none of the layout's matrices"
     return f"{problem}; `backlens doctor --model …` prints a description to edit and give as --anatomy"
 
 

@@ -149,7 +149,7 @@ def _as_tail(acted: Sequence[nn.Module]) -> Tail:
     if len(norms) > 1 or len(linear) > 1 or list(acted) != norms + linear:
         names = ", ".join(type(module).__name__ for module in acted)
         raise BacklensError(
-            f"model: between its last block and its head we know a norm, then a linear map; this model has {names}"
+            f"model: between its last block and its head only a norm, then a linear map, are supported; it has {names}"
         )
     return Tail(norms[0] if norms else None, linear[0] if linear else None)
 
