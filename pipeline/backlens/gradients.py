@@ -1,4 +1,4 @@
-"""Gradients of prompts: the run's tables with texts beside ids, and the factors of each weight matrix."""
+"""The gradients of some prompts, as the run's tables with texts beside ids, and as factors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,11 +38,11 @@ class Token(str):
 
 
 class Gradients:
-    """The gradients of one prompt or of many.
+    """What the gradients of one prompt or of many say.
 
     `prompt`, `tokens`, `neurons`, `layers` and `failures` are the tables of a run over the same prompts, with the same
-    columns and rows, and the texts of token ids beside them. `g[layer, module]` is one weight matrix's gradient in
-    factored form; for several prompts, `g[prompt, layer, module]`.
+    columns and rows, and the texts of ids beside them. `g[layer, module]` is one weight matrix's gradient in factored
+    form; of several prompts, `g[prompt, layer, module]`.
     """
 
     def __init__(self, tables: dict[str, pa.Table], tokenizer: PreTrainedTokenizerBase, lens: Lens) -> None:
@@ -127,7 +127,7 @@ class Gradients:
         return f"; there are layers {min(layers)} to {max(layers)} of {', '.join(modules)}" if layers else ""
 
     def heatmap(self, module: str = "mlp.down", prompt: int | None = None) -> Heatmap:
-        """Make one prompt's heatmap of layers by positions: colours are norms of δ, texts are tokens of the lens."""
+        """One prompt's layers by positions: the colour is the norm of δ, the text is what the lens reads there."""
         prompts = self.prompt.table.to_pylist()
         if prompt is None and len(prompts) != 1:
             raise BacklensError(
@@ -184,26 +184,26 @@ class MatrixGradient:
 
     @property
     def matrix(self) -> Float[Tensor, "d_in d_out"]:
-        """G itself, d_in × d_out, computed when this is read."""
+        """G itself, d_in × d_out: formed here, on request."""
         return self.x.mT @ self.delta
 
     def promoted(self, position: int = -1, k: int = 10) -> list[Token]:
-        """Return the k tokens that a step of gradient descent raises at a position: lowest lens scores of δ first.
+        """The k tokens that a step of gradient descent writes at a position: the lowest lens scores of δ, lowest first.
 
         Raises BacklensError for a module that reads the residual stream: its x has no promoted side.
         """
         return self._side(position, k, "bottom", "promoted")
 
     def suppressed(self, position: int = -1, k: int = 10) -> list[Token]:
-        """Return the k tokens that a step of gradient descent lowers at a position: highest lens scores of δ first."""
+        """The k tokens that a step of gradient descent takes away at a position: the highest lens scores of δ."""
         return self._side(position, k, "top", "suppressed")
 
     def top(self, position: int = -1, k: int = 10) -> list[Token]:
-        """Return the k tokens with the highest lens scores of the residual side (x or δ), highest first."""
+        """The k tokens with the highest lens scores of the residual side (x or δ) at a position, highest first."""
         return self._listed(position, k, "top")
 
     def bottom(self, position: int = -1, k: int = 10) -> list[Token]:
-        """Return the k tokens with the lowest lens scores of the residual side (x or δ), lowest first."""
+        """The k tokens with the lowest lens scores of the residual side (x or δ) at a position, lowest first."""
         return self._listed(position, k, "bottom")
 
     def _side(self, position: int, k: int, side: str, word: str) -> list[Token]:
@@ -218,19 +218,19 @@ class MatrixGradient:
     def _listed(self, position: int, k: int, side: str) -> list[Token]:
         if not 1 <= k <= self.lens.vocabulary:
             raise BacklensError(f"k {k}: give 1 to {self.lens.vocabulary}, the size of the vocabulary")
-        vector = (self.x if self.module in READS else self.delta)[self._row(position)]
-        device = self.lens.unembedding.device
-        mapped = self.lens.basis(vector[None].to(device), self.layer)
-        if not mapped.any():
+        residual = self.x if self.module in READS else self.delta
+        vector = self.lens.basis(residual[self._row(position)], self.layer)
+        if not vector.any():
             return []
-        no_target = torch.zeros(1, dtype=torch.long, device=device)
-        found, _ = project(Vectors.alone(mapped, self.lens), self.lens, no_target, k)
+        device = self.lens.unembedding.device
+        asked = Vectors.alone(vector[None].to(device), self.lens)
+        found, _ = project(asked, self.lens, torch.zeros(1, dtype=torch.long, device=device), k)
         ids: list[int] = getattr(found, f"{side}_ids")[0].tolist()
         scores: list[float] = getattr(found, f"{side}_scores")[0].tolist()
         return [Token.of(self.tokens[token], token, score) for token, score in zip(ids, scores, strict=True)]
 
     def _row(self, position: int) -> int:
-        """Return the row of a position of the prompt; −1 is the last position that has a row."""
+        """The row of a position of the prompt; −1 is the last of those that are here."""
         if -len(self.positions) <= position < 0:
             return len(self.positions) + position
         if position in self.positions:
