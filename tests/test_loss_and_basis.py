@@ -1,4 +1,4 @@
-"""Another loss and another lens basis, written here, go all the way: against autograd and plain products."""
+"""Another loss and another lens basis, written here, against autograd and plain products."""
 
 import re
 from dataclasses import fields
