@@ -1,4 +1,4 @@
-"""How well what is captured of a tiny model agrees with autograd, with its own logits, and with itself in company."""
+"""Agreement of captured factors with autograd, of the lens with the logits, and of a batch with prompts alone."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 PROMPTS = [[5, 17], [7, 1, 2], list(range(40, 60)), [9, 9, 9, 9]]
 TARGETS = [[3], [250], [8], [77]]
 SMALLEST = 0.03
-"""A gradient that vanishes is rounding, and rounding is relative to what the backward pass carries: errors are taken
-relative to a gradient's norm, or to this share of the prompt's largest one."""
+"""Errors are relative to a gradient's norm, or to this share of the prompt's largest gradient: a vanishing gradient is
+only rounding."""
 
 Key = tuple[int, str, int | None]
 """Layer, module, expert."""
@@ -31,16 +31,16 @@ Captured = dict[Key, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Agreement:
-    """Relative errors, the largest over prompts, layers and experts; by module where they are of factors."""
+    """Largest relative errors over prompts, layers and experts; those of factors are by module."""
 
     gradient: dict[str, float]
-    """Of Xᵀ Δ against autograd's gradient of the weight."""
+    """Error of Xᵀ Δ against autograd's gradient of the weight."""
     batch: dict[str, float]
-    """Of x and δ in a batch of prompts of several lengths, against those of the prompt alone."""
+    """Error of x and δ in a batch of prompts of several lengths, against those of the prompt alone."""
     padding: dict[str, float]
     """The same with padding on the left."""
     lens: float
-    """Of the lens of the last block's output against the model's logits."""
+    """Error of the lens of the last block's output against the model's logits."""
 
 
 def measure(model: PreTrainedModel, case: str) -> Agreement:
@@ -56,7 +56,11 @@ def measure(model: PreTrainedModel, case: str) -> Agreement:
 
 
 def captured(
-    model: PreTrainedModel, rows: Sequence[int], side: Side = "right", *, recompute: bool = False
+    model: PreTrainedModel,
+    rows: Sequence[int],
+    side: Side = "right",
+    *,
+    activation_checkpointing: bool = False,
 ) -> list[Captured]:
     """(x, δ) of every weight matrix, for each of the given prompts in one batch."""
     loaded = LoadedModel(model, byte_tokenizer(), find_parts(model))
@@ -71,7 +75,9 @@ def captured(
                 found[int(prompt)][key] = x[own].clone(), vjp[own].clone()
 
     layers = range(len(loaded.parts.blocks))
-    capture(loaded, batch, layers, loaded.parts.modules, keep, activation_checkpointing=recompute)
+    capture(
+        loaded, batch, layers, loaded.parts.modules, keep, activation_checkpointing=activation_checkpointing
+    )
     return found
 
 
@@ -115,7 +121,7 @@ def _gradient(weight: object) -> Tensor:
 
 
 def _difference(found: Captured, expected: Captured) -> dict[Key, float]:
-    """Of x or δ, whichever is larger."""
+    """Return the larger error of x and δ."""
     assert found.keys() == expected.keys()
     largest = max(vjp.norm().item() for _, vjp in expected.values())
     return {

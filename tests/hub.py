@@ -20,7 +20,7 @@ class Hub:
         self.asked: list[str] = []
         """Method and path of every request."""
         self.silent = False
-        """Whether requests are taken and never answered."""
+        """True if requests are accepted and never answered."""
         self.endpoint = ""
 
     def push(self, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""What KubeRay's API says of the fields that our manifest uses: types, enumerations, and which must be there.
+"""KubeRay's API for the fields that our manifest uses: types, enumerations, required fields.
 
 Written by hand after the Go types of `ray.io/v1` (ray-project/kuberay, ray-operator/apis/ray/v1/raycluster_types.go)
 and Kubernetes' pod specification. No package that holds the definition itself was found. Fields that the manifest

@@ -1,4 +1,4 @@
-"""What the tables must say, computed the plain way: autograd on the weights, the model's own norm and head, a
+"""The expected tables, computed directly: autograd on the weights, the model's own norm and head, a
 full SVD, a full sort. One prompt at a time, in float64, sharing no code with the package.
 """
 

@@ -23,7 +23,7 @@ from urllib.request import urlopen
 from s3fs import S3FileSystem
 
 FAULTS = ("slow down", "internal error", "reset before", "reset after", "truncated")
-"""What becomes of a spoilt request: 503, 500, cut off before the server has it, after it, or within the answer."""
+"""Ways to spoil a request: 503, 500, cut off before the server has it, after it, or within the answer."""
 CODES = {"slow down": (503, "SlowDown"), "internal error": (500, "InternalError")}
 BUCKET = "runs"
 KEY = "key"
@@ -39,7 +39,7 @@ class S3Server:
 
     @property
     def store(self) -> S3FileSystem:
-        """What a bystander sees, past the proxy."""
+        """The server's content, read without the proxy."""
         return S3FileSystem(endpoint_url=self.direct, use_listings_cache=False)
 
     def faults(self) -> dict[str, int]:

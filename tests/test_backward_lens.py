@@ -225,7 +225,7 @@ def test_runs_from_python(folder: Path, tmp_path: Path):
     assert rows["token"].to_pylist() == list("the quick brown")
     assert opened.atlas.by_prompt(0).num_rows == len(opened.tokens(prompt=0))
     assert backlens.plan(**given, out=str(tmp_path / "planned")).expected.prompts == len(RECORDS)
-    with pytest.raises(BacklensError, match=r"run: no option 'modle'; did you mean 'model'\?"):
+    with pytest.raises(BacklensError, match=r"run: no option 'modle'; did you mean model\?"):
         backlens.run(modle="gpt2")
     with pytest.raises(BacklensError, match=r"run.json"):
         backlens.open(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Every family: factors against autograd, the lens against the model's logits, rows alone and in company.
+"""Every family: factors against autograd, the lens against the model's logits, prompts alone and in batches.
 
 `docs/models.md` is a table of the same measurements (`docs/write_models.py`).
 """
@@ -53,8 +53,8 @@ def test_factors_do_not_depend_on_neighbours_or_padding(agreement: Agreement) ->
 
 
 def test_factors_are_the_same_when_blocks_are_computed_twice(model: PreTrainedModel) -> None:
-    kept, recomputed = (captured(model, [2, 0], recompute=again) for again in (False, True))
-    for expected, found in zip(kept, recomputed, strict=True):
+    once, again = (captured(model, [2, 0], activation_checkpointing=option) for option in (False, True))
+    for expected, found in zip(once, again, strict=True):
         assert found.keys() == expected.keys()
         for key, factors in expected.items():
             for one, other in zip(found[key], factors, strict=True):

@@ -1,4 +1,4 @@
-"""The lens, read off modules it has never seen by name."""
+"""The lens, read off modules of unknown names."""
 
 import pytest
 import torch
@@ -10,8 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from backlens.errors import BacklensError
 from backlens.models.blocks import find_parts
-from backlens.models.final_norm import probe_norm
-from backlens.projection.lens import make_lens
+from backlens.projection.lens import make_lens, probe_norm
 from tests.tiny import CONFIGS, random_model
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""A matrix that a model uses in another way than by calling its module once is refused, never half in the rows."""
+"""A matrix that a model uses other than by calling its module once is refused; no rows are incomplete."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def loaded(folder: Path, family: str = "llama") -> LoadedModel:
     return load_model(ModelSource(str(folder)), torch.device("cpu"))
 
 
-def rows(model: LoadedModel, recompute: bool = False) -> Counter[tuple[int, str]]:
+def rows(model: LoadedModel, checkpointing: bool = False) -> Counter[tuple[int, str]]:
     """How many prompts came with each layer and module."""
     seen: Counter[tuple[int, str]] = Counter()
 
@@ -35,7 +35,7 @@ def rows(model: LoadedModel, recompute: bool = False) -> Counter[tuple[int, str]
 
     layers = range(len(model.parts.blocks))
     batch = make_batch(BATCH, torch.device("cpu"))
-    capture(model, batch, layers, model.parts.modules, count, activation_checkpointing=recompute)
+    capture(model, batch, layers, model.parts.modules, count, activation_checkpointing=checkpointing)
     return seen
 
 
@@ -90,68 +90,73 @@ def looked_at_before(mlp: Any, x: Tensor) -> Tensor:
 
 
 FAULTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
-    "uncalled": (uncalled, "mlp.down of layer 1 cannot be had: mlp.down_proj is never called"),
+    "uncalled": (uncalled, "mlp.down of layer 1 cannot be captured: mlp.down_proj is never called"),
     "no-grad": (
         ungraphed,
-        "mlp.gate of layer 1 cannot be had: mlp.gate_proj gives an output without a graph",
+        "mlp.gate of layer 1 cannot be captured: mlp.gate_proj gives an output without a graph",
     ),
-    "twice": (twice, "mlp.down of layer 1 cannot be had: mlp.down_proj is called more than once"),
+    "twice": (twice, "mlp.down of layer 1 cannot be captured: mlp.down_proj is called more than once"),
     "chunks": (in_chunks, "computes (3, 2) tokens where the batch has (3, 5)"),
     "some prompts": (of_the_first_prompt, "computes (1, 5) tokens where the batch has (3, 5)"),
     "turned": (turned, "computes (5, 3) tokens where the batch has (3, 5)"),
-    "unused": (unused, "mlp.up of layer 1 cannot be had: mlp.up_proj was called, but the loss passes no"),
+    "unused": (
+        unused,
+        "mlp.up of layer 1 cannot be captured: mlp.up_proj was called, but the loss passes no",
+    ),
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_matrix_that_is_passed_by_is_named(fault: str, recompute: bool, tmp_path: Path) -> None:
+def test_a_matrix_that_is_passed_by_is_named(fault: str, checkpointing: bool, tmp_path: Path) -> None:
     model = loaded(tmp_path)
     mlp: Any = model.parts.blocks[1].module.get_submodule("mlp")
     forward, says = FAULTS[fault]
     mlp.forward = lambda x: forward(mlp, x)
     with pytest.raises(MatrixMissed) as refused:
-        rows(model, recompute)
+        rows(model, checkpointing)
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("forward", [named, looked_at_before])
 def test_one_call_with_a_graph_is_enough(
-    forward: Callable[[Any, Tensor], Tensor], recompute: bool, tmp_path: Path
+    forward: Callable[[Any, Tensor], Tensor], checkpointing: bool, tmp_path: Path
 ) -> None:
     model = loaded(tmp_path)
     expected = rows(model)
     mlp: Any = model.parts.blocks[1].module.get_submodule("mlp")
     mlp.forward = lambda x: forward(mlp, x)
-    assert rows(model, recompute) == expected
+    assert rows(model, checkpointing) == expected
     assert set(expected.values()) == {3}
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_fused_matrix_that_is_passed_by_is_named_by_all_its_modules(
-    recompute: bool, tmp_path: Path
+    checkpointing: bool, tmp_path: Path
 ) -> None:
     model = loaded(tmp_path, "gpt2")
     fused = model.parts.blocks[0].module.get_submodule("attn.c_attn")
     fused.__class__ = type("PastHooks", (type(fused),), {"__call__": type(fused).forward})
     with pytest.raises(MatrixMissed, match=r"attn\.q, attn\.k, attn\.v of layer 0 .* attn\.c_attn is never"):
-        rows(model, recompute)
+        rows(model, checkpointing)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_experts_that_are_computed_past_us_are_named(family: str, recompute: bool, tmp_path: Path) -> None:
+def test_experts_that_are_computed_past_us_are_named(
+    family: str, checkpointing: bool, tmp_path: Path
+) -> None:
     model = loaded(tmp_path, family)
-    rows(model, recompute)  # experts that got no token have no rows, and that is no fault
+    rows(model, checkpointing)  # experts that got no token have no rows, and that is no fault
     experts: Any = model.parts.blocks[1].experts and model.parts.blocks[1].experts.module
     experts.forward = lambda hidden, *_: hidden * experts.down_proj.mean()
-    with pytest.raises(MatrixMissed, match=r"of layer 1 cannot be had: \w+_proj is never called"):
-        rows(model, recompute)
+    with pytest.raises(MatrixMissed, match=r"of layer 1 cannot be captured: \w+_proj is never called"):
+        rows(model, checkpointing)
     with pytest.raises(MatrixMissed, match="is never called"):
-        verify_capture(model, [1], ["mlp.up"], activation_checkpointing=recompute)
-    verify_capture(model, [0], ["mlp.up"], activation_checkpointing=recompute)
+        verify_capture(model, [1], ["mlp.up"], activation_checkpointing=checkpointing)
+    verify_capture(model, [0], ["mlp.up"], activation_checkpointing=checkpointing)
 
 
 def test_experts_under_no_grad_and_experts_called_twice_are_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the paper reports of gradients, seen in the tables of the demo model (arXiv 2402.12865, sections 3 to 5)."""
+"""The paper's findings about gradients, in the tables of the demo model (arXiv 2402.12865, sections 3 to 5)."""
 
 import subprocess
 import sys

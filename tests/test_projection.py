@@ -1,4 +1,4 @@
-"""Exact selection: against a full sort in plain Python, however the vocabulary is cut."""
+"""Exact lists and ranks: against a full sort in plain Python, for any tiling of the vocabulary."""
 
 from dataclasses import replace
 
@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backlens.models.final_norm import Norm
-from backlens.projection.lens import Lens
-from backlens.projection.project import GROUP, Vectors, extremes, project
+from backlens.projection.lens import Lens, Norm
+from backlens.projection.project import Vectors, project
+from backlens.projection.topk import GROUP, extremes
 
 finite = st.floats(min_value=-(2.0**100), max_value=2.0**100, width=32)
 

@@ -106,14 +106,21 @@ def test_factors_multiply_to_the_gradient_of_the_weights_that_they_stand_for(
 def test_checkpointing_and_passes_without_a_graph_change_nothing(quantized: LoadedModel) -> None:
     """The first pass of checkpointing has no graph, and neither has one that only asks for logits."""
     found = []
-    for recompute in (False, True, False):
+    for checkpointing in (False, True, False):
         factors: dict[tuple[int, str], torch.Tensor] = {}
 
         def keep(group: Sequence[Gradient], factors: dict[tuple[int, str], torch.Tensor] = factors) -> None:
             factors.update({(g.layer, g.module): g.vjp[0].clone() for g in group})
 
         batch = make_batch([(PROMPT, TARGET)], CPU)
-        capture(quantized, batch, range(3), quantized.parts.modules, keep, activation_checkpointing=recompute)
+        capture(
+            quantized,
+            batch,
+            range(3),
+            quantized.parts.modules,
+            keep,
+            activation_checkpointing=checkpointing,
+        )
         found.append(factors)
         with torch.no_grad():
             quantized.model(torch.tensor([PROMPT]))

@@ -1,4 +1,4 @@
-"""Lists and ranks are those of a full sort of the scores' definition, bit for bit, whatever the screening saw."""
+"""Lists and ranks equal those of a full sort of the exact scores, bit for bit, for any screening."""
 
 import os
 import subprocess
@@ -16,15 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backlens.models.final_norm import Norm
-from backlens.projection import candidates as sieve
-from backlens.projection import cpu as kernels
-from backlens.projection import float32_bound as screening
+from backlens.projection import cpu, topk
 from backlens.projection import project as projection
-from backlens.projection.exact import ExactScores
-from backlens.projection.float32_bound import ApproximateScores, Screening, prepare
-from backlens.projection.lens import Lens
-from backlens.projection.project import TopK, Vectors, project, spread_of
+from backlens.projection.lens import Lens, Norm
+from backlens.projection.project import TopK, Vectors, project, scored_rows
+from backlens.projection.scores import ApproximateScores, ExactScores, Screening, prepare
 
 WORDS = ("normal", "near ties", "duplicates", "whole numbers", "all the same", "of every length", "denormal")
 SIZES = (1.0, 1e30, 1e-30, 1e-40)
@@ -106,15 +102,14 @@ class Case:
 
 @contextmanager
 def running(loops: str) -> Iterator[None]:
-    """The compiled loops in one lane; in three that run out of room; PyTorch's operations in three lanes."""
+    """The compiled loops in one thread; in three that run out of room; PyTorch's operations in three threads."""
     threads = torch.get_num_threads()
     with ExitStack() as changed:
         torch.set_num_threads(1 if loops == "compiled" else 3)
         if loops == "torch":
-            changed.enter_context(mock.patch.object(sieve, "kernels", None))
-            changed.enter_context(mock.patch.object(screening, "kernels", None))
+            changed.enter_context(mock.patch.object(topk, "cpu", None))
         elif loops == "cramped":
-            changed.enter_context(mock.patch.object(kernels, "LEAST_ROOM", 1))
+            changed.enter_context(mock.patch.object(cpu, "LEAST_ROOM", 1))
         try:
             yield
         finally:
@@ -195,11 +190,11 @@ def test_a_projection_is_a_full_sort_when_there_is_no_room_for_doubts(
 @settings(max_examples=100, deadline=None)
 def test_a_screened_score_is_within_the_proven_error(case: Case, screening: Screening) -> None:
     lens = case.lens()
-    spread = spread_of(case.vectors(lens), lens, case.targets())
-    screen, stop = ApproximateScores(spread, lens, prepare(lens), screening), min(case.vocabulary, 640)
-    rows = torch.arange(len(spread.targets))
+    scored = scored_rows(case.vectors(lens), lens, case.targets())
+    screen, stop = ApproximateScores(scored, lens, prepare(lens), screening), min(case.vocabulary, 640)
+    rows = torch.arange(len(scored.targets))
     out = torch.cat([scores for _, scores in screen.tile(0, stop).scores()])
-    distance = (out.double() - ExactScores(spread, lens).of_tile(rows, 0, stop).double()).abs().amax(-1)
+    distance = (out.double() - ExactScores(scored, lens).of_tile(rows, 0, stop).double()).abs().amax(-1)
     sound = screen.sound()
     assert (distance <= screen.error(0, stop))[sound].all()
 
@@ -238,11 +233,11 @@ def test_loops_run_where_their_compilation_cannot_be_kept(tmp_path: Path) -> Non
     lines = (
         "import resource, numpy as np",
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))",  # as on a full disk
-        "from pipeline import kernels",
+        "from backlens.projection import cpu",
         "held = np.zeros(1, np.int64)",
         "ids, scores = np.zeros((1, 2), np.int64), np.zeros((1, 2), np.float32)",
         "pairs = np.zeros(3, np.int64), np.arange(3), np.float32([1, 3, 2])",
-        "kernels.keep_first(*pairs, ids, scores, held)",
+        "cpu.first_of_rows(*pairs, ids, scores, held)",
         "print(ids.tolist())",
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}

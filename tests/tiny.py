@@ -39,7 +39,7 @@ matrices:
   attn.v: self_attn.v_proj
   attn.o: self_attn.o_proj
 """
-"""As `--anatomy` has it, for models that are not known to be Llamas."""
+"""A layout for `--anatomy`, for models that are not known to be Llamas."""
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(
@@ -72,7 +72,7 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
-    """One token a byte: any text has as many tokens as bytes, and ids below 256 (then the special tokens)."""
+    """Make a tokenizer with one token per byte: ids below 256, then the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,7 +81,7 @@ def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder: Path, family: str = "gpt2", seed: int = 0, padding_side: str = "right") -> Path:
-    """A model with its tokenizer, as `from_pretrained` expects it."""
+    """Save a model with its tokenizer for `from_pretrained`."""
     random_model(CONFIGS[family], seed).save_pretrained(folder)
     tokenizer = byte_tokenizer()
     tokenizer.padding_side = padding_side

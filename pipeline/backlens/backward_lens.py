@@ -1,4 +1,4 @@
-"""A model and its lens: prompts in, rows of the run's tables out, for notebooks and for workers alike."""
+"""A model and its lens: prompts in, rows of the run's tables out, for notebooks and for workers."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backlens.capture.batch import Side, make_batch
 from backlens.capture.hooks import MatrixMissed, capture, verify_capture
-from backlens.capture.loss import Outcome
+from backlens.capture.loss import NLL, Loss, Outcome
 from backlens.capture.packing import (
     PROMPT_ERRORS,
     DeviceLost,
@@ -30,12 +30,11 @@ from backlens.errors import BacklensError
 from backlens.gradients import Gradients
 from backlens.models.checkpoint import Attention, Dtype, ModelSource
 from backlens.models.device_map import DeviceMapOptions
-from backlens.models.in_memory import adopt, borrowed
 from backlens.models.layout import read_layout
-from backlens.models.load import LoadedModel, load_model
+from backlens.models.load import LoadedModel, adopt, borrowed, load_model
 from backlens.models.module_tree import full_shape
 from backlens.models.zero3 import Zero3, whole_for_the_lens
-from backlens.projection.lens import Lens, Scaling, make_lens, verify_lens
+from backlens.projection.lens import IDENTITY, Basis, Lens, Scaling, make_lens, verify_lens
 from backlens.prompts.fields import records_of
 from backlens.prompts.prompt import Prompt, Rejected
 from backlens.prompts.source import one_line
@@ -44,7 +43,7 @@ from backlens.rows import BatchRows, Positions, RowOptions, batch_rows, sequence
 from backlens.terms import parse_layers, parse_modules
 
 FAILING = 8
-"""Prompts that raise before any was computed; beyond this number the model is at fault, not the prompts."""
+"""After this many prompts that raise, with none computed, the model is at fault and not the prompts."""
 
 NOT_FINITE = "the loss or a gradient is not a finite number; try --dtype float32"
 OUT_OF_MEMORY = "does not fit into memory, not even alone and with its activations computed twice"
@@ -71,13 +70,15 @@ class BackwardLens:
         anatomy: str | None = None,
         scaling: Scaling = "raw",
         vocabulary: Vocabulary = "tokenizer",
+        basis: Basis = IDENTITY,
         device: str | torch.device | None = None,
     ) -> None:
         """Load `model` from a directory or a hub id, or use a model and tokenizer that are in memory.
 
         A model in memory is used where it is, in its own dtype, and is left as it was: training mode, flags of
-        parameters, attention implementation and hooks. The options have the meaning of the flags of `backlens run`;
-        `revision`, `dtype`, `trust_remote_code`, `allow_pickle` and `device` are for models that are loaded here.
+        parameters, attention implementation and hooks. `basis` maps the vectors of a layer before norm and unembedding.
+        The other options have the meaning of the flags of `backlens run`; `revision`, `dtype`, `trust_remote_code`,
+        `allow_pickle` and `device` are for models that are loaded here.
 
         Raises BacklensError when the model cannot be loaded, or its numbers cannot be proven.
         """
@@ -92,7 +93,7 @@ class BackwardLens:
             source = ModelSource(model, revision, dtype, attention, trust_remote_code, allow_pickle, layout)
             where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             with torch.inference_mode(False):  # weights made in a caller's inference mode have no graph
-                self._hold(load_model(source, where), scaling, vocabulary)
+                self._hold(load_model(source, where), scaling, vocabulary, basis)
             self._in_memory = False
             return
         if tokenizer is None:
@@ -100,7 +101,7 @@ class BackwardLens:
                 "BackwardLens: give the tokenizer beside the model: BackwardLens(model, tokenizer)"
             )
         with torch.inference_mode(False), borrowed(model, attention):
-            self._hold(adopt(model, tokenizer, layout, attention), scaling, vocabulary)
+            self._hold(adopt(model, tokenizer, layout, attention), scaling, vocabulary, basis)
         self._in_memory = True
 
     @classmethod
@@ -114,7 +115,7 @@ class BackwardLens:
         device_map: DeviceMapOptions | None = None,
         zero3: Zero3 | None = None,
     ) -> "BackwardLens":
-        """Load a model as a worker holds it: on one device, spread over several, or partitioned over ranks."""
+        """Load a model as a worker holds it: on one device, on several, or partitioned over ranks."""
         made = cls.__new__(cls)
         made._hold(load_model(source, device, device_map, zero3), scaling, vocabulary)
         made._in_memory = False
@@ -128,19 +129,33 @@ class BackwardLens:
         made._any_computed, made._raised = False, 0
         return made
 
-    def _hold(self, loaded: LoadedModel, scaling: Scaling, vocabulary: Vocabulary) -> None:
+    def _hold(
+        self, loaded: LoadedModel, scaling: Scaling, vocabulary: Vocabulary, basis: Basis = IDENTITY
+    ) -> None:
         parts = loaded.parts
         self.loaded = loaded
         whole = whole_for_the_lens(parts) if loaded.partitioned else parts
-        self.lens = make_lens(whole, scaling, loaded.token_ids if vocabulary == "tokenizer" else None)
+        token_ids = loaded.token_ids if vocabulary == "tokenizer" else None
+        self.lens = make_lens(whole, scaling, token_ids, basis)
         verify_lens(loaded.model, parts, self.lens)
         self._lenses = (self.lens, *(self.lens.to(device) for device in loaded.lens_copies))
         self._any_computed, self._raised = False, 0
 
     def verify(self, options: RowOptions) -> None:
-        """Capture a few tokens. Raises MatrixMissed when a matrix would be missing from the tables."""
-        twice = options.activation_checkpointing or self.loaded.offloaded
-        verify_capture(self.loaded, options.layers, options.modules, activation_checkpointing=twice)
+        """Capture a short batch. Raises MatrixMissed when a matrix would be missing from the tables."""
+        verify_capture(
+            self.loaded,
+            options.layers,
+            options.modules,
+            activation_checkpointing=self._checkpoints(options),
+        )
+
+    def _checkpoints(self, options: RowOptions) -> bool:
+        """Say whether activations are checkpointed.
+
+        Without it, autograd would keep every offloaded block's weights on the device until the backward pass.
+        """
+        return options.activation_checkpointing or self.loaded.offloaded
 
     @property
     def layers(self) -> int:
@@ -149,12 +164,12 @@ class BackwardLens:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of the weight matrices that gradients are taken of."""
+        """Names of the weight matrices whose gradients can be computed."""
         return self.loaded.parts.modules
 
     @property
     def embedded_tokens(self) -> int:
-        """Number of token ids that the model has an embedding of."""
+        """Number of token ids that the model has an embedding for."""
         weight = self.loaded.model.get_input_embeddings().weight
         assert isinstance(weight, torch.Tensor)
         return full_shape(weight)[0]
@@ -178,21 +193,23 @@ class BackwardLens:
         top_k: int = 10,
         neurons: int = 16,
         target_mode: TargetMode = "first",
+        loss: Loss = NLL,
         prepend_bos: PrependBos = "auto",
         chat_template: bool = False,
         batch_tokens: "int | Any" = "auto",
         activation_checkpointing: bool = False,
         save_factors: bool | None = None,
     ) -> Gradients:
-        """Compute the gradient of −log p(target | prompt) of one prompt or of many, in factored form.
+        """Compute the gradient of a loss for one prompt or for many, in factored form.
 
         `prompt` is a text, a list of token ids, or a list of either; `target` and `subject` are then lists of the same
-        length. A list of records (`{"prompt": …, "target": …, "subject": …}`) is taken as well. The other options have
-        the meaning of the flags of `backlens run`, and the tables equal those of a run over the same prompts.
-        `save_factors` keeps x and δ of every position; by default for a single prompt.
+        length. A list of records (`{"prompt": …, "target": …, "subject": …}`) is taken as well. The loss is
+        −log p(target | prompt), in nats, unless another one is given. The other options have the meaning of the flags
+        of `backlens run`, and the tables equal those of a run over the same prompts. `save_factors` keeps x and δ of
+        every position; by default for a single prompt.
 
-        Raises BacklensError for options that the model has no answer to, and for a single prompt that fails; of many
-        prompts, those that fail are rows of `failures`.
+        Raises BacklensError for options that do not fit the model, and for a single prompt that fails; of many prompts,
+        those that fail are rows of `failures`.
         """
         records = records_of(
             prompt,
@@ -209,6 +226,7 @@ class BackwardLens:
             positions=positions,
             top_k=top_k,
             target_mode=target_mode,
+            loss=loss,
             neurons=neurons,
             save_factors=save_factors,
             activation_checkpointing=activation_checkpointing,
@@ -241,7 +259,7 @@ class BackwardLens:
         target_mode: TargetMode,
         chat_template: bool = False,
     ) -> tuple[list[Example], list[Rejected]]:
-        """Tokenize prompts as the model reads them; records that are token ids already are taken as they are."""
+        """Tokenize prompts for the model; records that are token ids already stay as they are."""
         context = context_length(self.loaded.model.config)
         texts = [record for record in records if isinstance(record, Prompt)]
         found = iter(
@@ -269,22 +287,25 @@ class BackwardLens:
         side: Side = "right",
         threads: bool | None = None,
     ) -> BatchRows:
-        """Compute one batch: every row of its prompts, padded on `side`.
+        """Compute all rows of one batch, padded on `side`.
 
-        Raises what torch and the model raise; `compute` finds out which prompt is at fault.
+        Errors of torch and of the model pass through; `compute` finds the prompt at fault.
         """
         sequences = [sequence(example, options.target_mode) for example in examples]
         batch = make_batch(sequences, self.loaded.device, side)
-        # Autograd would keep every offloaded block's weights on the device until the backward pass.
-        twice = options.activation_checkpointing or self.loaded.offloaded
-        options = replace(options, activation_checkpointing=twice)
+        options = replace(options, activation_checkpointing=self._checkpoints(options))
         return batch_rows(self.loaded, self._lenses, examples, batch, options, threads=threads)
 
     def dummy_pass(self, options: RowOptions) -> None:
-        """Run a one-token batch whose rows nobody wants: under ZeRO-3 every rank takes part in every pass."""
-        token = make_batch([([1], [1])], self.loaded.device)
-        twice = options.activation_checkpointing or self.loaded.offloaded
-        capture(self.loaded, token, (), (), lambda _: None, activation_checkpointing=twice)
+        """Run a one-token batch without rows: under ZeRO-3 every rank has to take part in every pass."""
+        capture(
+            self.loaded,
+            make_batch([([1], [1])], self.loaded.device),
+            (),
+            (),
+            lambda _: None,
+            activation_checkpointing=self._checkpoints(options),
+        )
 
     def compute(
         self,
@@ -295,10 +316,10 @@ class BackwardLens:
         alone: Collection[int] = (),
         announce: Callable[[Sequence[Example]], None] | None = None,
     ) -> "Computed":
-        """Compute prompts in batches of like length; a batch that fails is halved until the prompt at fault is alone.
+        """Compute prompts in batches of similar length; halve a batch that fails until the prompt at fault is alone.
 
-        `alone` are indices of examples that are computed first and by themselves; `announce` is told of each batch
-        before it is computed.
+        The examples in `alone` (indices) are computed first, in batches of their own; `announce` is called with each
+        batch before it is computed.
         """
         lengths = lengths_of(examples, options.target_mode)
         packer = Packer(lengths, alone)
@@ -328,11 +349,11 @@ class BackwardLens:
     def try_batch(
         self, batch: Sequence[Example], options: RowOptions, computed: "Computed"
     ) -> Exception | None:
-        """Compute a batch; return an error that its prompts or its size may be to blame for."""
+        """Compute a batch; return the error that its prompts or its size may have caused."""
         error = self.add_rows(batch, options, computed)
         if error is not None and is_out_of_memory(error):
             release_all()
-            if len(batch) == 1 and not (options.activation_checkpointing or self.loaded.offloaded):
+            if len(batch) == 1 and not self._checkpoints(options):
                 error = self.add_rows(batch, replace(options, activation_checkpointing=True), computed)
         release_freed_memory()
         return error
@@ -340,20 +361,20 @@ class BackwardLens:
     def add_rows(
         self, batch: Sequence[Example], options: RowOptions, computed: "Computed"
     ) -> Exception | None:
-        """Compute a batch once; raise DeviceLost where nothing works on the device any more."""
+        """Compute a batch once. Raises DeviceLost when this process can no longer use the device."""
         try:
             rows = self.rows(batch, options)
         except PROMPT_ERRORS as error:
             if is_device_lost(error):
                 raise DeviceLost(f"the device failed ({one_line(str(error))})") from error
-            # What was computed up to here hangs on the traceback.
+            # The traceback holds on to the batch's tensors.
             return error.with_traceback(None) if is_out_of_memory(error) else error
         computed.add(batch, rows)
         self._any_computed = True
         return None
 
     def _failure(self, example: Example, error: Exception) -> Rejected:
-        """The row of a prompt that failed alone. A model that fails at everything is no matter of prompts."""
+        """Make the row of a prompt that failed alone; raise its error if the model fails at every prompt."""
         if is_out_of_memory(error):
             return rejected_prompt(example.prompt, "out-of-memory", OUT_OF_MEMORY)
         self._raised += 1
@@ -374,11 +395,11 @@ class Computed:
         self.blocks: defaultdict[str, list[MatrixRows]] = defaultdict(list)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.padded = 0
-        """Tokens of the batches, padding included."""
+        """Number of tokens in the batches, padding included."""
         self.out_of_memory = 0
-        """Batches that did not fit."""
+        """Number of batches that did not fit into memory."""
         self.batch_tokens = 0
-        """Tokens that no batch may exceed, as far as is known by now."""
+        """Largest number of tokens per batch, as learned so far."""
         self._overflowed: list[int] = []
 
     def add(self, batch: Sequence[Example], rows: BatchRows) -> None:
@@ -391,7 +412,7 @@ class Computed:
         self._add_rows(rows.blocks, rows.seconds)
 
     def merge(self, other: "Computed") -> None:
-        """Take in what another process computed of the same shard."""
+        """Add what another process computed of the same shard."""
         self.examples += other.examples
         self.outcomes += other.outcomes
         self.failed += other.failed
@@ -406,7 +427,7 @@ class Computed:
             self.seconds[stage] += taken
 
     def tables(self, save_factors: bool) -> dict[str, pa.Table]:
-        """The run's tables of all batches, without the prompts whose numbers overflowed."""
+        """Make the run's tables of all batches, without prompts whose numbers overflowed."""
         names = ("layers", "neurons", "tokens", *(["factors"] if save_factors else []))
         tables = {name: fact_table(name, self.blocks.pop(name, [])) for name in names}
         tables["prompts"] = prompt_table(self.examples, self.outcomes)
@@ -414,12 +435,12 @@ class Computed:
 
 
 def _listed(chosen: "str | int | Sequence[Any]") -> str:
-    """Layers or modules as the command line has them."""
+    """Write layers or modules as on the command line."""
     return str(chosen) if isinstance(chosen, str | int) else ",".join(map(str, chosen))
 
 
 def lengths_of(examples: Sequence[Example], target_mode: TargetMode) -> list[int]:
-    """Positions that the model computes for each prompt, teacher-forced target tokens included."""
+    """Count the positions that the model computes for each prompt, teacher-forced target tokens included."""
     return [sum(map(len, sequence(example, target_mode))) - 1 for example in examples]
 
 

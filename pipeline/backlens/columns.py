@@ -1,11 +1,10 @@
-"""Rows of the tables as columns of NumPy arrays, one block per table, layer and module: what `extract.py` makes and
-`columns.py` turns into Arrow.
+"""Columns of the run's tables: NumPy arrays per weight matrix, and the Arrow tables made of them.
 
-Arrow tables from a shard's blocks of arrays, without a Python object per row.
+Arrow tables are made of arrays, without a Python object per row.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pyarrow as pa
@@ -23,43 +22,38 @@ from backlens.store.tables import FAILURES, MODULE, PROMPTS, TABLES, Table
 
 @dataclass(frozen=True)
 class Projections:
-    """Projection columns of a block's rows: a selection for the valid rows, nulls for the others."""
+    """Projection columns of some rows: those of `TopK` for the valid rows, nulls for the others."""
 
     valid: np.ndarray
-    top_ids: np.ndarray
-    top_scores: np.ndarray
-    bottom_ids: np.ndarray
-    bottom_scores: np.ndarray
-    target_score: np.ndarray
-    target_rank: np.ndarray
+    """True for rows that have a projection."""
+    columns: dict[str, np.ndarray]
+    """By column name; one row per valid row."""
 
     @classmethod
-    def of(cls, selection: TopK, valid: Bool[Tensor, " row"]) -> "Projections":
-        columns = {name: getattr(selection, name).cpu().numpy() for name in TopK.__dataclass_fields__}
-        return cls(valid=valid.cpu().numpy(), **columns)
+    def of(cls, found: TopK, valid: Bool[Tensor, " row"]) -> "Projections":
+        return cls(
+            valid.cpu().numpy(), {name: column.cpu().numpy() for name, column in found.columns().items()}
+        )
 
     def of_mixes(self, shape: torch.Size, mixes: slice) -> "Projections":
-        """The rows of some of every prompt's mixes, out of rows laid out (prompt, mix)."""
-        keep = np.zeros(shape, dtype=bool)
-        keep[:, mixes] = True
-        flat = keep.ravel()
-        kept = flat[self.valid]
-        columns = {
-            name: getattr(self, name)[kept] for name in Projections.__dataclass_fields__ if name != "valid"
-        }
-        return Projections(valid=self.valid[flat], **columns)
+        """Pick some of every prompt's mixes, out of rows laid out as (prompt, mix) of this shape."""
+        chosen = np.zeros(shape, dtype=bool)
+        chosen[:, mixes] = True
+        chosen = chosen.ravel()
+        rows = chosen[self.valid]
+        return Projections(self.valid[chosen], {name: column[rows] for name, column in self.columns.items()})
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """A list per row: every row's values end to end, and how many each row has."""
+    """A list per row: all values end to end, and the number of each row's."""
 
     values: np.ndarray
     lengths: np.ndarray
 
     @classmethod
     def of(cls, values: Float[Tensor, "row value"], lengths: np.ndarray | None = None) -> "Ragged":
-        """The first `lengths[i]` values of row i; the whole rows when no lengths are given."""
+        """Take the first `lengths[i]` values of row i, or whole rows if no lengths are given."""
         array = values.cpu().numpy()
         if lengths is None:
             lengths = np.full(len(array), array.shape[1])
@@ -68,7 +62,7 @@ class Ragged:
 
 @dataclass(frozen=True)
 class MatrixRows:
-    """Rows of one table for one weight matrix: plain columns, then lists, then projection columns."""
+    """Rows of one table for one weight matrix: plain columns, lists, and projection columns."""
 
     layer: int
     module: str
@@ -79,7 +73,7 @@ class MatrixRows:
 
 
 def fact_table(name: str, blocks: Sequence[MatrixRows]) -> pa.Table:
-    """The rows of one fact table, in the order of the blocks."""
+    """Make the Arrow table `name` of blocks of rows, in their order."""
     table = TABLES[name]
     if not blocks:
         return table.empty()
@@ -105,9 +99,15 @@ def fact_table(name: str, blocks: Sequence[MatrixRows]) -> pa.Table:
 
 
 def prompt_table(examples: Sequence[Example], outcomes: Sequence[Outcome]) -> pa.Table:
-    """The `prompts` rows of examples in the order of their batches' outcomes."""
-    loss = np.concatenate([o.loss.cpu().numpy() for o in outcomes]) if outcomes else np.empty(0)
-    columns = {
+    """Make the `prompts` table of examples, in the order of their batches' outcomes."""
+    facts = {
+        fact.name: np.concatenate([getattr(outcome, fact.name).cpu().numpy() for outcome in outcomes])
+        if outcomes
+        else np.empty(0)
+        for fact in fields(Outcome)
+    }
+    schema = PROMPTS.schema
+    columns = facts | {
         "prompt_id": [e.prompt.prompt_id for e in examples],
         "id": [e.prompt.id for e in examples],
         "prompt": [e.prompt.prompt for e in examples],
@@ -119,19 +119,15 @@ def prompt_table(examples: Sequence[Example], outcomes: Sequence[Outcome]) -> pa
         "n_tokens": [len(e.token_ids) for e in examples],
         "subject_start": [e.subject_start for e in examples],
         "subject_end": [e.subject_end for e in examples],
-        "loss": loss,
-        "target_prob": np.exp(-loss),
-        "target_rank": [int(r) for o in outcomes for r in o.target_rank.tolist()],
-        "predicted_id": [int(p) for o in outcomes for p in o.predicted_id.tolist()],
         "meta": [e.prompt.meta for e in examples],
     }
-    schema = PROMPTS.schema
     return _assemble(
         PROMPTS, {name: pa.array(column, schema.field(name).type) for name, column in columns.items()}
     )
 
 
 def failure_table(rejected: Sequence[Rejected]) -> pa.Table:
+    """Make the `failures` table."""
     return pa.Table.from_pylist(
         [
             {"prompt_id": r.prompt_id, "stage": r.stage, "error": r.error, "message": r.message}
@@ -142,7 +138,7 @@ def failure_table(rejected: Sequence[Rejected]) -> pa.Table:
 
 
 def without_prompts(table: pa.Table, prompt_ids: Sequence[int]) -> pa.Table:
-    """Drop the rows of prompts whose numbers mean nothing."""
+    """Drop the rows of some prompts."""
     if not prompt_ids:
         return table
     return table.filter(~pc.field("prompt_id").isin(list(prompt_ids)))
@@ -155,7 +151,7 @@ def _modules(names: Sequence[str], counts: Sequence[int]) -> pa.DictionaryArray:
 
 
 def _experts(experts: Sequence[int | None], counts: Sequence[int]) -> pa.Array:
-    """Null for matrices that see every token."""
+    """Make the `expert` column; null for matrices that see every token."""
     values = np.repeat([-1 if expert is None else expert for expert in experts], counts)
     return pa.array(values.astype(np.int16), pa.int16(), mask=values < 0)
 
@@ -163,15 +159,15 @@ def _experts(experts: Sequence[int | None], counts: Sequence[int]) -> pa.Array:
 def _projection_arrays(parts: Sequence[Projections], table: Table) -> dict[str, pa.Array]:
     valid = np.concatenate([part.valid for part in parts])
     arrays: dict[str, pa.Array] = {}
-    for key in ("top_ids", "top_scores", "bottom_ids", "bottom_scores"):
-        values = np.concatenate([getattr(part, key) for part in parts])
-        ragged = Ragged(values.ravel(), np.where(valid, values.shape[1], 0))
-        arrays[key] = _lists(ragged, valid, table.schema.field(key).type)
-    for key in ("target_score", "target_rank"):
-        values = np.concatenate([getattr(part, key) for part in parts])
-        spread = np.zeros(len(valid), values.dtype)
-        spread[valid] = values
-        arrays[key] = pa.array(spread, table.schema.field(key).type, mask=~valid)
+    for name in parts[0].columns:
+        values = np.concatenate([part.columns[name] for part in parts])
+        kind = table.schema.field(name).type
+        if pa.types.is_list(kind):
+            arrays[name] = _lists(Ragged(values.ravel(), np.where(valid, values.shape[1], 0)), valid, kind)
+        else:
+            every = np.zeros(len(valid), values.dtype)
+            every[valid] = values
+            arrays[name] = pa.array(every, kind, mask=~valid)
     return arrays
 
 

@@ -218,7 +218,8 @@ class MatrixGradient:
     def _listed(self, position: int, k: int, side: str) -> list[Token]:
         if not 1 <= k <= self.lens.vocabulary:
             raise BacklensError(f"k {k}: give 1 to {self.lens.vocabulary}, the size of the vocabulary")
-        vector = (self.x if self.module in READS else self.delta)[self._row(position)]
+        residual = self.x if self.module in READS else self.delta
+        vector = self.lens.basis(residual[self._row(position)], self.layer)
         if not vector.any():
             return []
         device = self.lens.unembedding.device

@@ -1,11 +1,11 @@
-"""From one batch to rows: capture, factors, lens and projection, group by group as the backward pass arrives.
+"""Rows of one batch: capture, factors, lens and projection, group by group as the backward pass arrives.
 
-On GPUs that is done in a thread for each lens, beside the model's own: the pass goes on to the previous GPU's blocks
-while this GPU projects. What waits to be projected takes the place of what the pass has freed by then: a Llama's
-factors are two thirds of what autograd kept of its blocks. Where blocks are recomputed it keeps next to nothing, so
-there each group is done where it arrives, and one GPU works at a time.
+On GPUs each lens has a thread of its own beside the model's: the backward pass goes on to the previous GPU's blocks
+while this GPU projects. Factors that wait to be projected replace what the pass has freed by then: a Llama's factors
+are two thirds of what autograd kept of its blocks. Under activation checkpointing autograd keeps next to nothing, so
+each group is projected at once, and one GPU works at a time.
 
-Rows leave as columns of NumPy arrays, one block per table, layer and module; nothing here knows Arrow or files.
+Rows are columns of NumPy arrays, one `MatrixRows` per table and weight matrix; `columns.py` turns them into Arrow.
 """
 
 import time
@@ -34,13 +34,14 @@ from backlens.capture.factors import (
     spectrum,
 )
 from backlens.capture.hooks import Gradient, capture
-from backlens.capture.loss import Outcome
+from backlens.capture.loss import NLL, Loss, Outcome
 from backlens.columns import MatrixRows, Projections, Ragged
 from backlens.models.load import LoadedModel
-from backlens.projection.float32_bound import Screening
 from backlens.projection.lens import Lens
-from backlens.projection.project import TopK, Vectors, extremes, project
+from backlens.projection.project import TopK, Vectors, project
+from backlens.projection.scores import Screening
 from backlens.projection.threads import at_once, device_threads
+from backlens.projection.topk import extremes
 from backlens.prompts.tokenize import Example, TargetMode
 from backlens.terms import READS
 
@@ -49,35 +50,38 @@ Positions = Literal["all", "last", "subject+last"]
 
 @dataclass(frozen=True, slots=True)
 class RowOptions:
-    """Which rows a prompt has, and how they are computed; each is a flag of `backlens run` under the same word."""
+    """The rows of a prompt, and how they are computed; all but `loss` are flags of `backlens run` by these names."""
 
     layers: tuple[int, ...]
     modules: tuple[str, ...]
     positions: Positions = "all"
     top_k: int = 10
     target_mode: TargetMode = "first"
+    loss: Loss = NLL
     neurons: int = 16
-    """Neurons kept per prompt, layer and module, by gradient norm; −1 keeps all."""
+    """Neurons per prompt, layer and module, by gradient norm; −1 for all."""
     save_factors: bool = False
     screening: Screening = "float32"
-    """The type of the products that pick tokens to be scored exactly; lists and ranks do not depend on it."""
+    """Type of the products that pick tokens to be scored exactly; lists and ranks do not depend on it."""
     activation_checkpointing: bool = False
-    """Keep the blocks' inputs alone in the forward pass, and compute each block again in the backward pass."""
+    """Keep only the blocks' inputs in the forward pass, and compute each block again in the backward pass."""
 
 
 @dataclass(frozen=True)
 class BatchRows:
-    """One batch's rows; `finite` is False for prompts whose numbers overflowed, whose rows mean nothing."""
+    """The rows of one batch."""
 
     outcome: Outcome
     finite: Bool[Tensor, " prompt"]
+    """False for prompts with a number that overflowed; their rows are meaningless."""
     blocks: dict[str, list[MatrixRows]]
+    """By table."""
     seconds: dict[str, float]
-    """By stage; together the time that the batch took. With several threads, those of the busiest."""
+    """By stage; their sum is the time of the batch. With several threads, those of the busiest."""
 
 
 def sequence(example: Example, target_mode: TargetMode) -> tuple[Sequence[int], Sequence[int]]:
-    """The prompt's ids and the target ids that the loss is taken over."""
+    """Return the prompt's token ids, and the target ids that the loss is taken over."""
     return example.token_ids, example.target_ids[:1] if target_mode == "first" else example.target_ids
 
 
@@ -93,9 +97,9 @@ def batch_rows(
 ) -> BatchRows:
     """Compute every row of a padded batch.
 
-    The first lens is the model's own; the others are its copies on further devices, for vectors that arise there. A
-    vector that arises where no lens is goes to the first. `threads` projects beside the model's thread: by default on
-    GPUs, unless blocks are computed twice.
+    The first lens is the model's own; the others are its copies on further devices, for the vectors of these devices.
+    Vectors of a device without a lens go to the first one. With `threads`, each lens projects in a thread beside the
+    model's: by default on GPUs, unless activations are checkpointed.
     """
     started = time.perf_counter()
     chosen = chosen_positions(examples, batch, options.positions)
@@ -109,8 +113,8 @@ def batch_rows(
     with device_threads(collectors) if threads else nullcontext(at_once) as hand_over:
 
         def consume(gradients: Sequence[Gradient]) -> None:
-            arisen = gradients[0].vjp.device
-            device = arisen if arisen in collectors else home
+            device = gradients[0].vjp.device
+            device = device if device in collectors else home
             hand_over(device, partial(collectors[device].add, gradients))
 
         outcome = capture(
@@ -119,10 +123,11 @@ def batch_rows(
             options.layers,
             options.modules,
             consume,
+            loss=options.loss,
             activation_checkpointing=options.activation_checkpointing,
             scored=lenses[0].scored,
         )
-    # In the order of the lenses and of each one's groups, whichever was done first.
+    # Rows are in the order of the lenses and of each one's groups, whichever finished first.
     finite = outcome.loss.isfinite()
     blocks: defaultdict[str, list[MatrixRows]] = defaultdict(list)
     for collector in collectors.values():
@@ -134,9 +139,9 @@ def batch_rows(
     return BatchRows(outcome, finite, dict(blocks), seconds)
 
 
-def _seconds(of_each: Sequence[Mapping[str, float]], side_by_side: bool) -> dict[str, float]:
-    """Those of the busiest, or of one after the other."""
-    if side_by_side:
+def _seconds(of_each: Sequence[Mapping[str, float]], threads: bool) -> dict[str, float]:
+    """Return the seconds of the busiest thread, or the sums of collectors that worked one after the other."""
+    if threads:
         return dict(max(of_each, key=lambda seconds: sum(seconds.values())))
     stages = dict.fromkeys(stage for each in of_each for stage in each)
     return {stage: sum(each.get(stage, 0.0) for each in of_each) for stage in stages}
@@ -145,6 +150,7 @@ def _seconds(of_each: Sequence[Mapping[str, float]], side_by_side: bool) -> dict
 def chosen_positions(
     examples: Sequence[Example], batch: Batch, positions: Positions
 ) -> Bool[Tensor, "prompt position"]:
+    """Find the tokens of a batch that get a row in `tokens`."""
     if positions == "all":
         return batch.mask
     index = batch.mask.cumsum(-1) - 1
@@ -161,7 +167,7 @@ def chosen_positions(
 
 
 class RowCollector:
-    """Collects a batch's rows as groups of gradients arrive that one lens projects; in one thread at a time."""
+    """Makes a batch's rows of the gradients that one lens projects; runs in one thread at a time."""
 
     def __init__(
         self,
@@ -180,11 +186,11 @@ class RowCollector:
         self._chosen = chosen
         self._prompt_ids = torch.tensor([example.prompt.prompt_id for example in examples])
         self._every_token: dict[torch.device, _Tokens] = {}
-        """By device: a model may be spread over several."""
+        """By device: a model may lie on several."""
 
     @torch.no_grad()
     def add(self, gradients: Sequence[Gradient]) -> None:
-        """Consume the gradients of modules that share their residual side."""
+        """Add the rows of gradients that share their input."""
         started = time.perf_counter()
         group = self._factor(gradients)
         factored = time.perf_counter()
@@ -227,22 +233,28 @@ class RowCollector:
         residual = parts[0].residual
         residual_gram = gram(residual)
         norm = self._lens.norm
-        centred_gram = gram(norm.centre(residual)) if norm.centred else residual_gram
+        mapped = self._lens.basis(residual, gradients[0].layer)
+        mapped_gram = residual_gram if mapped is residual else gram(mapped)
+        centred_gram = gram(norm.centre(mapped)) if norm.centred else mapped_gram
         modules = [_Module.of(part, residual_gram, self._options.neurons) for part in parts]
 
         mixes_BKT = torch.cat([module.mixes for module in modules], dim=1)
         wide = mixes_BKT.double()
-        mix_scale = self._lens.scale(_quadratic(wide, residual_gram), _quadratic(wide, centred_gram))
-        squared = residual_gram.diagonal(dim1=-2, dim2=-1)
+        mix_squared = _quadratic(wide, mapped_gram)
+        mix_scale = self._lens.scale(mix_squared, _quadratic(wide, centred_gram))
+        mix_wanted = torch.cat([module.mix_wanted for module in modules], dim=1)
+        if mapped is not residual:  # a basis may map a vector to zero
+            mix_wanted &= mix_squared > 0
+        squared = mapped_gram.diagonal(dim1=-2, dim2=-1)
         scale = self._lens.scale(squared, centred_gram.diagonal(dim1=-2, dim2=-1))
         tokens = self._tokens(slots, gradients[0].expert)
         vectors = Vectors(
-            residual=residual,
+            residual=mapped,
             scale=scale,
             wanted=tokens.chosen & (squared > 0),
             mixes=mixes_BKT,
             mix_scale=mix_scale,
-            mix_wanted=torch.cat([module.mix_wanted for module in modules], dim=1),
+            mix_wanted=mix_wanted,
         )
         return _Group(tokens, vectors, modules, residual_gram)
 
@@ -306,24 +318,25 @@ class RowCollector:
 
 @dataclass(frozen=True, eq=False)
 class _Tokens:
-    """What the tables say of the tokens in some slots."""
+    """Columns of the tokens in some slots."""
 
     slots: Slots
     chosen: Bool[Tensor, "row slot"]
     """Tokens that get a row in `tokens`."""
     positions: Int[Tensor, "row slot"]
-    """A column of a left-padded batch is not a position."""
+    """Positions in the prompts; padding is not counted."""
     token_ids: Int[Tensor, "row slot"]
     prompt_ids: Int[Tensor, " row"]
 
     @property
     def counts(self) -> np.ndarray:
+        """Number of tokens per prompt."""
         return self.slots.mask.sum(-1).cpu().numpy()
 
 
 @dataclass(frozen=True)
 class _Module:
-    """One module's share of a group: its statistics, and the mixes to project (leading direction, then neurons)."""
+    """One module of a group: its statistics, and the mixes to project (leading direction, then neurons)."""
 
     factors: Factors
     spectrum: Spectrum
@@ -364,5 +377,5 @@ class _Group:
 
 
 def _quadratic(mixes_BKT: Tensor, gram_BTT: Tensor) -> Float[Tensor, "prompt mix"]:
-    """a K aᵀ of every mix: the squared length of the mixed vector."""
+    """Compute a K aᵀ of every mix a: the squared length of the mixed vector."""
     return ((mixes_BKT @ gram_BTT) * mixes_BKT).sum(-1).clamp_min(0)

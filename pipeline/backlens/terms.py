@@ -14,7 +14,10 @@ MODULES = ("mlp.up", "mlp.gate", "mlp.down", "attn.q", "attn.k", "attn.v", "attn
 
 
 def parse_layers(text: str, count: int) -> tuple[int, ...]:
-    """`all`, or indices and ranges such as `0-5,11`, in ascending order."""
+    """Parse `all`, or indices and ranges such as `0-5,11`; return indices in ascending order.
+
+    Raises BacklensError for anything else, and for a layer that the model does not have.
+    """
     if text.strip() == "all":
         return tuple(range(count))
     chosen: set[int] = set()
@@ -30,7 +33,10 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
 
 
 def parse_modules(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """`mlp`, `attn`, `all`, or names of modules, in the order of MODULES."""
+    """Parse `mlp`, `attn`, `all`, or names of modules; return names in the order of MODULES.
+
+    Raises BacklensError for a name that is not in `known`.
+    """
     chosen: set[str] = set()
     for part in map(str.strip, text.split(",")):
         matching = [name for name in known if part in ("all", name, name.partition(".")[0])]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from backlens.models.recognition import draft_layout
+from backlens.models.recognition import propose_layout
 from tests.doctor.models import save
 from tests.doctor.test_doctor import doctor
 from tests.doctor.test_draft import UNKNOWN, without_weights
@@ -85,6 +85,6 @@ def test_without_a_description_nothing_is_unproven(tmp_path: Path) -> None:
 
 def test_a_draft_with_the_names_of_a_known_family_is_unproven_too() -> None:
     """Layouts may have all their paths in common and cut them differently."""
-    text = draft_layout(without_weights(UNKNOWN["glm"])).text
+    text = propose_layout(without_weights(UNKNOWN["glm"])).text
     assert text.count("unproven cut") == 2
     assert "a guess that no check proves" in " ".join(text.replace("#", "").split())

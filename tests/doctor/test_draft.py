@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from backlens.models.blocks import describe_blocks, find_parts, misfits
 from backlens.models.layout import LAYOUTS, Cut, Layout, read_layout
-from backlens.models.recognition import draft_layout, see_blocks
+from backlens.models.recognition import propose_layout, see_blocks
 from tests.doctor.models import RenamedConfig, save
 from tests.doctor.test_doctor import doctor
 from tests.engine.command import called, write_jsonl
@@ -33,7 +33,7 @@ GUESSED = {"nemotron", "persimmon", "lfm2", "exaone_moe", "renamed"}
 
 
 def drafted(model: PreTrainedModel, folder: Path) -> Layout:
-    (folder / "blocks.yaml").write_text(draft_layout(model).text)
+    (folder / "blocks.yaml").write_text(propose_layout(model).text)
     return read_layout(str(folder / "blocks.yaml"))
 
 
@@ -50,7 +50,7 @@ def test_an_unedited_draft_names_every_matrix_and_fits_every_width(family: str, 
     gate = set() if family in ("nemotron", "persimmon", "xglm", "openai-gpt") else {"mlp.gate"}
     assert set(found.modules) == {"mlp.up", "mlp.down", "attn.q", "attn.k", "attn.v", "attn.o"} | gate
     assert misfits(found.blocks, found.d_model) == []
-    assert bool(draft_layout(model).like) == (family not in GUESSED)
+    assert bool(propose_layout(model).like) == (family not in GUESSED)
     assert {what for block in found.blocks for what in block.not_covered.values()} <= {"the router"}
 
 
@@ -131,7 +131,7 @@ def test_the_printed_description_is_the_drafted_one(tmp_path: Path) -> None:
     shown = called("doctor", "--model", model)
     assert shown.status == 1
     assert "\nlayers 0-1:\n  self_attn.q_proj: 32 → 32\n" in shown.stdout
-    assert draft_layout(without_weights(UNKNOWN["lfm2"])).text in shown.stdout
+    assert propose_layout(without_weights(UNKNOWN["lfm2"])).text in shown.stdout
     assert "--anatomy FILE" in shown.stdout
     assert "failed: modules\n" in shown.stdout
 

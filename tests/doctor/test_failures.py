@@ -41,7 +41,7 @@ def test_a_weight_that_is_used_behind_its_modules_back(tmp_path: Path) -> None:
 def test_a_matrix_whose_module_is_never_called(tmp_path: Path) -> None:
     assert failures(tmp_path, PastConfig(**MODERN)) == {"weight gradients", "batch, right-padded"}
     shown = called("doctor", "--model", tmp_path / "model", "--anatomy", tmp_path / "blocks.yaml")
-    assert shown.stdout.count("mlp.down of layer 0 cannot be had: mlp.down_proj is never called") == 2
+    assert shown.stdout.count("mlp.down of layer 0 cannot be captured: mlp.down_proj is never called") == 2
 
 
 def test_parts_of_a_fused_matrix_that_leave_columns_out_or_hold_them_twice(tmp_path: Path) -> None:

@@ -115,9 +115,9 @@ def test_a_described_architecture_that_is_sound_runs(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("flaw", "says"),
     [
-        ("matrix", "block 1 of this odd is not as we know it: no module name covers its mlp.adapter"),
+        ("matrix", "block 1 of this odd does not fit its layout: no module name covers its mlp.adapter"),
         ("head", "the lens does not give this model's logits"),
-        ("uncalled", "mlp.down of layer 0 cannot be had: mlp.down_proj is never called"),
+        ("uncalled", "mlp.down of layer 0 cannot be captured: mlp.down_proj is never called"),
         ("norm", "the final norm (Running) is not affine up to a scalar per vector"),
     ],
 )
@@ -143,7 +143,7 @@ def test_prompts_for_which_a_matrix_is_passed_by_have_failed(
     assert finished.status == 1, finished.stderr
     failed = read(out, "failures").to_pylist()
     assert [(row["prompt_id"], row["error"]) for row in failed] == [(n, "matrix-missed") for n in (1, 2, 3)]
-    assert "mlp.down of layer 1 cannot be had: mlp.down_proj is never called" in failed[0]["message"]
+    assert "mlp.down of layer 1 cannot be captured: mlp.down_proj is never called" in failed[0]["message"]
     rows = read(out, "tokens").to_pylist()
     places = [(row["prompt_id"], row["layer"], row["module"], row["position"]) for row in rows]
     modules = ("mlp.up", "mlp.gate", "mlp.down")

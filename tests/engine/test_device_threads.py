@@ -4,7 +4,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from backlens.prompts.prompt import Prompt
 from backlens.prompts.tokenize import Example
 from backlens.rows import BatchRows, RowOptions
 from tests.families import CONFIGS
-from tests.test_spread import EmulatedGpus
+from tests.test_device_map import EmulatedGpus
 from tests.tiny import byte_tokenizer, random_model
 
 PATIENCE = 20.0
@@ -62,9 +62,7 @@ def rows(extracted: BatchRows) -> list[tuple[object, ...]]:
             for name, ragged in block.lists.items():
                 arrays |= {name: ragged.values, f"{name} lengths": ragged.lengths}
             if block.projections is not None:
-                arrays |= {
-                    part.name: getattr(block.projections, part.name) for part in fields(block.projections)
-                }
+                arrays |= {"valid": block.projections.valid, **block.projections.columns}
             values = {name: (array.dtype, array.tolist()) for name, array in arrays.items()}
             found.append((table, block.layer, block.module, block.expert, values))
     return found

@@ -26,7 +26,7 @@ from backlens import demo
 from backlens.atlas.tables import NEURON_WEIGHTS
 from backlens.config import Vocabulary
 from backlens.errors import BacklensError
-from backlens.models.blocks import Block, widths
+from backlens.models.blocks import Block, matrix_shape
 from backlens.models.checkpoint import ModelSource, Proof, pinned
 from backlens.models.layout import read_layout
 from backlens.models.load import load_model, prove
@@ -65,7 +65,7 @@ def _matrix(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
     if weight.is_floating_point() and weight.ndim == 2:
         return weight if isinstance(module, Conv1D) else weight.mT
     # Packed into other types and shapes (8 and 4 bits), it is what the module makes of each unit vector.
-    found = widths(module)
+    found = matrix_shape(module)
     assert found is not None
     bias = getattr(module, "bias", None)
     wide = bias.dtype if isinstance(bias, Tensor) else torch.float32

@@ -1,4 +1,4 @@
-"""Prompts padded into one batch, and which tokens of it the rows of a gradient stand for."""
+"""A batch of padded prompts, and the tokens of it that the rows of a gradient stand for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ Side = Literal["right", "left"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded prompts and where their loss is read. Every tensor is where the model takes its inputs."""
+    """Padded prompts, and where their targets are predicted. All tensors are on the model's input device."""
 
     input_ids: Int[Tensor, "prompt position"]
     mask: Bool[Tensor, "prompt position"]
@@ -30,19 +30,20 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Which tokens of a batch a gradient's rows are: every token, or those routed to an expert."""
+    """The tokens of a batch that a gradient's rows stand for: every token, or those routed to an expert."""
 
     prompts: Int[Tensor, " row"]
-    """Rows of the batch that have a token here, ascending."""
+    """Rows of the batch that have a token here, in ascending order."""
     columns: Int[Tensor, "row slot"]
-    """Columns of the batch, ascending; of no meaning where not `mask`."""
+    """Columns of the batch, in ascending order; undefined where `mask` is False."""
     mask: Bool[Tensor, "row slot"]
     """True at real tokens."""
     full: bool = False
-    """Whether all of them are known to be real, so that nothing has to be masked."""
+    """True if all of them are known to be real tokens, so that nothing has to be masked."""
 
     @classmethod
     def every(cls, batch: Batch) -> "Slots":
+        """Make the slots of every token of a batch."""
         prompts, positions = batch.mask.shape
         device = batch.mask.device
         columns = torch.arange(positions, device=device).expand(prompts, -1)
@@ -53,9 +54,9 @@ class Slots:
 
     @classmethod
     def routed(cls, tokens: Int[Tensor, " token"], batch: Batch) -> tuple["Slots", Tensor, Tensor, Tensor]:
-        """The slots of some tokens (indices into the flattened batch, ascending), and where each real one went.
+        """Make the slots of some tokens, given as indices into the flattened batch, in ascending order.
 
-        Returns the slots, the real tokens' places among `tokens`, and each one's row and slot.
+        Returns the slots, the places of the real tokens among `tokens`, and the row and slot of each.
         """
         width = batch.mask.shape[1]
         real = batch.mask.to(tokens.device).flatten()[tokens].nonzero().squeeze(-1)
@@ -74,10 +75,10 @@ def make_batch(
     device: torch.device,
     side: Side = "right",
 ) -> Batch:
-    """Pad (prompt ids, target ids) pairs; all target tokens but the last are teacher-forced behind the prompt.
+    """Pad (prompt ids, target ids) pairs; all target tokens but the last follow the prompt (teacher forcing).
 
-    A row is padded with its own first token. Attention gives padding a weight of zero, but zero times the values
-    of a token whose embedding is not finite would not be zero.
+    A row is padded with its own first token. Attention gives padding a weight of zero, but zero times the value
+    of a token whose embedding is not finite is not zero.
     """
     inputs = [[*prompt, *target[:-1]] for prompt, target in sequences]
     width, steps = max(map(len, inputs)), max(len(target) for _, target in sequences)

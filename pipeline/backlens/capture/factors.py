@@ -1,12 +1,12 @@
-"""What the factors of a gradient say without the gradient: norms, spectrum, neurons.
+"""Norms, spectrum and neurons of a gradient, from its factors alone.
 
 A gradient G = Xᵀ Δ is held as its residual side S (positions, d_model) and its other side O (positions, m):
 (X, Δ) for modules that read the residual stream, (Δ, X) for those that write to it. With the Gram matrices
-K_S = S Sᵀ and K_O = O Oᵀ, both n × n for n positions, everything here is an n × n problem. Gram matrices are
+K_S = S Sᵀ and K_O = O Oᵀ, n × n for n positions, everything here is an n × n problem. Gram matrices are
 float64: their eigenvalues are squares, and float32 would lose half the digits of small singular values.
 
 Shapes: B prompts, T positions, D d_model, M neurons. Padding rows of both sides are zero. For an expert's matrix,
-prompts and positions are those of its slots (`capture.Slots`).
+prompts and positions are those of its slots (`batch.Slots`).
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Factors:
     residual: Float[Tensor, "prompt position d_model"]
     other: Float[Tensor, "prompt position neuron"]
     finite: Bool[Tensor, " prompt"]
-    """Prompts of which every input and VJP is a finite number; the others' are zeros here."""
+    """True for prompts whose inputs and VJPs are all finite; the vectors of the others are zeros here."""
 
     @property
     def x(self) -> Float[Tensor, "prompt position d_in"]:
@@ -47,15 +47,15 @@ class Spectrum:
     """Singular values of G and its leading left direction on the residual side."""
 
     values: Float[Tensor, "prompt value"]
-    """Descending; as many as the padded positions (or d_model) allow, zeros behind a prompt's own."""
+    """In descending order; as many as there are padded positions (at most d_model), zeros behind a prompt's own."""
     rank: Int[Tensor, " prompt"]
-    """Singular values above σ₁ · max(d_model, m) · ε of float32, as `torch.linalg.matrix_rank` counts them."""
+    """Number of singular values above σ₁ · max(d_model, m) · ε of float32, as in `torch.linalg.matrix_rank`."""
     leading: Float[Tensor, "prompt position"]
-    """Coefficients over positions of the leading direction: unit length in d_model, largest entry positive."""
+    """The leading direction's coefficients over positions: length 1 in d_model, largest entry positive."""
 
 
 def factors_of(gradients: Sequence[Gradient]) -> list[Factors]:
-    """The factors of gradients that share their input, in float32 and with padding zeroed."""
+    """Make the factors of gradients that share their input: float32, with zeros at padding."""
     x, x_finite = masked(gradients[0].x, gradients[0].slots)
     found = []
     for gradient in gradients:
@@ -69,26 +69,28 @@ def factors_of(gradients: Sequence[Gradient]) -> list[Factors]:
 def masked(
     values: Float[Tensor, "prompt position width"], slots: Slots
 ) -> tuple[Float[Tensor, "prompt position width"], Bool[Tensor, " prompt"]]:
-    """Float32, zero at padding and throughout a prompt that has a non-finite entry at a real position; and which
-    prompts have none."""
+    """Return `values` in float32, and which prompts are finite.
+
+    Padding is zero, and so is every entry of a prompt that has a non-finite entry at a real position.
+    """
     values = values.float()
     if not slots.full:
         values = values.masked_fill(~slots.mask[..., None].to(values.device), 0.0)
-    # both pass on what is not a number; `isfinite` of every entry takes ten times as long
+    # amax and amin pass NaN on; `isfinite` of every entry takes ten times as long
     finite = values.flatten(1).amax(-1).isfinite() & values.flatten(1).amin(-1).isfinite()
-    if values.is_cuda or not finite.all():  # to ask a GPU would be to wait for it
+    if values.is_cuda or not finite.all():  # reading `finite` would wait for a GPU
         values = values.masked_fill(~finite[:, None, None], 0.0)
     return values, finite
 
 
 def gram(vectors: Float[Tensor, "prompt position width"]) -> Float[Tensor, "prompt position position"]:
-    """All inner products, in float64."""
+    """Compute all inner products, in float64."""
     vectors = vectors.double()
     return vectors @ vectors.mT
 
 
 def norms_of(gram: Float[Tensor, "prompt position position"]) -> Float[Tensor, "prompt position"]:
-    """The lengths of the vectors that a Gram matrix is of, in float32."""
+    """Read the lengths of the vectors off their Gram matrix, in float32."""
     return gram.diagonal(dim1=-2, dim2=-1).sqrt().float()
 
 
@@ -97,11 +99,11 @@ def spectrum(
     residual_gram: Float[Tensor, "prompt position position"],
     other_gram: Float[Tensor, "prompt position position"],
 ) -> Spectrum:
-    """Singular values of G = Sᵀ O from the n × n problem, or the d_model × d_model one where that is smaller.
+    """Compute the singular values of G = Sᵀ O, from n × n matrices or, if smaller, d_model × d_model ones.
 
     With H Hᵀ = K_S, the non-zero eigenvalues of G Gᵀ = Sᵀ K_O S are those of M = Hᵀ K_O H, and an eigenvector w of M
-    with value σ² gives the left direction u = Sᵀ a with a = K_O H w / σ², no division by small eigenvalues. H is S
-    itself, or Q Λ^½ with K_S = Q Λ Qᵀ.
+    with value σ² gives the left direction u = Sᵀ a with a = K_O H w / σ², without division by small eigenvalues.
+    H is S itself, or Q Λ^½ with K_S = Q Λ Qᵀ.
     """
     positions, d_model = factors.residual.shape[1:]
     if positions > d_model:
@@ -130,7 +132,7 @@ def frobenius(
     residual_gram: Float[Tensor, "prompt position position"],
     other_gram: Float[Tensor, "prompt position position"],
 ) -> Float[Tensor, " prompt"]:
-    """‖G‖² = Σ over position pairs of K_S ∘ K_O, so the norm needs no spectrum."""
+    """Compute ‖G‖ as the root of Σ K_S ∘ K_O over pairs of positions, without a spectrum."""
     return (residual_gram * other_gram).sum((-1, -2)).clamp_min(0).sqrt().float()
 
 
@@ -138,7 +140,7 @@ def neuron_norms(
     other: Float[Tensor, "prompt position neuron"],
     residual_gram: Float[Tensor, "prompt position position"],
 ) -> Float[Tensor, "prompt neuron"]:
-    """‖g_j‖ = sqrt(o_jᵀ K_S o_j) for every neuron j, with o_j its coefficients over positions."""
+    """Compute ‖g_j‖ = sqrt(o_jᵀ K_S o_j) for every neuron j, with o_j its coefficients over positions."""
     other = other.double()
     return (other * (residual_gram @ other)).sum(-2).clamp_min(0).sqrt().float()
 
@@ -147,6 +149,6 @@ def main_positions(
     coefficients: Float[Tensor, "prompt neuron position"],
     residual_gram: Float[Tensor, "prompt position position"],
 ) -> Int[Tensor, "prompt neuron"]:
-    """The position whose term other[i, j] · residual[i] is longest; the first one when several are."""
+    """Find the position whose term other[i, j] · residual[i] is longest; the first one if several are."""
     lengths = residual_gram.diagonal(dim1=-2, dim2=-1).sqrt()
     return (coefficients.double().abs() * lengths[:, None]).argmax(-1)

@@ -1,13 +1,13 @@
-"""One forward and one backward to activations; inputs and VJPs handed over module by module.
+"""One forward and one backward pass to activations: each matrix's input x and VJP δ, group by group.
 
 Weights never require grad: the graph starts at the embeddings' output, so nothing weight-sized is allocated.
-A forward hook keeps each module's input x and puts a hook on its output *tensor*, which receives the VJP δ
-(output-tensor hooks survive module reuse and do not wrap modules, DESIGN §8). As soon as every module that
-shares an input has its δ, the group is handed to the consumer and forgotten. Experts are watched one by one
-(`models/experts.py`); an expert's gradient has the rows of the tokens that were routed to it, and no others.
+A forward hook keeps each module's input x and puts a hook on its output *tensor*, which receives the VJP δ: hooks on
+tensors survive modules that are called twice, and do not wrap modules. As soon as every module that shares an input
+has its δ, the consumer gets the group. Experts are hooked one by one (`models/experts.py`); an expert's gradient has
+rows for the tokens that were routed to it alone.
 
-Every matrix that was asked for is awaited, by count: its module has to compute all tokens of the batch, once, and
-its VJP has to come back. A model that passes a module by (a fused kernel that takes its weight) is refused.
+Every requested matrix is accounted for: its module has to compute all tokens of the batch, once, and its VJP has to
+come back. A model that passes a module by (a fused kernel that takes its weight) is refused.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,9 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from backlens.capture.batch import Batch, Slots, make_batch
-from backlens.capture.loss import Outcome, _losses, _outcome
+from backlens.capture.loss import NLL, Loss, Outcome
 from backlens.errors import BacklensError
-from backlens.models.blocks import Experts, Located
+from backlens.models.blocks import Located
 from backlens.models.experts import Begin, Watcher, watching
 from backlens.models.load import LoadedModel
 from backlens.models.module_tree import PROBE_TOKENS, graph_from_embeddings
@@ -33,7 +33,7 @@ from backlens.terms import READS
 
 
 class MatrixMissed(BacklensError):
-    """A matrix that was asked for did not give its gradient exactly once; the rows of the batch are not complete."""
+    """A requested matrix did not give its gradient exactly once, so the rows of the batch are not complete."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Gradient:
     layer: int
     module: str
     expert: int | None
-    """None for a matrix that sees every token."""
+    """Index of the expert; None for a matrix that sees every token."""
     slots: Slots
     x: Float[Tensor, "row slot d_in"]
     vjp: Float[Tensor, "row slot d_out"]
 
 
 Consumer = Callable[[Sequence[Gradient]], None]
-"""Receives the gradients of modules that share their residual side: `x` is one tensor for all of them."""
+"""Takes the gradients of modules that share their input: `x` is one tensor for all of them."""
 
 
 def capture(
@@ -64,17 +64,19 @@ def capture(
     modules: Collection[str],
     consume: Consumer,
     *,
+    loss: Loss = NLL,
     activation_checkpointing: bool = False,
     scored: slice | Int[Tensor, " token"] = slice(None),
 ) -> Outcome:
     """Run `batch` and give `consume` every group of gradients of the chosen layers and modules, last layer first.
 
-    The loss is the sum over the batch: a mean would make a prompt's gradient depend on its neighbours. With
-    `activation_checkpointing` the forward pass keeps the blocks' inputs alone, and the backward pass computes each
-    block once more: a third more work, for the memory of one block instead of all. `scored` are the token ids that the
-    outcome counts among.
+    Gradients are those of the sum of `loss` over the batch: a mean would make a prompt's gradient depend on its
+    neighbours. With `activation_checkpointing` the forward pass keeps only the blocks' inputs, and the backward pass
+    computes each block again: a third more work, for the memory of one block instead of all. Ranks in the outcome
+    count the token ids in `scored`.
 
-    Raises MatrixMissed when a matrix does not give its gradient, all of it and once.
+    Raises MatrixMissed when a matrix does not give its whole gradient exactly once, BacklensError when `loss` does not
+    give one number per prompt.
     """
     accounts: list[_Account] = []
     with ExitStack() as hooks:
@@ -82,8 +84,8 @@ def capture(
         if loaded.attention == "exact":
             hooks.enter_context(sdpa_kernel(SDPBackend.MATH))
         if activation_checkpointing:
-            hooks.enter_context(_recomputed([block.module for block in loaded.parts.blocks]))
-        hooks.enter_context(only_loss_positions(loaded.parts.head, batch.loss_positions))
+            hooks.enter_context(_checkpointed([block.module for block in loaded.parts.blocks]))
+        hooks.enter_context(only_loss_positions(loaded.parts.head, loss.positions(batch)))
         slots_at = cache(Slots.every(batch).to)
         watchers: dict[nn.Module, Begin] = {}
         for layer in layers:
@@ -93,7 +95,8 @@ def capture(
                 accounts.append(_Account(layer, path, matrices))
                 hooks.enter_context(_hook(block.module.get_submodule(path), recorder.recording(accounts[-1])))
             if block.experts is not None:
-                of_experts = _expert_accounts(layer, block.experts, modules)
+                weights = _by_submodule(block.experts.matrices, modules)
+                of_experts = [_Account(layer, path, matrices) for path, matrices in weights]
                 accounts += of_experts
                 watchers[block.experts.module] = _expert_recording(of_experts, batch, consume)
         hooks.enter_context(watching(loaded.model, watchers))
@@ -103,10 +106,15 @@ def capture(
             position_ids=(batch.mask.cumsum(-1) - 1).clamp_min(0),
             use_cache=False,
         ).logits.float()
-        loss = _losses(logits_BSV, batch)
-        outcome = _outcome(logits_BSV.detach(), loss.detach(), batch, scored)
+        losses = loss(logits_BSV, batch.targets, batch.target_mask)
+        if losses.shape != (len(batch.mask),):
+            raise BacklensError(
+                f"loss: {type(loss).__name__} gives shape {tuple(losses.shape)} for {len(batch.mask)} prompts; give "
+                "one number per prompt, not their sum or mean"
+            )
+        outcome = loss.facts(logits_BSV.detach(), losses.detach(), batch, scored)
         del logits_BSV
-        loss.sum().backward()
+        losses.sum().backward()
     for account in accounts:
         account.settle()
     return outcome
@@ -119,7 +127,7 @@ def verify_capture(
     *,
     activation_checkpointing: bool = False,
 ) -> None:
-    """Capture a few tokens. Raises MatrixMissed when a matrix would be missing from the tables."""
+    """Capture a short batch. Raises MatrixMissed when a matrix would be missing from the tables."""
     tokens = range(1, PROBE_TOKENS + 1)
     capture(
         loaded,
@@ -133,20 +141,20 @@ def verify_capture(
 
 @dataclass(eq=False)
 class _Account:
-    """One weight that was asked for: whether it computed, with a graph, and which VJPs have not come back."""
+    """One requested weight: whether it was called with a graph, and how many VJPs have not come back."""
 
     layer: int
     path: str
-    """From the block, or of experts the name of their 3-D weight."""
+    """Path from the block; for experts, the name of their 3-D weight."""
     matrices: Sequence[tuple[str, Located]]
-    """The modules that it computes."""
+    """The modules that it computes, by name."""
     called: bool = False
     computed: bool = False
-    """With a graph; where blocks are recomputed, the first call is without."""
+    """True after a call with a graph; under activation checkpointing the first call has none."""
     awaited: int = 0
 
     def compute(self, mask: Bool[Tensor, "prompt position"], *values: Tensor) -> None:
-        """Note a call with a graph, by the tensors that should hold every token of the batch."""
+        """Record a call with a graph. `values` are the tensors that should hold every token of the batch."""
         if self.computed:
             raise self._missed("is called more than once in a pass")
         for each in values:
@@ -157,9 +165,9 @@ class _Account:
         self.computed = True
 
     def settle(self) -> None:
-        """Raises MatrixMissed unless everything came back."""
+        """Raise MatrixMissed unless every VJP came back."""
         if not self.called:
-            raise self._missed("is never called: the model takes its weight past it, as fused kernels do")
+            raise self._missed("is never called: the model uses its weight without it, as fused kernels do")
         if not self.computed:
             raise self._missed("gives an output without a graph (no_grad, a detached input, or no tensor)")
         if self.awaited:
@@ -168,13 +176,13 @@ class _Account:
     def _missed(self, problem: str) -> MatrixMissed:
         names = ", ".join(module for module, _ in self.matrices)
         return MatrixMissed(
-            f"model: {names} of layer {self.layer} cannot be had: {self.path} {problem}; leave it out with --modules, "
-            "or load the model without what does that"
+            f"model: {names} of layer {self.layer} cannot be captured: {self.path} {problem}; leave it out with "
+            "--modules, or load the model in another form"
         )
 
 
 class _LayerRecorder:
-    """Inputs and VJPs of one layer's modules until a group that shares an input is complete."""
+    """Holds inputs and VJPs of one layer's modules until a group that shares an input is complete."""
 
     def __init__(self, layer: int, slots_at: Callable[[torch.device], Slots], consume: Consumer) -> None:
         self._layer = layer
@@ -184,15 +192,15 @@ class _LayerRecorder:
         self._expected: dict[object, int] = {}
 
     def recording(self, account: _Account) -> Callable[..., None]:
-        """A forward hook for the submodule that holds the account's matrices."""
+        """Make a forward hook for the submodule that holds the account's matrices."""
 
         def on_forward(
             _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
         ) -> None:
             account.called = True
             if not isinstance(output, Tensor) or not output.requires_grad:
-                return  # to be computed once more, with a graph
-            # Not in the backward pass: there a copy from another GPU would wait for what that one projects.
+                return  # the call with a graph comes later
+            # Copied here and not in the backward pass, where a copy from another GPU would wait for its projections.
             slots = self._slots_at(output.device)
             x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach()
             account.compute(slots.mask, x, output)
@@ -206,17 +214,17 @@ class _LayerRecorder:
 
     @staticmethod
     def _by_prompt(values: Tensor, slots: Slots) -> Float[Tensor, "prompt position width"]:
-        """OPT's feed-forward matrices see their batch flattened; everywhere else this is a view of itself."""
+        """Give `values` the batch's shape: OPT's feed-forward matrices see their batch flattened."""
         return values.view(*slots.mask.shape, values.shape[-1])
 
     @staticmethod
     def _group(module: str, x: Tensor) -> object:
-        # Modules that read one tensor (q, k, v; gate, up) have one residual side: found by identity, not by name.
+        # Modules that read one tensor (q, k, v; gate, up) share their residual side; the tensor tells, not the name.
         return (x.data_ptr(), x.shape) if module in READS else module
 
     def _receive(self, group: object, slots: Slots, x: Tensor, account: _Account, vjp: Tensor | None) -> None:
         if vjp is None:
-            return  # nothing was passed back to this output; it stays awaited
+            return  # the loss does not depend on this output, which stays awaited
         account.awaited -= 1
         received = self._waiting.setdefault(group, {})
         for module, matrix in account.matrices:
@@ -224,19 +232,15 @@ class _LayerRecorder:
             self._expected[group] -= 1
         if self._expected[group] == 0:
             del self._waiting[group], self._expected[group]
-            # An input that comes from another device is moved inside the module, which the hook does not see.
+            # The module itself moves an input from another device, which the hook does not see.
             x = x.to(slots.mask.device)
             self._consume(
                 [Gradient(self._layer, name, None, slots, x, vjp) for name, vjp in received.items()]
             )
 
 
-def _expert_accounts(layer: int, experts: Experts, modules: Collection[str]) -> list[_Account]:
-    return [_Account(layer, path, matrices) for path, matrices in _by_submodule(experts.matrices, modules)]
-
-
 def _expert_recording(accounts: Sequence[_Account], batch: Batch, consume: Consumer) -> Begin:
-    """Hands over an expert's gradients as the δ of each of its weights arrives."""
+    """Make a watcher that hands over an expert's gradients when the δ of one of its weights arrives."""
     by_weight = {account.path: account for account in accounts}
 
     def begin(hidden_states: Tensor) -> Watcher:
@@ -251,10 +255,10 @@ def _expert_recording(accounts: Sequence[_Account], batch: Batch, consume: Consu
         if account is None or not torch.is_grad_enabled():
             return
         x = x.detach()
-        # Not in the backward pass: this waits for the device, which projects then.
+        # Computed here and not in the backward pass: this waits for the device, which is projecting then.
         slots, real, row, slot = Slots.routed(tokens, batch)
         if not len(real):
-            return  # only padding came this way
+            return  # only padding was routed here
         account.awaited += 1
         if not output.requires_grad:
             return
@@ -286,7 +290,7 @@ def _expert_recording(accounts: Sequence[_Account], batch: Batch, consume: Consu
 def _by_submodule(
     matrices: Mapping[str, Located], modules: Collection[str]
 ) -> Iterator[tuple[str, list[tuple[str, Located]]]]:
-    """The chosen modules by the submodule that computes them: a fused one computes several."""
+    """Group the chosen modules by the submodule that computes them: a fused one computes several."""
     chosen = {name: matrix for name, matrix in matrices.items() if name in modules}
     for path in dict.fromkeys(matrix.path for matrix in chosen.values()):
         yield path, [(name, matrix) for name, matrix in chosen.items() if matrix.path == path]
@@ -302,14 +306,14 @@ def _hook(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Let each block forget what it computed, and compute it again when its gradient is wanted.
+def _checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep only each block's input in the forward pass, and compute the block again in the backward pass.
 
-    The reentrant form of checkpointing: its first pass has no graph, so hooks act in the second one alone. Ours, not
-    transformers': theirs works in train mode only, where dropout is active.
+    This is the reentrant form of checkpointing: its first pass has no graph, so hooks act in the second pass alone.
+    transformers' own checkpointing works in train mode only, where dropout is active.
     """
 
-    def forgetful(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             again = partial(forward, **kwargs)
             return checkpoint(again, hidden_states, *args, use_reentrant=True, preserve_rng_state=False)
@@ -319,7 +323,7 @@ def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     own = [vars(block).get("forward") for block in blocks]  # libraries that dispatch a model put theirs there
     try:
         for block in blocks:
-            block.forward = forgetful(block.forward)
+            block.forward = checkpointed(block.forward)
         yield
     finally:
         for block, forward in zip(blocks, own, strict=True):
@@ -331,7 +335,7 @@ def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def only_loss_positions(head: nn.Module, positions: Int[Tensor, "prompt step"]) -> Iterator[None]:
-    """Feed the head only the positions whose logits the loss reads: (prompt, step, vocabulary), not every position."""
+    """Feed the head only `positions`, so that logits are (prompt, step, vocabulary) and not of every position."""
 
     def gather(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]

@@ -1,9 +1,13 @@
-"""The loss of each prompt, and what the forward pass says about its target."""
+"""The loss whose gradients are read, and what `prompts` says of each prompt's forward pass.
 
-from dataclasses import dataclass
+A loss is an object that maps logits to one number per prompt. `NLL` is the one of the paper; another one subclasses
+`Loss` and is passed to `BackwardLens.gradient(loss=…)` or `capture(loss=…)`.
+"""
+
+from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from backlens.capture.batch import Batch
@@ -11,33 +15,90 @@ from backlens.capture.batch import Batch
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the forward pass said, per prompt; float32."""
+    """Facts of a batch's forward pass, one value per prompt; each field is a column of `prompts`."""
 
     loss: Float[Tensor, " prompt"]
-    """−log p(target | prompt), summed over the target's tokens, natural logarithm."""
+    """The loss whose gradients are taken, float32; in nats for `NLL`."""
+    target_prob: Float[Tensor, " prompt"]
+    """p(target | prompt), over all target tokens that are used, float32."""
     target_rank: Int[Tensor, " prompt"]
-    """Rank of the first target token among the model's logits of scored tokens (0 = largest)."""
+    """Number of scored tokens with a larger logit than the target's first token (0 = predicted)."""
     predicted_id: Int[Tensor, " prompt"]
-    """The scored token with the largest one."""
+    """The scored token with the largest logit behind the prompt."""
 
     def to(self, device: torch.device) -> "Outcome":
-        return Outcome(self.loss.to(device), self.target_rank.to(device), self.predicted_id.to(device))
+        return Outcome(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def _losses(logits: Float[Tensor, "prompt step vocabulary"], batch: Batch) -> Float[Tensor, " prompt"]:
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
-    return losses.view_as(batch.targets).masked_fill(~batch.target_mask, 0.0).sum(-1)
+class Loss:
+    """A differentiable number per prompt. The gradient is that of the sum over the batch, never of a mean."""
+
+    def positions(self, batch: Batch) -> Int[Tensor, "prompt step"]:
+        """Columns of the batch whose logits are computed: `batch.loss_positions`, and any further ones behind them."""
+        return batch.loss_positions
+
+    def __call__(
+        self,
+        logits: Float[Tensor, "prompt step vocabulary"],
+        targets: Int[Tensor, "prompt target"],
+        mask: Bool[Tensor, "prompt target"],
+    ) -> Float[Tensor, " prompt"]:
+        """Compute the loss of each prompt from float32 logits at `positions`.
+
+        The logits of step i predict `targets[:, i]`; `mask` is False where a prompt has fewer targets.
+        """
+        raise NotImplementedError
+
+    def target_prob(
+        self,
+        logits: Float[Tensor, "prompt step vocabulary"],
+        loss: Float[Tensor, " prompt"],
+        targets: Int[Tensor, "prompt target"],
+        mask: Bool[Tensor, "prompt target"],
+    ) -> Float[Tensor, " prompt"]:
+        """Compute p(target | prompt)."""
+        return NLL(logits[:, : targets.shape[1]], targets, mask).neg().exp()
+
+    def facts(
+        self,
+        logits: Float[Tensor, "prompt step vocabulary"],
+        loss: Float[Tensor, " prompt"],
+        batch: Batch,
+        scored: slice | Int[Tensor, " token"],
+    ) -> Outcome:
+        """Say how likely the target is, and where it ranks among the `scored` token ids."""
+        first = logits[:, 0]
+        target, among = first.gather(1, batch.targets[:, :1]), first[:, scored]
+        predicted = among.argmax(-1)
+        return Outcome(
+            loss,
+            self.target_prob(logits, loss, batch.targets, batch.target_mask),
+            (among > target).sum(-1),
+            predicted if isinstance(scored, slice) else scored[predicted],
+        )
 
 
-def _outcome(
-    logits: Float[Tensor, "prompt step vocabulary"],
-    loss: Float[Tensor, " prompt"],
-    batch: Batch,
-    scored: slice | Int[Tensor, " token"],
-) -> Outcome:
-    target = logits[:, 0].gather(1, batch.targets[:, :1])
-    among = logits[:, 0, scored]
-    predicted = among.argmax(-1)
-    return Outcome(
-        loss, (among > target).sum(-1), predicted if isinstance(scored, slice) else scored[predicted]
-    )
+@dataclass(frozen=True)
+class NegativeLogLikelihood(Loss):
+    """−log p(target | prompt), summed over the target's tokens, in nats (arXiv 2402.12865, §3)."""
+
+    def __call__(
+        self,
+        logits: Float[Tensor, "prompt step vocabulary"],
+        targets: Int[Tensor, "prompt target"],
+        mask: Bool[Tensor, "prompt target"],
+    ) -> Float[Tensor, " prompt"]:
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return losses.view_as(targets).masked_fill(~mask, 0.0).sum(-1)
+
+    def target_prob(
+        self,
+        logits: Float[Tensor, "prompt step vocabulary"],
+        loss: Float[Tensor, " prompt"],
+        targets: Int[Tensor, "prompt target"],
+        mask: Bool[Tensor, "prompt target"],
+    ) -> Float[Tensor, " prompt"]:
+        return loss.neg().exp()
+
+
+NLL = NegativeLogLikelihood()

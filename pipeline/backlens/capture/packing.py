@@ -1,12 +1,6 @@
-"""How much memory there is, what a batch took of it, and giving it back.
+"""Prompts packed into batches that fit into memory, and what an error of a batch means.
 
-How much memory there is for another copy of a model.
-
-What an error of a batch means: too little memory, a device that is gone, or a prompt that cannot be computed.
-
-Prompts of a shard packed into batches: sorted by length, up to a token budget, with little padding.
-
-How many tokens a batch may have: what was asked for, or what the first small batches show to fit.
+A batch has a budget of tokens: as given, or learned from how much memory the first small batches took.
 """
 
 import ctypes
@@ -28,7 +22,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def release_freed_memory() -> None:
-    """Return what a batch freed.
+    """Return freed memory to the system.
 
     glibc keeps freed blocks for later allocations, and between batches of different shapes they fit ever worse:
     without this, a run of 2,000 prompts peaked at 2.5 times the memory of one of 200. Other C libraries have no
@@ -40,18 +34,21 @@ def release_freed_memory() -> None:
 
 
 def release_all() -> None:
-    """Return what can be had back at all: before something is tried again that did not fit."""
+    """Return all memory that nothing refers to, before another try or another model.
+
+    A model's modules refer to each other, so only a garbage collection frees a dropped model.
+    """
     gc.collect()
-    release_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    release_freed_memory()
 
 
 class MemoryGauge:
-    """What one batch took of each place's memory, and what there was; bytes.
+    """Measures the bytes that one batch takes of each device, and the bytes that are available.
 
-    Of a GPU, what PyTorch's allocator handed out at most. Of main memory an upper bound: the process's peak, which
-    may be that of an earlier moment, above what it held when the batch began. Nothing where the system does not tell.
+    On a GPU, PyTorch's allocator states the peak. In main memory the batch's share is an upper bound: the peak of the
+    process, perhaps of an earlier moment, less what it held when the batch began.
     """
 
     def __init__(self) -> None:
@@ -66,7 +63,7 @@ class MemoryGauge:
         self._main = (_resident(), available_memory())
 
     def taken(self) -> Iterator[tuple[int, int]]:
-        """Taken and available, by place."""
+        """Yield (taken, available) for each GPU, or for main memory if there is none and the system states it."""
         for gpu, before, free in zip(self._gpus, self._before, self._free, strict=True):
             yield torch.cuda.max_memory_allocated(gpu) - before, free
         resident, available = self._main
@@ -75,15 +72,15 @@ class MemoryGauge:
 
 
 def available_memory() -> int | None:
-    """Main memory that this process can have before the machine or its container runs out; None if nobody says."""
-    rooms: list[int] = []
+    """Bytes of main memory before the machine or its container runs out; None if the system does not say."""
+    limits: list[int] = []
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        rooms.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
+        limits.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
     with suppress(OSError, ValueError):  # "max" is no limit
         limit = int((CGROUP / "memory.max").read_text())
-        rooms.append(limit - int((CGROUP / "memory.current").read_text()))
-    return max(0, min(rooms)) if rooms else None
+        limits.append(limit - int((CGROUP / "memory.current").read_text()))
+    return max(0, min(limits)) if limits else None
 
 
 def _resident() -> int | None:
@@ -93,51 +90,19 @@ def _resident() -> int | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on a device; in a container, what its limit leaves.
-
-    Where the system does not say how much is free, half of what it has.
-    """
+    """Free bytes of a device; half of main memory where the system does not say how much of it is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    stated = [free for free in (_of_the_system(), _of_the_container()) if free is not None]
-    return min(stated, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-
-
-def _of_the_system() -> int | None:
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _of_the_container() -> int | None:
-    limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if not limit or not used or not limit[0].isdecimal():
-        return None
-    return max(0, int(limit[0]) - int(used[0]))
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text("ascii").splitlines()
-    except OSError:
-        return []
-
-
-def give_back_memory() -> None:
-    """After a model was dropped: its modules refer to each other, and only a collection frees them."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    release_freed_memory()
+    available = available_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if available is None else available
 
 
 PROMPT_ERRORS = (RuntimeError, IndexError, ValueError, ArithmeticError, MemoryError, MatrixMissed)
-"""What torch and models raise over what they are given; and a model that passes a matrix by for some prompts."""
+"""Errors that a prompt may cause: what torch and models raise over their input, and a matrix that it misses."""
 
 
 class DeviceLost(Interrupted):
-    """Nothing works on the device any more, as far as this process is concerned."""
+    """This process can no longer use the device."""
 
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
@@ -146,14 +111,14 @@ _DEVICE_ERRORS = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a device or of this machine; a smaller batch may fit."""
+    """Say whether a device or the machine ran out of memory, so that a smaller batch may fit."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether it ends the use of the device by this process."""
+    """Say whether this process can no longer use the device."""
     if is_out_of_memory(error):
         return False
     said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_DEVICE)
@@ -165,25 +130,25 @@ WASTE = 0.1
 
 
 class Packer:
-    """Hands out the prompts of a shard in batches, shortest first; a batch that failed comes back.
+    """Hands out the prompts of a shard in batches, shortest first, and takes a failed batch back.
 
-    A batch's padded size (longest × count) stays within its budget, and no more than a tenth of it is padding. A single
-    prompt may exceed the budget by itself.
+    A batch's padded size (longest × count) stays within its budget, and at most a tenth of it is padding. A single
+    prompt may exceed the budget.
     """
 
     def __init__(self, lengths: Sequence[int], alone: Collection[int] = ()) -> None:
-        """`lengths` of the prompts; those whose indices are in `alone` are handed out first, one at a time."""
+        """Take the prompts' lengths in tokens; the prompts in `alone` (indices) are handed out first, one at a time."""
         self._lengths = lengths
         self._pieces = [[index] for index in sorted(alone, reverse=True)]
         others = (index for index in range(len(lengths)) if index not in alone)
         self._waiting = deque(sorted(others, key=lambda index: (lengths[index], index)))
 
     def __bool__(self) -> bool:
-        """Whether there is another batch."""
+        """Say whether there is another batch."""
         return bool(self._pieces or self._waiting)
 
     def take(self, budget: Callable[[int], int]) -> list[int]:
-        """The indices of the next batch, ascending in length; `budget` is in tokens for a batch of that length."""
+        """Take the indices of the next batch, shortest first; `budget` gives the tokens for prompts of a length."""
         if self._pieces:
             return self._pieces.pop()
         batch = [self._waiting.popleft()]
@@ -198,7 +163,7 @@ class Packer:
         return batch
 
     def put_back(self, batch: list[int]) -> None:
-        """Hand out this batch again, as the budget is by then."""
+        """Hand out these prompts again, within the budget of that time."""
         self._waiting.extendleft(reversed(batch))
 
     def halve(self, batch: list[int]) -> None:
@@ -208,7 +173,7 @@ class Packer:
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """All batches of prompts of these lengths, for one budget."""
+    """Pack prompts of these lengths into batches of at most `budget` tokens."""
     packer = Packer(lengths)
     batches: list[list[int]] = []
     while packer:
@@ -217,35 +182,34 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 ON_CPU = 256
-"""Tokens that keep a CPU busy; more are no faster, and what a backward pass keeps of each takes memory."""
+"""Tokens that keep a CPU busy; a larger batch is no faster and takes more memory."""
 ON_GPU = 8192
 SHARE = 0.6
-"""Of the memory there is, what a batch is let have: estimates err, and the next shard's rows are there too."""
+"""Share of free memory that one batch may use: estimates err, and the shard's rows need memory too."""
 
 
-def most_tokens(asked: int | Literal["auto"], device: str) -> int:
-    """The largest budget on a type of device."""
-    return (ON_CPU if device == "cpu" else ON_GPU) if asked == "auto" else asked
+def most_tokens(batch_tokens: int | Literal["auto"], device: str) -> int:
+    """Return the largest number of tokens per batch on a type of device."""
+    return (ON_CPU if device == "cpu" else ON_GPU) if batch_tokens == "auto" else batch_tokens
 
 
 class TokenBudget:
-    """The budget of one worker, which learns from its batches.
+    """The tokens that a worker's batches may have, learned from its batches.
 
-    `auto` begins with an eighth of what suits the device. What a batch took, for each of its tokens, bounds what a
-    larger one of that length takes, since some of it does not grow with tokens; tokens of longer prompts are taken to
-    need more in proportion, as in attention. Where a batch does not fit after all, half of it is the budget from
-    then on.
+    `auto` begins with an eighth of what suits the device. The memory per token of one batch bounds that of a larger
+    batch of the same length, since part of it does not grow with tokens; tokens of longer prompts count in proportion
+    to the length, as in attention. If a batch does not fit all the same, half of it becomes the budget.
     """
 
-    def __init__(self, asked: int | Literal["auto"], device: torch.device) -> None:
-        self.most = most_tokens(asked, device.type)
-        """Tokens that no batch exceeds."""
-        self._learns = asked == "auto"
+    def __init__(self, batch_tokens: int | Literal["auto"], device: torch.device) -> None:
+        self.most = most_tokens(batch_tokens, device.type)
+        """Largest number of tokens in any batch."""
+        self._learns = batch_tokens == "auto"
         self._fits: tuple[float, int] | None = None
-        """Tokens that would have fit, and the length of the prompts of the batch that says so."""
+        """Tokens that would have fit, and the length of the measured batch's prompts."""
 
     def at(self, length: int) -> int:
-        """Tokens for a batch of prompts of this length, padding included."""
+        """Return the tokens for a batch of prompts of this length, padding included."""
         if not self._learns:
             return self.most
         if self._fits is None:
@@ -254,11 +218,11 @@ class TokenBudget:
         return max(1, min(self.most, int(tokens * min(1.0, measured / length))))
 
     def learn(self, gauge: MemoryGauge, count: int, length: int) -> None:
-        """Take in what a batch of `count` prompts, padded to `length`, took of the memory."""
+        """Learn from the memory that a batch of `count` prompts, padded to `length`, took."""
         shares = [SHARE * free / max(taken, 1) for taken, free in gauge.taken()]
         if self._learns:
             self._fits = (min(shares, default=1.0) * count * length, length)
 
     def halve(self, tokens: int) -> None:
-        """A batch of so many tokens did not fit."""
+        """Lower the budget, because a batch of `tokens` tokens did not fit."""
         self.most = max(1, min(self.most, tokens) // 2)

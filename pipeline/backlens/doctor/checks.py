@@ -32,7 +32,7 @@ from backlens.doctor.model_copy import Factors, ModelCopy, Rows, apart, drift, r
 from backlens.errors import BacklensError
 from backlens.models.blocks import Block, describe_blocks, layout_of, misfits, modules_of, unproven_cuts
 from backlens.models.layout import Layout
-from backlens.models.recognition import ProposedLayout, SeenBlock, draft_layout, see_blocks
+from backlens.models.recognition import ProposedLayout, SeenBlock, propose_layout, see_blocks
 from backlens.prompts.prompt import Prompt
 from backlens.prompts.tokenize import Example
 from backlens.rows import RowOptions
@@ -126,7 +126,7 @@ def look_at_blocks(model: PreTrainedModel, layout: Layout | None) -> Structure:
 
 
 def _drafted(model: PreTrainedModel, seen: Sequence[SeenBlock], checks: Sequence[Check]) -> Structure:
-    draft = draft_layout(model)
+    draft = propose_layout(model)
     unproven = unproven_cuts(draft.layout, model.config)
     return Structure((*checks, *_cuts("the description below", unproven)), tuple(seen), draft, unproven)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from backlens.capture.packing import free_memory, give_back_memory
+from backlens.capture.packing import free_memory, release_all
 from backlens.config import RunConfig
 from backlens.demo import MODEL
 from backlens.doctor.checks import (
@@ -229,9 +229,9 @@ class _LoadedCopies:
 
     def checks(self, note: Note) -> tuple[Check, ...]:
         found, answers = self._as_it_runs(note)
-        give_back_memory()
+        release_all()
         found += attempted(ATTENTION, "", lambda: self._attention(answers, note))
-        give_back_memory()
+        release_all()
         if answers.dtype == torch.float32:
             found += attempted(SCORES, "", lambda: self._in_bfloat16(answers, note))
         else:

@@ -238,9 +238,9 @@ def _rows(trial: ModelCopy, batches: Sequence[Sequence[Example]], side: Side) ->
         block for examples in batches for block in lens.rows(examples, options, side=side).blocks["tokens"]
     ]
     keys = [key for block in blocks for key in _keys(block)]
-    there = [block.projections for block in blocks if block.projections is not None]
-    ids = [np.stack([found.top_ids, found.bottom_ids], axis=1) for found in there]
-    scores = [np.stack([found.top_scores, found.bottom_scores], axis=1) for found in there]
+    there = [block.projections.columns for block in blocks if block.projections is not None]
+    ids = [np.stack([found["top_ids"], found["bottom_ids"]], axis=1) for found in there]
+    scores = [np.stack([found["top_scores"], found["bottom_scores"]], axis=1) for found in there]
     norms = np.concatenate([_norms(block) for block in blocks])
     return Rows(
         {key: row for row, key in enumerate(keys)}, np.concatenate(ids), np.concatenate(scores), norms

@@ -20,12 +20,12 @@ from backlens.models.blocks import (
     Block,
     Located,
     describe_blocks,
-    expert_widths,
+    expert_shape,
     layout_of,
+    matrix_shape,
     misfits,
     modules_of,
     unproven_cuts,
-    widths,
 )
 from backlens.models.checkpoint import ModelSource, Proof, commit_of, pinned, refuse_pickle, weights_here
 from backlens.models.device_map import DeviceMapOptions
@@ -108,13 +108,13 @@ def neuron_facts(blocks: Sequence[Block], config: PretrainedConfig) -> list[dict
 
 def _sizes(layer: int, block: Block, config: PretrainedConfig) -> Iterator[MatrixSize]:
     for module, located in block.matrices.items():
-        found = widths(block.module.get_submodule(located.path))
+        found = matrix_shape(block.module.get_submodule(located.path))
         assert found is not None
         yield MatrixSize(layer, module, found[0], _part(found[1], located))
     if block.experts is not None:
         experts, chosen = block.experts.module, int(config.get_text_config().num_experts_per_tok)
         for module, located in block.experts.matrices.items():
-            wide, high = expert_widths(experts, located.path)
+            wide, high = expert_shape(experts, located.path)
             count = len(getattr(experts, located.path))
             yield MatrixSize(layer, module, wide, _part(high, located), count, chosen, True)
 

@@ -154,8 +154,8 @@ class _Classes:
             found = block.projections
             if found is not None:
                 rows = block.columns["prompt_id"][found.valid, None]
-                seen[rows, found.top_ids] = True
-                seen[rows, found.bottom_ids] = True
+                seen[rows, found.columns["top_ids"]] = True
+                seen[rows, found.columns["bottom_ids"]] = True
         return cls._by(seen)
 
     @classmethod
@@ -203,13 +203,10 @@ class _Copy:
         lists = {name: Ragged(part.values * self.factor, part.lengths) for name, part in block.lists.items()}
         found = block.projections
         if found is not None:
-            found = Projections(
-                found.valid,
-                self.tokens[found.top_ids],
-                found.top_scores * self.factor,
-                self.tokens[found.bottom_ids],
-                found.bottom_scores * self.factor,
-                found.target_score * self.factor,
-                (found.target_rank * min(self.factor, 1)).astype(np.int32),
-            )
+            rank = found.columns["target_rank"] * min(self.factor, 1)
+            projected = {
+                name: self.tokens[values] if name.endswith("_ids") else values * self.factor
+                for name, values in found.columns.items()
+            }
+            found = Projections(found.valid, projected | {"target_rank": rank.astype(np.int32)})
         return replace(block, columns=columns, lists=lists, projections=found)

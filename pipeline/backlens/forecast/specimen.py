@@ -22,8 +22,7 @@ from backlens.columns import MatrixRows, Projections, Ragged, fact_table, prompt
 from backlens.engine.plan import MatrixSize
 from backlens.forecast.pilot import Pilot
 from backlens.forecast.prompts import Sample, numbered
-from backlens.models.final_norm import Norm
-from backlens.projection.lens import Lens, Scaling
+from backlens.projection.lens import Lens, Norm, Scaling
 from backlens.prompts.tokenize import Example
 from backlens.rows import RowCollector, RowOptions, chosen_positions, sequence
 from backlens.store.directory import Directory
@@ -90,7 +89,10 @@ def _tables(
     prompts = numbered(sample.examples, spec.prompts)
     loss = torch.rand(len(prompts), generator=generator) * 10
     ids = torch.randint(spec.vocabulary, (2, len(prompts)), generator=generator)
-    yield "prompts", prompt_table(prompts, [Outcome(loss, ids[0], ids[1])] if prompts else [])
+    yield (
+        "prompts",
+        prompt_table(prompts, [Outcome(loss, loss.neg().exp(), ids[0], ids[1])] if prompts else []),
+    )
     yield "failures", TABLES["failures"].empty()
     facts = pilot.blocks if pilot else _blocks(spec, numbered(prompts, _few(spec, sample)), generator)
     for table, blocks in facts.items():
@@ -151,15 +153,12 @@ def _varied(block: MatrixRows, layer: int, spec: ShardSpec) -> MatrixRows:
         def spread(ids: np.ndarray) -> np.ndarray:
             return ((ids * stretch + inside[prompts, ids] + turn) % spec.vocabulary).astype(np.int32)
 
-        found = Projections(
-            found.valid,
-            spread(found.top_ids),
-            found.top_scores * factor,
-            spread(found.bottom_ids),
-            found.bottom_scores * factor,
-            found.target_score * factor,
-            (found.target_rank * stretch).astype(np.int32),
-        )
+        rank = found.columns["target_rank"] * stretch
+        projected = {
+            name: spread(values) if name.endswith("_ids") else values * factor
+            for name, values in found.columns.items()
+        }
+        found = Projections(found.valid, projected | {"target_rank": rank.astype(np.int32)})
     return replace(block, layer=layer, columns=columns, lists=lists, projections=found)
 
 

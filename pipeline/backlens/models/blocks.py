@@ -1,6 +1,6 @@
-"""A loaded model's parts: found by structure and by its layout, and checked to be complete.
+"""A model's parts: its blocks and their matrices, final norm and head, checked to be complete.
 
-How wide the matrices of blocks are, and whether a description of them fits.
+Also the shapes of the matrices, and whether a layout agrees with them.
 """
 
 from collections import Counter
@@ -21,13 +21,14 @@ from backlens.terms import MODULES, READS
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where a module is in a block: a submodule (or, in experts, a 3-D weight), or a part of its output."""
+    """The place of a module in a block: a submodule (in experts, a 3-D weight), or a part of its output."""
 
     path: str
     cut: Cut | None
-    """Its part of the output; None for all of it."""
+    """The module's part of the output; None for all of it."""
 
     def part_of(self, output: Tensor) -> Tensor:
+        """Cut the module's part out of the submodule's output."""
         return output if self.cut is None else self.cut(output)
 
 
@@ -37,7 +38,7 @@ class Experts:
 
     module: nn.Module
     matrices: Mapping[str, Located]
-    """By module name; paths are names of 3-D weights of `module`."""
+    """By module name; a path is the name of a 3-D weight of `module`."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Block:
 
     module: nn.Module
     matrices: Mapping[str, Located]
-    """By module name (`mlp.up` …): those that see every token. A shared expert's are among them."""
+    """Matrices that see every token, by module name (`mlp.up` …); those of a shared expert are among them."""
     experts: Experts | None
     not_covered: Mapping[str, str]
-    """Paths of matrices that no module name stands for, and what they are."""
+    """Paths of matrices without a module name, and what they are."""
 
     @property
     def modules(self) -> frozenset[str]:
@@ -58,20 +59,20 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The blocks' matrices, and what turns the residual stream into logits."""
+    """The blocks' matrices, and the parts that turn the residual stream into logits."""
 
     blocks: tuple[Block, ...]
     embeddings: nn.Module
     final_norm: nn.Module | None
-    """None where the head reads the last block's output as it is."""
+    """None if the head reads the last block's output directly."""
     project_out: nn.Module | None
-    """A linear map between the final norm and the head."""
+    """A linear map between the final norm and the head, if there is one."""
     head: nn.Module
     d_model: int
     logit_scale: float
-    """What the head's output is multiplied by."""
+    """Factor on the head's output."""
     softcap: float | None
-    """The model's logits are softcap · tanh(logits / softcap); the lens is before that."""
+    """The model's logits are softcap · tanh(logits / softcap); the lens leaves that out."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -83,7 +84,7 @@ class ModelParts:
 
     @property
     def rows(self) -> int:
-        """Token ids that the model can both read and predict are below this."""
+        """Upper bound of the token ids that the model can both read and predict."""
         embedded = getattr(self.embeddings, "weight", None)
         return min(
             self.vocabulary, full_shape(embedded)[0] if isinstance(embedded, Tensor) else self.vocabulary
@@ -91,14 +92,14 @@ class ModelParts:
 
     @property
     def head_weight(self) -> Tensor:
-        """(vocabulary, width of the head's input), the model's own parameter."""
+        """The head's own parameter, (vocabulary, width of the head's input)."""
         weight = self.head.weight
         assert isinstance(weight, Tensor)
         return weight
 
 
 def layout_of(config: PretrainedConfig) -> Layout:
-    """The layout known for a model's family. Raises BacklensError when there is none."""
+    """Return the known layout of a model's family. Raises BacklensError when there is none."""
     family = str(config.model_type)
     layout = LAYOUTS.get(family)
     if layout is None:
@@ -110,10 +111,10 @@ def layout_of(config: PretrainedConfig) -> Layout:
 
 
 def find_parts(model: PreTrainedModel, layout: Layout | None = None) -> ModelParts:
-    """Find the parts of `model`, by the layout of its family unless one is given; runs a few tokens through it.
+    """Find the parts of `model` by a layout, by default that of its family. Runs a few tokens through the model.
 
     Raises BacklensError for a family without a layout, and when a block holds a matrix that the layout does not
-    name: a table that silently left out part of the model would be worse than none.
+    name: no table may leave out part of the model without saying so.
     """
     config = model.config
     layout = layout or layout_of(config)
@@ -137,9 +138,9 @@ def find_parts(model: PreTrainedModel, layout: Layout | None = None) -> ModelPar
 
 
 def describe_blocks(model: PreTrainedModel, layout: Layout) -> tuple[Block, ...]:
-    """Every block's matrices by module name. Weights are not looked at: a model on the meta device will do.
+    """Find every block's matrices by module name. The model may be on the meta device: no weight is read.
 
-    Raises BacklensError when a block holds a matrix that the layout does not name, or none that it does.
+    Raises BacklensError when a block holds a matrix that the layout does not name, or none that it names.
     """
     return tuple(
         _describe(module, index, layout, model.config) for index, module in enumerate(find_blocks(model))
@@ -147,10 +148,10 @@ def describe_blocks(model: PreTrainedModel, layout: Layout) -> tuple[Block, ...]
 
 
 def unproven_cuts(layout: Layout | None, config: PretrainedConfig) -> dict[str, str]:
-    """By module name, the cuts of fused matrices that a description gives and that are not known of the family.
+    """Find the cuts of fused matrices, by module name, that a layout gives and that are not known of the family.
 
-    No check tells a wrong cut: the parts' Xᵀ Δ are parts of the fused matrix's gradient whichever they are. Those of
-    known families are compared with their own code (`tests/families.py`).
+    No check finds a wrong cut: Xᵀ Δ of any part is that part of the fused matrix's gradient. The cuts of known families
+    are compared with their own code (`tests/families.py`).
     """
     if layout is None:
         return {}
@@ -169,7 +170,7 @@ def _cuts(layout: Layout, config: PretrainedConfig) -> list[tuple[str, str, Cut]
 
 
 def modules_of(blocks: Collection[Block]) -> tuple[str, ...]:
-    """The modules that any block has, in the order of MODULES."""
+    """Return the modules that any block has, in the order of MODULES."""
     there = {module for block in blocks for module in block.modules}
     return tuple(module for module in MODULES if module in there)
 
@@ -195,16 +196,16 @@ def _describe(block: nn.Module, index: int, layout: Layout, config: PretrainedCo
 
 
 def _incomplete(index: int, unknown: Collection[str], family: str) -> str:
-    problem = f"model: block {index} of this {family} is not as we know it"
+    problem = f"model: block {index} of this {family} does not fit its layout"
     if unknown:
         problem += f": no module name covers its {', '.join(unknown)}"
     else:
-        problem += ": it has none of the matrices that we know"
+        problem += ": it has none of the layout's matrices"
     return f"{problem}; `backlens doctor --model …` prints a description to edit and give as --anatomy"
 
 
-def widths(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a module that multiplies by one matrix; None for tables, convolutions and anything else."""
+def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return (in, out) of a module that multiplies by one matrix; None for tables, convolutions and others."""
     stated = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(stated[0], int) and isinstance(stated[1], int):
         return stated[0], stated[1]
@@ -215,17 +216,17 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     return wide, high
 
 
-def expert_widths(experts: Any, weight: str) -> tuple[int, int]:
-    """(in, out) of one expert's matrix, out of a 3-D weight."""
+def expert_shape(experts: Any, weight: str) -> tuple[int, int]:
+    """Return (in, out) of one expert's matrix in a 3-D weight."""
     shape = getattr(experts, weight).shape
     return (shape[1], shape[2]) if experts.is_transposed else (shape[2], shape[1])
 
 
 def misfits(blocks: Sequence[Block], d_model: int) -> list[str]:
-    """What a description says that the matrices' widths do not bear out; a line for each, empty if it fits.
+    """List how the blocks' matrices contradict their layout, one line each; empty if they agree.
 
-    Modules that read the residual stream are d_model wide at their input, those that write to it at their output;
-    and the parts that a fused matrix is cut into hold every column of its output, each once.
+    Modules that read the residual stream have d_model inputs, those that write to it d_model outputs; and the parts of
+    a fused matrix hold every column of its output exactly once.
     """
     return [
         f"block {index}: {problem}"
@@ -239,7 +240,7 @@ def _misfits(block: Block, d_model: int) -> Iterator[str]:
     for module, located in block.matrices.items():
         by_path.setdefault(located.path, {})[module] = located
     for path, modules in by_path.items():
-        found = widths(block.module.get_submodule(path))
+        found = matrix_shape(block.module.get_submodule(path))
         if found is None:
             yield f"{path} is no matrix, and cannot be {', '.join(modules)}"
             continue
@@ -258,7 +259,7 @@ def _misfits(block: Block, d_model: int) -> Iterator[str]:
 
 
 def _columns(located: Located, high: int) -> list[int] | None:
-    """The columns of a module in the output it is a part of; None where the cut does not divide it."""
+    """Return the module's columns in a fused output; None if the cut does not divide it."""
     if located.cut is not None and high % (located.cut.groups * located.cut.pieces):
         return None
     return located.part_of(torch.arange(high)).tolist()

@@ -1,8 +1,8 @@
-"""The files of a model: where they are on this machine, which of them are read, and proof that they are the same.
+"""The files of a checkpoint: where they are on this machine, which of them are read, and proof that they are the same.
 
-A hub id is resolved once in a process, to a commit: configuration, tokenizer and weights are then read from that
-commit's folder in the hub's cache, whatever becomes of the branch or of the network meanwhile. Other processes are
-told the commit (`pinned`) and what its files hold (`Proof`), and compare their own copy with that.
+A process resolves a hub id once, to a commit: configuration, tokenizer and weights are read from that commit's folder
+in the hub's cache, even if the branch moves or the network fails. Other processes get the commit (`pinned`) and hashes
+of its files (`Proof`), and compare their own copy with them.
 """
 
 import hashlib
@@ -39,27 +39,27 @@ WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
 PICKLES = "pytorch_model*.bin"
 """The weights that transformers reads where there are no safetensors."""
 SMALL = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.py", "*.jinja")
-"""All that is read of a model but its weights."""
+"""All files that are read besides the weights."""
 NESTED = tuple(f"*/*{suffix}" for suffix in (".json", ".txt", ".model", ".tiktoken"))
 """Copies in other formats (original/, onnx/), which are not read."""
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SECONDS_UNSAID = 3.0
-"""How long the hub is waited for before that is said."""
+"""Seconds of waiting for the hub before a message says so."""
 
 LOGGER = logging.getLogger("backlens")
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What the files of a model hold, to compare another process's with."""
+    """Hashes of a model's files, for other processes to compare with."""
 
     weights: str
     tokenizer: str
     template: str
     """The tokenizer's chat template, which its hash leaves out."""
     files: tuple[tuple[str | int, ...], ...]
-    """Name, size, times of change and inode of each file of weights: while these are the same, so is its content."""
+    """Name, size, times of change and inode of each file of weights; while they are the same, so is the content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +74,15 @@ class ModelSource:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     layout: Layout | None = None
-    """Where its blocks keep their matrices; None for what is known of its family."""
+    """Where its blocks keep their matrices; None for the known layout of its family."""
     proof: Proof | None = None
-    """What its files have to hold; None where nobody has looked yet."""
+    """The expected content of its files; None if it is not known yet."""
 
 
 def model_folder(source: ModelSource) -> Path:
-    """The folder of its configuration and tokenizer; those of a hub id are downloaded to the hub's cache first.
+    """Return the folder of configuration and tokenizer; for a hub id, download them to the hub's cache first.
 
-    Raises BacklensError if there is none, or if it holds something that is no whole model.
+    Raises BacklensError if there is none, or if it holds something other than a whole model.
     """
     folder = Path(source.path) if os.path.isdir(source.path) else _hub_folder(source.path, source.revision)
     adapters = [name for name in ADAPTERS if (folder / name).exists()]
@@ -99,9 +99,9 @@ def model_folder(source: ModelSource) -> Path:
 
 
 def model_files(source: ModelSource) -> Path:
-    """`model_folder` with the weights in it; of a hub id they are downloaded to the hub's cache first.
+    """Return `model_folder` with the weights in it; for a hub id, download them to the hub's cache first.
 
-    Raises BacklensError if there are none that may be read.
+    Raises BacklensError if there are no weights that may be read.
     """
     folder = model_folder(source)
     if not os.path.isdir(source.path):
@@ -128,13 +128,13 @@ def model_files(source: ModelSource) -> Path:
 
 
 def weights_here(source: ModelSource) -> bool:
-    """Whether all files of its weights are on this machine; downloads none."""
+    """Say whether all files of the weights are on this machine, without a download."""
     folder = model_folder(source)
     return all((folder / name).exists() for name in weight_names(folder, source.allow_pickle))
 
 
 def refuse_pickle(source: ModelSource) -> None:
-    """Raises BacklensError if, by the files that are here, all weights are in pickles, and these are not allowed."""
+    """Raise BacklensError if the folder has weights in pickles only, and these are not allowed."""
     folder = model_folder(source)
     if source.allow_pickle or _there(folder, WEIGHTS):
         return
@@ -147,7 +147,7 @@ def refuse_pickle(source: ModelSource) -> None:
 
 
 def weight_names(folder: Path, allow_pickle: bool) -> tuple[str, ...]:
-    """The files that transformers reads the weights from, whether they are there or not."""
+    """Name the files that transformers reads the weights from, whether they exist or not."""
     stated = _read_json(folder / "config.json").get("transformers_weights")
     name = str(stated or WEIGHTS)
     if stated is None and allow_pickle and not _there(folder, WEIGHTS):
@@ -162,19 +162,19 @@ def weight_names(folder: Path, allow_pickle: bool) -> tuple[str, ...]:
 
 
 def commit_of(source: ModelSource) -> str | None:
-    """The commit of a hub model; None for a folder."""
+    """Return the commit of a hub model; None for a folder."""
     return None if os.path.isdir(source.path) else _hub_folder(source.path, source.revision).name
 
 
 def pinned(source: ModelSource, proof: Proof) -> ModelSource:
-    """`source` in words that mean the same model in every process, with proof of it."""
+    """Make a `source` that means the same model in every process, with its proof."""
     if os.path.isdir(source.path):
         return replace(source, path=os.path.abspath(source.path), proof=proof)
     return replace(source, revision=commit_of(source), proof=proof)
 
 
 def verify_proof(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises BacklensError if the files here, which were just loaded, hold something else than `source.proof` says."""
+    """Raise BacklensError if the files that were just loaded differ from `source.proof`."""
     proof = source.proof
     if proof is None:
         return
@@ -190,10 +190,7 @@ def verify_proof(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def weight_hash(folder: Path, source: ModelSource) -> str:
-    """SHA-256 over the configuration and every file that weights or code are read from, by name.
-
-    Any changed weight is another model.
-    """
+    """Hash the configuration and every file of weights or code, with their names (SHA-256)."""
     files = _hashed(folder, source)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves Python to other threads
         hashes = pool.map(_file_hash, files)
@@ -202,7 +199,7 @@ def weight_hash(folder: Path, source: ModelSource) -> str:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the tokenizer as transformers would save it (vocabulary, merges, special tokens)."""
+    """Hash the tokenizer as transformers would save it: vocabulary, merges, special tokens (SHA-256)."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(f"{state}{tokenizer.special_tokens_map}".encode()).hexdigest()
@@ -220,13 +217,13 @@ def _file_hash(file: Path) -> str:
 
 
 def stamps(folder: Path, source: ModelSource) -> tuple[tuple[str | int, ...], ...]:
-    """What tells a changed file of weights without reading it."""
+    """Read the facts that tell a changed file of weights without reading it."""
     found = [(file.name, file.stat()) for file in _hashed(folder, source)]
     return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in found)
 
 
 def _there(folder: Path, name: str) -> bool:
-    """Whether the folder has such weights, in one file or in several."""
+    """Say whether the folder has such weights, in one file or in several."""
     stated = _read_json(folder / "config.json").get("transformers_weights")
     return stated is not None or (folder / name).exists() or (folder / f"{name}.index.json").exists()
 
@@ -248,7 +245,7 @@ def _base_of(folder: Path) -> str:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without a model holds, and what to give."""
+    """Say what a folder without a model holds, and what to give instead."""
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf:
         return f", but {gguf[0]}; {GGUF}"
@@ -265,7 +262,7 @@ GGUF = "GGUF files are not supported; give the safetensors model that it was mad
 
 @cache
 def _hub_folder(name: str, revision: str | None) -> Path:
-    """A commit's folder in the hub's cache, with all small files in it. Raises BacklensError if it is not to be had."""
+    """Return a commit's folder in the hub's cache, with all small files. Raises BacklensError if that fails."""
     if os.path.isfile(name):
         advice = GGUF if name.endswith(".gguf") else "give the directory that it is in"
         raise BacklensError(f"model: {name} is a file; {advice}")
@@ -285,7 +282,7 @@ def _hub_folder(name: str, revision: str | None) -> Path:
 
 
 def _cached(name: str, commit: str) -> Path | None:
-    """The commit's folder, if it is in the cache as far as can be told without the hub."""
+    """Return the commit's folder if it is in the cache, as far as that is known without the hub."""
     try:
         folder = Path(
             snapshot_download(name, revision=commit, allow_patterns=list(SMALL), local_files_only=True)
@@ -297,7 +294,7 @@ def _cached(name: str, commit: str) -> Path | None:
 
 
 def _hub_answers(name: str, revision: str | None) -> bool:
-    """Whether the hub can be asked: once, and not for long, where everything after it would ask again and again.
+    """Say whether the hub answers: asked once, with a time limit, because all later calls would wait in turn.
 
     Raises BacklensError if it has no such revision.
     """
@@ -309,13 +306,13 @@ def _hub_answers(name: str, revision: str | None) -> bool:
         ) from error
     except HFValidationError as error:
         raise _not_there(name, revision) from error
-    except Exception:  # noqa: BLE001 (of the transport, which is another library in each version of the hub's)
+    except Exception:  # noqa: BLE001 (the transport is another library in each version of the hub's)
         return False
     return True
 
 
 def _fetch(source: ModelSource, folder: Path, names: Sequence[str]) -> None:
-    """Download those of the commit's files that are not here yet; one that the hub does not have is left out."""
+    """Download those of the commit's files that are missing here; skip one that the hub does not have."""
     absent = [name for name in names if not (folder / name).exists()]
     if absent:
         with _said(f"waiting for the hub to send the weights of {source.path}"):
@@ -348,7 +345,7 @@ def _not_there(name: str, revision: str | None) -> BacklensError:
 
 @contextmanager
 def _said(text: str) -> Iterator[None]:
-    """Tell whoever listens to the run's events, if it takes long."""
+    """Log `text` as an event of the run if the body takes long."""
     timer = Timer(SECONDS_UNSAID, lambda: LOGGER.info("note", extra={"fields": {"text": text}}))
     timer.daemon = True
     timer.start()

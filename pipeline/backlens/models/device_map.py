@@ -1,19 +1,19 @@
-"""Which device each part of a model lies on, when one copy is spread over several.
+"""The device of each part of a model, when one copy lies on several devices.
 
-Blocks are spread, in their order and never split: their output is d_model wide, so what crosses from one device to
-the next is little. Everything outside the blocks (embeddings, norm, head) lies together on the last GPU, and
-stays there: the lens reads it outside the forward pass, where weights that are offloaded cannot be read.
+Blocks are placed in order and never split: their output is d_model wide, so little crosses from one device to the
+next. Everything outside the blocks (embeddings, norm, head) lies together on the last GPU and stays there: the lens
+reads it outside the forward pass, where offloaded weights cannot be read.
 
-The lens goes to the vectors and not the vectors to the lens, by arithmetic. Moving N vectors costs 4 d N bytes in
-float32; a copy of the unembedding in half precision costs 2 V d once, which is less from N = V / 2 on. Of Llama-3-70B
-(V = 128,256) on three GPUs, a token has a vector for each of two matrices in 27 blocks of a GPU, so 1,190 tokens make
-up for the copy: a hundred prompts of 12 tokens. What weighs more is that a GPU with a lens of its own projects while
-the others do, and projecting, with 2 V d operations a vector, is most of a run. So each GPU with blocks keeps room
-for the 2 V d bytes (2.1 GB there). Where that would push a block off the GPUs, the lens stays alone on the last one.
+Each GPU with blocks gets a copy of the lens; vectors do not move to the lens. Moving N vectors costs 4 d N bytes in
+float32; a copy of the unembedding in half precision costs 2 V d once, which is less from N = V / 2 on. For Llama-3-70B
+(V = 128,256) on three GPUs, a token has a vector for each of two matrices in 27 blocks per GPU, so 1,190 tokens pay
+for the copy: a hundred prompts of 12 tokens. More important, a GPU with its own lens projects while the others do, and
+projecting, with 2 V d operations per vector, is most of a run. So each GPU with blocks reserves the 2 V d bytes (2.1 GB
+there). If that would push a block off the GPUs, only the last one has a lens.
 
-A block that fits on no device is offloaded: kept in main memory, or in the safetensors file, and brought to a device
-for as long as it computes. Autograd would hold on to every weight so brought until the backward pass, all of them at
-once; so a model of which any block is offloaded recomputes its blocks' activations (`capture`), one at a time.
+A block that fits on no device is offloaded: it stays in main memory, or in the safetensors file, and is brought to a
+device while it computes. Autograd would hold on to all weights so brought until the backward pass; so a model with an
+offloaded block uses activation checkpointing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,36 +31,33 @@ Device = int | str
 """A GPU by its index among those of the process, "cpu", or "disk"."""
 
 FREE_SHARE = 0.8
-"""Of a GPU's free memory, for weights; the rest is for activations and the lens's tiles."""
+"""Share of a GPU's free memory for weights; the rest is for activations and the lens's tiles."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMapOptions:
-    """How a copy of a model is to be spread over the devices of its process."""
+    """Devices and memory that a copy of a model may use in its process."""
 
     max_memory: Mapping[Device, int] = field(default_factory=dict)
-    """Bytes for weights by device; empty for all GPUs, or main memory where there are none."""
+    """Bytes for weights, by device; empty for all GPUs, or for main memory without GPUs."""
     offload: str | None = None
-    """A folder for blocks that are read from disk; None allows none."""
+    """A folder for blocks that are read from disk; None if no block may be."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a copy of a model lies."""
+    """The devices of a copy of a model."""
 
     devices: Mapping[str, Device]
-    """Of every block and of every module outside them, by path."""
+    """Device of every block and of every module outside them, by path."""
     lens_copies: tuple[int, ...] = ()
-    """GPUs that have room for a lens of their own, beside the one with the head; as the backward pass comes by."""
+    """GPUs, besides the head's, with room for a copy of the lens; in the order of the backward pass."""
 
 
-def place(model: PreTrainedModel, dtype: torch.dtype, spread: DeviceMapOptions) -> Placement:
-    """Place a model without weights.
-
-    Raises BacklensError when the model does not fit.
-    """
+def place(model: PreTrainedModel, dtype: torch.dtype, options: DeviceMapOptions) -> Placement:
+    """Place a model that has no weights yet. Raises BacklensError when it does not fit."""
     path, blocks = find_block_list(model)
-    limits = dict(spread.max_memory) or _all_devices()
+    limits = dict(options.max_memory) or _all_devices()
     gpus = [device for device in limits if device != "cpu"]
     home: Device = gpus[-1] if gpus else "cpu"
     outside = dict(_outside(model, "", blocks))
@@ -73,12 +70,12 @@ def place(model: PreTrainedModel, dtype: torch.dtype, spread: DeviceMapOptions) 
     limits = {"cpu": 0, **limits, home: room}
     others = [device for device in gpus if device != home]
     lens = lens_bytes(model, dtype)
-    found = _spread_blocks(blocks, dtype, limits | {gpu: max(0, limits[gpu] - lens) for gpu in others})
+    found = _place_blocks(blocks, dtype, limits | {gpu: max(0, limits[gpu] - lens) for gpu in others})
     copies = tuple(gpu for gpu in reversed(others) if isinstance(gpu, int) and gpu in found)
     if {"cpu", "disk"} & set(found) and home != "cpu":
-        found, copies = _spread_blocks(blocks, dtype, limits), ()
+        found, copies = _place_blocks(blocks, dtype, limits), ()
     on_disk = sum(device == "disk" for device in found)
-    if on_disk and spread.offload is None:
+    if on_disk and options.offload is None:
         raise BacklensError(
             f"max-memory: {on_disk} of {len(blocks)} blocks fit on no device; give more --max-memory or GPUs, or a "
             "folder to --offload them to"
@@ -87,10 +84,10 @@ def place(model: PreTrainedModel, dtype: torch.dtype, spread: DeviceMapOptions) 
     return Placement(placed | {f"{path}.{index}": device for index, device in enumerate(found)}, copies)
 
 
-def refuse_missing(spread: DeviceMapOptions) -> None:
-    """Raises BacklensError if a GPU is named that this process does not have."""
+def refuse_missing(options: DeviceMapOptions) -> None:
+    """Raise BacklensError for a GPU that this process does not have."""
     there = torch.cuda.device_count()
-    missing = [device for device in spread.max_memory if isinstance(device, int) and device >= there]
+    missing = [device for device in options.max_memory if isinstance(device, int) and device >= there]
     if missing:
         raise BacklensError(
             f"max-memory: there is no GPU {missing[0]}: a copy of the model has {there} here, numbered from 0 "
@@ -98,20 +95,20 @@ def refuse_missing(spread: DeviceMapOptions) -> None:
         )
 
 
-def stored_dtype(config: PretrainedConfig, asked: str) -> torch.dtype:
-    """What the weights will be: as asked, or as the checkpoint has them."""
-    if asked != "auto":
-        return getattr(torch, asked)
+def stored_dtype(config: PretrainedConfig, dtype: str) -> torch.dtype:
+    """Return the type of the weights: the given one, or the checkpoint's for "auto"."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
-def _spread_blocks(blocks: nn.ModuleList, dtype: torch.dtype, limits: Mapping[Device, int]) -> list[Device]:
-    """Devices of the blocks, in order; "disk" for what fits nowhere.
+def _place_blocks(blocks: nn.ModuleList, dtype: torch.dtype, limits: Mapping[Device, int]) -> list[Device]:
+    """Choose the blocks' devices, in order; "disk" for those that fit nowhere.
 
-    Accelerate fills one device after the other, which leaves the later ones empty. So its shares are balanced first;
-    where that leaves blocks over, because not all devices have room for their share, they are filled after all.
+    Accelerate fills one device after the other, which leaves the later ones empty. So equal shares are tried first; if
+    they leave blocks over, because a device has no room for its share, devices are filled in order.
     """
-    from accelerate import infer_auto_device_map  # here: a model on one device does without Accelerate
+    from accelerate import infer_auto_device_map  # here: a model on one device needs no Accelerate
     from accelerate.utils import get_balanced_memory
 
     whole = sorted({type(block).__name__ for block in blocks})
@@ -136,7 +133,7 @@ def _all_devices() -> dict[Device, int]:
 
 
 def _outside(module: nn.Module, prefix: str, blocks: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]:
-    """The largest modules that hold no block, by path."""
+    """Yield the largest modules without a block, with their paths."""
     for name, child in module.named_children():
         if child is blocks:
             continue
@@ -153,10 +150,10 @@ def _bytes_outside(model: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype) 
 
 
 def lens_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Of an unembedding; what else a lens has is nothing beside it."""
+    """Return the bytes of a lens, which are those of its unembedding."""
     head = model.get_output_embeddings()
     if head is None:
-        return 0  # `anatomy` refuses such a model
+        return 0  # `find_parts` refuses such a model
     weight = head.weight
     assert isinstance(weight, torch.Tensor)
     vocabulary, width = weight.shape

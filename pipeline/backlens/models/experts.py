@@ -1,8 +1,8 @@
-"""Mixture-of-experts layers, one expert after the other, so that each one's inputs and outputs can be watched.
+"""Mixture-of-experts layers computed expert by expert, so that each one's inputs and outputs can be captured.
 
-transformers keeps the experts of a layer as 3-D weights and computes them in one grouped product that no hook can
-look into. It lets others register an implementation: ours computes the same, expert by expert, and shows each
-matrix's input and output to whoever watches.
+transformers keeps the experts of a layer as 3-D weights and computes them in one grouped product, which has no place
+for a hook. It accepts other implementations: this one computes the same, expert by expert, and passes each matrix's
+input and output to a watcher.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,23 +23,23 @@ from backlens.models.module_tree import full_shape
 IMPLEMENTATION = "backlens"
 
 Watcher = Callable[[int, str, Tensor, Tensor, Tensor], None]
-"""Called with an expert's index, the submodule's weight ("gate_up_proj", "up_proj" or "down_proj"), the tokens routed
-to it (indices into the flattened batch, ascending), the weight's input and its output, a row a token."""
+"""Called with an expert's index, the name of a weight ("gate_up_proj", "up_proj" or "down_proj"), the tokens routed to
+it (indices into the flattened batch, ascending), and the weight's input and output, one row per token."""
 
 Begin = Callable[[Tensor], Watcher]
-"""Called with the input of all experts, each time that they compute; gives who watches them then."""
+"""Called with the input of all experts, each time that they compute; returns the watcher of that time."""
 
 _BEGINNINGS: WeakKeyDictionary[nn.Module, Begin] = WeakKeyDictionary()
 
 
 def expert_matrices(experts: nn.Module) -> Mapping[str, tuple[str, Cut | None]]:
-    """The weight that holds each module of an expert, and the module's part of that weight's output.
+    """Return, by module name, the 3-D weight that holds an expert's module and the module's part of its output.
 
     Raises BacklensError for experts that transformers does not compute through its interface (other code, or weights
-    quantized into a form of their own): what cannot be watched must not be left out in silence.
+    in a quantized form): they cannot be captured, and must not be left out silently.
     """
-    wanted = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
-    weights = [getattr(experts, name, None) for name in wanted]
+    names = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
+    weights = [getattr(experts, name, None) for name in names]
     if not hasattr(experts, "_apply_gate") or not all(
         isinstance(w, Tensor) and len(full_shape(w)) == 3 for w in weights
     ):
@@ -47,7 +47,7 @@ def expert_matrices(experts: nn.Module) -> Mapping[str, tuple[str, Cut | None]]:
             f"model: its experts ({type(experts).__name__}) are not 3-D weights that transformers computes through its "
             "experts interface; load the model with unquantized experts"
         )
-    if wanted[0] == "up_proj":
+    if names[0] == "up_proj":
         return {"mlp.up": ("up_proj", None), "mlp.down": ("down_proj", None)}
     halves = experts.is_concatenated
     gate, up = (Cut(1, 2, i, i + 1) if halves else Cut(_width(experts), 2, i, i + 1) for i in (0, 1))
@@ -59,13 +59,13 @@ def expert_matrices(experts: nn.Module) -> Mapping[str, tuple[str, Cut | None]]:
 
 
 def _width(experts: Any) -> int:
-    """Units of one expert."""
+    """Return the number of units of one expert."""
     return full_shape(experts.down_proj)[1 if experts.is_transposed else 2]
 
 
 @contextmanager
 def watching(model: PreTrainedModel, watchers: Mapping[nn.Module, Begin]) -> Iterator[None]:
-    """Compute experts one by one (from now on), and tell `watchers` of each experts module."""
+    """Compute experts one by one, from now on, and call `watchers` for their modules inside the context."""
     if watchers and model.config._experts_implementation != IMPLEMENTATION:
         model.set_experts_implementation(IMPLEMENTATION)
     _BEGINNINGS.update(watchers)
@@ -82,7 +82,7 @@ def one_by_one(
     top_k_index: Int[Tensor, "token choice"],
     top_k_weights: Float[Tensor, "token choice"],
 ) -> Float[Tensor, "token d_model"]:
-    """What transformers' own implementations compute, for one expert at a time; called in place of them."""
+    """Compute the same as transformers' own implementations, one expert at a time."""
     begin = _BEGINNINGS.get(experts)
     watcher = begin(hidden_states) if begin is not None else None
     first = "gate_up_proj" if experts.has_gate else "up_proj"

@@ -1,11 +1,10 @@
-"""Where each family keeps the matrices of a block: one small description per layout.
+"""Layouts: where each family keeps the matrices of a block.
 
-A layout is looked up by `config.model_type` and checked against the model it is used on (`anatomy.py`), so a
-wrong or incomplete description is refused, never half used. To add a family, name its layout in `LAYOUTS`; to
-add a layout, describe its block in the words of `MODULES`. What structure alone says for certain (the blocks,
-the final norm, the head) is not described here but found (`structure.py`).
+A layout is looked up by `config.model_type` and checked against the model (`blocks.py`), so a wrong or incomplete one
+is refused. To add a family, name its layout in `LAYOUTS`; to add a layout, describe its block in the words of
+`MODULES`. Blocks, final norm and head are not described: `module_tree.py` finds them by structure.
 
-Layouts as YAML, for architectures that are not known here: `backlens doctor` drafts one, `--anatomy` reads it.
+For unknown architectures a layout is a YAML file: `backlens doctor` proposes one, `--anatomy` reads it.
 
     matrices:                      # by module name; paths from a block
       mlp.up: mlp.up_proj
@@ -14,7 +13,7 @@ Layouts as YAML, for architectures that are not known here: `backlens doctor` dr
     experts: mlp.experts           # where routed experts are, if the model has any
     not-covered:                   # matrices left out of the tables, and what they are
       mlp.gate: the router
-    logit-scale: 1.0               # what the head's output is multiplied by
+    logit-scale: 1.0               # factor on the head's output
 
 A fused output is seen as (groups, pieces, width): a module is pieces start to stop of every group.
 """
@@ -50,6 +49,7 @@ class Cut:
         return f"piece {pieces} of {self.pieces}" + (f" in each of {self.groups}" if self.groups > 1 else "")
 
     def width(self, fused: int) -> int:
+        """Return the width of this part of an output that is `fused` wide."""
         return fused // self.pieces * (self.stop - self.start)
 
 
@@ -62,44 +62,48 @@ class Matrix:
 
     path: str
     cut: Cut | CutOf | None = None
+    """The part of the output, or a rule that gives it for a configuration; None for all of it."""
 
     def cut_in(self, config: PretrainedConfig) -> Cut | None:
+        """Return the cut for a model's configuration."""
         return self.cut(config) if callable(self.cut) and not isinstance(self.cut, Cut) else self.cut
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A family's block, as paths from the block."""
+    """The matrices of a family's blocks, as paths from the block."""
 
     matrices: Mapping[str, Matrix | tuple[Matrix, ...]]
-    """By module name; several where blocks differ (a dense block, one with a shared expert): each has one of them."""
+    """By module name; several where blocks differ (dense, or with a shared expert), and each block has one of them."""
     experts: str | None = None
-    """A submodule with the up (and gate) and down matrices of routed experts as 3-D weights."""
+    """The submodule that holds the routed experts' up, gate and down matrices as 3-D weights."""
     not_covered: Mapping[str, str] = field(default_factory=dict)
-    """Matrices that no module name stands for, and what they are; their gradients are not in the tables."""
+    """Matrices without a module name, and what they are; their gradients are not in the tables."""
     logit_scale: float | Callable[[PretrainedConfig], float] = 1.0
-    """What the head's output is multiplied by."""
+    """Factor on the head's output."""
 
     def alternatives(self, module: str) -> tuple[Matrix, ...]:
+        """Return the matrices of which each block has one under this name."""
         matrix = self.matrices[module]
         return (matrix,) if isinstance(matrix, Matrix) else matrix
 
     def logit_scale_in(self, config: PretrainedConfig) -> float:
+        """Return the factor for a model's configuration."""
         return self.logit_scale(config) if callable(self.logit_scale) else self.logit_scale
 
 
 def part(index: int, of: int) -> CutOf:
-    """One of several equal parts, end to end."""
+    """Cut one of several equal parts that lie end to end."""
     return lambda _config: Cut(1, of, index, index + 1)
 
 
 def per_head(index: int) -> CutOf:
-    """q, k, v (0, 1, 2) of every head side by side."""
+    """Cut q, k or v (0, 1, 2), which lie side by side in every head."""
     return lambda config: Cut(config.num_attention_heads, 3, index, index + 1)
 
 
 def heads_end_to_end(name: str) -> CutOf:
-    """All heads of q, then those of k, then those of v; k and v may have fewer."""
+    """Cut q, k or v, of which all heads lie end to end; k and v may have fewer heads."""
 
     def cut(config: PretrainedConfig) -> Cut:
         heads, kv = config.num_attention_heads, config.num_key_value_heads
@@ -109,7 +113,7 @@ def heads_end_to_end(name: str) -> CutOf:
 
 
 def falcon(name: str) -> CutOf:
-    """The three ways in which Falcon models fuse q, k and v."""
+    """Cut q, k or v in the three ways in which Falcon models fuse them."""
 
     def cut(config: PretrainedConfig) -> Cut:
         heads = config.num_attention_heads
@@ -121,7 +125,7 @@ def falcon(name: str) -> CutOf:
 
 
 def bigcode(name: str) -> CutOf:
-    """All query heads, then one key and one value; or per head where the model is not multi-query."""
+    """Cut q, k or v of GPT-BigCode: all query heads, then one key and one value; per head without multi-query."""
 
     def cut(config: PretrainedConfig) -> Cut:
         heads = config.num_attention_heads
@@ -202,7 +206,7 @@ QWEN3_MOE = Layout(_GATED | _LLAMA_ATTENTION, "mlp.experts", _ROUTER)
 QWEN2_MOE = Layout(
     _either(_GATED, _gated("mlp.shared_expert")) | _LLAMA_ATTENTION,
     "mlp.experts",
-    _ROUTER | {"mlp.shared_expert_gate": "one number a token: how much of the shared expert is added"},
+    _ROUTER | {"mlp.shared_expert_gate": "one number per token: how much of the shared expert is added"},
 )
 GPT_OSS = Layout(_LLAMA_ATTENTION, "mlp.experts", {"mlp.router": "the router"})
 DEEPSEEK = Layout(
@@ -258,7 +262,7 @@ CUT_KEYS = ("groups", "pieces", "start", "stop")
 
 
 def read_layout(path: str) -> Layout:
-    """The layout of a YAML file. Raises BacklensError that names the file, the key and what is wrong with it."""
+    """Read a layout from a YAML file. Raises BacklensError that names the file, the key and the mistake."""
     try:
         with open(path, encoding="utf-8") as stream:
             content = yaml.safe_load(stream)
@@ -271,7 +275,7 @@ def read_layout(path: str) -> Layout:
 
 
 class _Malformed(Exception):
-    """What is wrong with a description."""
+    """A mistake in a layout file."""
 
 
 def _layout(content: Any) -> Layout:

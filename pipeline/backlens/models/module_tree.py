@@ -1,4 +1,4 @@
-"""What a model's structure says for certain, without a description: its blocks, and what follows the last one."""
+"""A model's module tree: its blocks and the modules behind the last one, found without a layout."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,41 +18,41 @@ PROBE_TOKENS = 8
 
 @dataclass(frozen=True)
 class Tail:
-    """What turns the last block's output into the head's input."""
+    """The modules that turn the last block's output into the head's input."""
 
     final_norm: nn.Module | None
-    """None where there is none (OPT-350m)."""
+    """None if the model has none (OPT-350m)."""
     project_out: nn.Module | None
     """A linear map between the final norm and the head."""
 
 
 def has_matrix(module: nn.Module) -> bool:
-    """Whether the module itself computes with a weight matrix, in whatever form it is stored.
+    """Say whether the module itself, not a child, has a weight matrix in any form.
 
-    Quantized matrices are packed into parameters or buffers of other shapes, but their modules still state a width in
-    and out.
+    Quantized matrices are packed into parameters or buffers of other shapes, but their modules state in_features and
+    out_features.
     """
     stated = hasattr(module, "in_features") and hasattr(module, "out_features")
     return stated or any(len(full_shape(weight)) > 1 for weight in module.parameters(recurse=False))
 
 
 def full_shape(weight: Tensor) -> torch.Size:
-    """A weight's shape; of one that DeepSpeed has partitioned and that is empty here, what it has when gathered."""
+    """Return a weight's shape; for one that DeepSpeed has partitioned, and that is empty here, the gathered shape."""
     return getattr(weight, "ds_shape", weight.shape)
 
 
 def matrix_paths(block: nn.Module) -> list[str]:
-    """Paths from the block to every module that holds a weight matrix, in the block's own order."""
+    """List the paths from the block to every module with a weight matrix, in the block's order."""
     return [path for path, module in block.named_modules() if has_matrix(module)]
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """The modules of the list of blocks. Raises BacklensError as `find_block_list` does."""
+    """Return the blocks. Raises BacklensError as `find_block_list` does."""
     return tuple(find_block_list(model)[1])
 
 
 def find_block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path and content of the one ModuleList that is as long as the model is deep and holds weight matrices.
+    """Find the one ModuleList with as many modules as the model has layers, each with weight matrices; and its path.
 
     Raises BacklensError when there is no such list, or more than one.
     """
@@ -71,13 +71,13 @@ def find_block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where the model takes its token ids, and gives its logits: of a model on several devices, the embeddings'."""
+    """Return the device that takes token ids and gives logits: that of the embeddings."""
     return next(model.get_input_embeddings().parameters()).device
 
 
 @contextmanager
 def graph_from_embeddings(model: PreTrainedModel) -> Iterator[None]:
-    """Start autograd's graph at the embeddings' output; it keeps embedding scales and offloading hooks working."""
+    """Start autograd's graph at the embeddings' output; embedding scales and offloading hooks keep working."""
     embeddings = model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True))
     try:
@@ -88,17 +88,17 @@ def graph_from_embeddings(model: PreTrainedModel) -> Iterator[None]:
 
 
 def probe(model: PreTrainedModel) -> Tensor:
-    """The logits of a few tokens, (token, vocabulary); with a graph, as in a real pass."""
+    """Compute the logits of a few tokens, (token, vocabulary), with a graph as in a real pass."""
     ids = torch.arange(1, PROBE_TOKENS + 1, device=input_device(model))[None]
     with graph_from_embeddings(model):
         return model(input_ids=ids, use_cache=False).logits[0].detach()
 
 
 def verify_backward(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
-    """Take a gradient through each matrix of the blocks alone.
+    """Take a gradient through each single matrix of the blocks.
 
-    Raises BacklensError where none passes: a kernel for quantized weights without a backward pass would leave its
-    part out of every gradient below it, and say nothing.
+    Raises BacklensError where none passes: a kernel for quantized weights without a backward pass would silently leave
+    its part out of every gradient below it.
     """
 
     def note(path: str, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -117,20 +117,20 @@ def verify_backward(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None
             for path in matrix_paths(block):
                 hook = partial(note, f"{path} of block {index}")
                 hooks.callback(block.get_submodule(path).register_forward_hook(hook).remove)
-        with warnings.catch_warnings(action="ignore"):  # of torch, of the same
+        with warnings.catch_warnings(action="ignore"):  # torch warns of the same
             probe(model)
 
 
 def find_tail(model: PreTrainedModel, blocks: Sequence[nn.Module], head: nn.Module) -> Tail:
-    """Run a few tokens and see which modules act between the last block and the head.
+    """Run a few tokens, and find the modules that act between the last block and the head.
 
-    Raises BacklensError when there is more than a norm and a linear map behind it.
+    Raises BacklensError when they are more than a norm and a linear map.
     """
     inside = {id(module) for block in blocks for module in block.modules()}
     acted: list[nn.Module] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # dropout and the like pass their input on, and are nothing to a model in evaluation mode
+        # dropout and the like return their input in evaluation mode
         if args and isinstance(output, Tensor) and output is not args[0] and not _equal(args[0], output):
             acted.append(module)
 
@@ -149,7 +149,7 @@ def _as_tail(acted: Sequence[nn.Module]) -> Tail:
     if len(norms) > 1 or len(linear) > 1 or list(acted) != norms + linear:
         names = ", ".join(type(module).__name__ for module in acted)
         raise BacklensError(
-            f"model: between its last block and its head we know a norm, then a linear map; this model has {names}"
+            f"model: between its last block and its head only a norm, then a linear map, are supported; it has {names}"
         )
     return Tail(norms[0] if norms else None, linear[0] if linear else None)
 

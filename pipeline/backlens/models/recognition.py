@@ -1,8 +1,7 @@
-"""A first description of blocks that no layout is known for, as YAML to check and edit (`layout_file.py`).
+"""A proposed layout, as YAML to check and edit, for models whose family is not known.
 
-Where the matrices have the names of a known layout, the draft is that layout. Else they are guessed by their names,
-and only where their widths agree; what is left over is put under `not-covered`, so that nothing is left out in
-silence and an unedited draft is complete.
+If the matrices have the names of a known layout, the proposal is that layout. Else they are recognised by their names,
+where their shapes agree. The rest is listed under `not-covered`, so that an unedited proposal is complete.
 """
 
 import json
@@ -16,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from backlens.errors import BacklensError
-from backlens.models.blocks import Block, describe_blocks, expert_widths, misfits, unproven_cuts, widths
+from backlens.models.blocks import Block, describe_blocks, expert_shape, matrix_shape, misfits, unproven_cuts
 from backlens.models.experts import expert_matrices
 from backlens.models.layout import LAYOUTS, Cut, Layout, Matrix
 from backlens.models.module_tree import find_blocks, matrix_paths
@@ -45,31 +44,31 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "attn.v": ("v_proj", "value", "wv", "w_v", "v", "v_lin", "to_v"),
     "attn.o": ("o_proj", "out_lin", "w_o"),
 }
-"""Last parts of paths, in lower case, by the module they mostly are."""
+"""Last parts of paths, in lower case, by the module that they usually name."""
 
 UNGATED_UP = "w1"
-"""Names mlp.gate where there is a w3, and mlp.up where there is none."""
+"""Name of mlp.gate beside a w3, and of mlp.up without one."""
 
 EITHER = ("out_proj", "c_proj", "dense", "wo", "o", "to_out", "proj")
-"""Names of attn.o under a path that says attention, and of a feed-forward matrix elsewhere."""
+"""Names of attn.o in a path with "att", and of a feed-forward matrix elsewhere."""
 
 FUSED_MLP = ("gate_up_proj", "up_gate_proj", "w12")
 FUSED_ATTENTION = ("qkv_proj", "qkv", "wqkv", "c_attn", "query_key_value")
 BY_HEAD = "query_key_value"
-"""A fused matrix of this name has q, k and v of every head side by side, in all families that we know."""
+"""A fused matrix of this name has q, k and v side by side in every head, in all known families."""
 
 
 @dataclass(frozen=True, slots=True)
 class SeenMatrix:
-    """A module of a block that holds weights of two or more dimensions."""
+    """A module of a block with weights of two or more dimensions."""
 
     path: str
     shape: str
-    """`32 → 96`; for experts, how many and each one's matrices."""
+    """The shape as text: `32 → 96`; for experts, their number and the shape of each."""
     widths: tuple[int, int] | None
-    """(in, out) of a plain matrix."""
+    """(in, out) of a single matrix, else None."""
     experts: int = 0
-    """How many, where it is a layer's routed experts in a form that can be watched."""
+    """Number of routed experts, if their inputs and outputs can be captured."""
 
     @property
     def name(self) -> str:
@@ -94,18 +93,18 @@ class SeenBlock:
 
 @dataclass(frozen=True, slots=True)
 class ProposedLayout:
-    """A description that `read_layout` accepts, with comments."""
+    """A layout, and its text with comments, which `read_layout` accepts."""
 
     text: str
     layout: Layout
     like: tuple[str, ...]
-    """Families whose blocks are named alike; empty where names had to be guessed."""
+    """Families with the same names; empty if the matrices were guessed."""
 
 
 def see_blocks(model: PreTrainedModel) -> tuple[SeenBlock, ...]:
-    """The model's blocks by what they hold, in order of their first layer. The meta device will do.
+    """Group the model's blocks by their matrices, in order of the first layer. The model may be on the meta device.
 
-    Raises BacklensError when the blocks cannot be told.
+    Raises BacklensError when the blocks are not found.
     """
     layers: dict[tuple[SeenMatrix, ...], list[int]] = {}
     for index, block in enumerate(find_blocks(model)):
@@ -113,8 +112,8 @@ def see_blocks(model: PreTrainedModel) -> tuple[SeenBlock, ...]:
     return tuple(SeenBlock(tuple(indices), matrices) for matrices, indices in layers.items())
 
 
-def draft_layout(model: PreTrainedModel) -> ProposedLayout:
-    """Describe the blocks of `model`. Raises BacklensError when they cannot be told."""
+def propose_layout(model: PreTrainedModel) -> ProposedLayout:
+    """Propose a layout for `model`. Raises BacklensError when its blocks are not found."""
     seen = see_blocks(model)
     like, layout = _known(model, seen) or ((), _guessed(model, seen))
     return ProposedLayout(_as_yaml(model, seen, like, layout), layout, like)
@@ -128,9 +127,9 @@ def _see(block: nn.Module, path: str) -> SeenMatrix:
         weights = {}
     if weights:
         count = len(getattr(module, next(iter(weights))))
-        each = ", ".join("{} {} → {}".format(w, *expert_widths(module, w)) for w in weights)
+        each = ", ".join("{} {} → {}".format(w, *expert_shape(module, w)) for w in weights)
         return SeenMatrix(path, f"{count} experts: {each}", None, count)
-    found = widths(module)
+    found = matrix_shape(module)
     if found is not None:
         return SeenMatrix(path, f"{found[0]} → {found[1]}", found)
     large = ((name, p.shape) for name, p in module.named_parameters(recurse=False) if p.ndim > 1)
@@ -138,7 +137,7 @@ def _see(block: nn.Module, path: str) -> SeenMatrix:
 
 
 def _known(model: PreTrainedModel, seen: Sequence[SeenBlock]) -> tuple[tuple[str, ...], Layout] | None:
-    """The families that name exactly these matrices, and their layout with cuts as numbers."""
+    """Find the families that name exactly these matrices, and their layout with cuts as numbers."""
     there = {matrix.path for block in seen for matrix in block.matrices}
     alike: list[tuple[Layout, list[str]]] = []
     for family in LAYOUTS:
@@ -150,13 +149,13 @@ def _known(model: PreTrainedModel, seen: Sequence[SeenBlock]) -> tuple[tuple[str
             alike.append((layout, [family]))
         else:
             same.append(family)
-    # Layouts may have all their paths in common and cut them differently; that of most families is likeliest.
+    # Layouts may share all paths and differ in cuts; the one of most families is the likeliest.
     layout, families = max(alike, key=lambda each: len(each[1]), default=(None, []))
     return None if layout is None else (tuple(families), layout)
 
 
 def _resolved(layout: Layout, model: PreTrainedModel) -> Layout | None:
-    """The layout in numbers; None where the model's configuration lacks what its cuts go by."""
+    """Compute the layout's cuts; None if the model's configuration lacks a value that they need."""
     try:
         matrices = {
             name: tuple(Matrix(m.path, m.cut_in(model.config)) for m in layout.alternatives(name))
@@ -181,11 +180,11 @@ def _fits(model: PreTrainedModel, layout: Layout) -> bool:
 
 
 def _queries_fit(block: Block) -> bool:
-    """Queries are as wide as what attn.o reads: tells a fused matrix in thirds from one with fewer keys and values."""
+    """Say whether queries are as wide as the input of attn.o: not so for a fused matrix cut the wrong way."""
     query, output = block.matrices.get("attn.q"), block.matrices.get("attn.o")
     if query is None or query.cut is None or output is None:
         return True
-    fused, read = (widths(block.module.get_submodule(located.path)) for located in (query, output))
+    fused, read = (matrix_shape(block.module.get_submodule(located.path)) for located in (query, output))
     return fused is not None and read is not None and query.cut.width(fused[1]) == read[0]
 
 
@@ -218,13 +217,13 @@ def _what(matrix: SeenMatrix, experts: SeenMatrix | None, d_model: int) -> str:
 
 
 def _guess(block: SeenBlock, model: PreTrainedModel) -> dict[str, Matrix]:
-    """The modules of one kind of block."""
+    """Guess the modules of one kind of block."""
     plain = {module: list(_candidates(module, block, _d_model(model))) for module in MODULES}
     return _guess_mlp(block, plain) | _guess_attention(block, plain, model)
 
 
 def _candidates(module: str, block: SeenBlock, d_model: int) -> Iterable[SeenMatrix]:
-    """Matrices with a name and a residual side that suit a module."""
+    """Yield the matrices whose name and residual side fit a module."""
     attention = module.startswith("attn")
     for matrix in block.matrices:
         if matrix.widths is None or matrix.widths[0 if module in READS else 1] != d_model:
@@ -241,7 +240,7 @@ def _candidates(module: str, block: SeenBlock, d_model: int) -> Iterable[SeenMat
 
 
 def _guess_mlp(block: SeenBlock, plain: Mapping[str, Sequence[SeenMatrix]]) -> dict[str, Matrix]:
-    """mlp.up, the mlp.down that reads what it writes, and the mlp.gate beside it; or gate and up in one matrix."""
+    """Guess mlp.up, the mlp.down that reads its output, and the mlp.gate beside it; or gate and up in one matrix."""
     ungated = (matrix for matrix in plain["mlp.gate"] if matrix.name == UNGATED_UP)
     fused = (matrix for matrix in block.matrices if matrix.name in FUSED_MLP)
     for up in (*plain["mlp.up"], *ungated, *fused):
@@ -264,7 +263,7 @@ def _guess_mlp(block: SeenBlock, plain: Mapping[str, Sequence[SeenMatrix]]) -> d
 def _guess_attention(
     block: SeenBlock, plain: Mapping[str, Sequence[SeenMatrix]], model: PreTrainedModel
 ) -> dict[str, Matrix]:
-    """q, k, v and o; of fused ones, q is as wide as what o reads, and k and v share what is left."""
+    """Guess q, k, v and o; in a fused matrix, q is as wide as o's input, and k and v share the rest."""
     found = {name: Matrix(plain[name][0].path) for name in MODULES if name.startswith("attn") and plain[name]}
     if "attn.q" in found:
         return found
@@ -276,7 +275,7 @@ def _guess_attention(
                 return {name: Matrix(fused.path, cut) for name, cut in cuts.items()} | {
                     "attn.o": Matrix(output.path)
                 }
-    return {}  # what there is belongs to a recurrent or convolutional layer
+    return {}  # a recurrent or convolutional layer
 
 
 def _cuts(fused: SeenMatrix, queries: int, model: PreTrainedModel) -> dict[str, Cut]:
@@ -385,5 +384,5 @@ def _matrix(matrix: Matrix) -> str:
 
 
 def _scalar(text: str) -> str:
-    """Text as YAML reads it back: quoted unless it is plainly text."""
+    """Write text for YAML: quoted unless it cannot be anything else."""
     return text if re.fullmatch(r"[A-Za-z_][\w .,;()-]*", text) else json.dumps(text, ensure_ascii=False)

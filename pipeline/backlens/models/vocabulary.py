@@ -1,4 +1,4 @@
-"""What every token id stands for, as bytes and as text."""
+"""The vocabulary: bytes and text of every token id, and the ids that are tokens."""
 
 import json
 import re
@@ -11,23 +11,23 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[int, ...]:
-    """The ids below `rows` that stand for a token, ascending. An unembedding is often padded with rows that do not."""
+    """List the ids below `rows` that are tokens, ascending; an unembedding is often padded with rows that are not."""
     own = {*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder}
     return tuple(sorted(index for index in own if index < rows))
 
 
 def index_of(ids: Sequence[int] | None, rows: int) -> slice | list[int]:
-    """An index of these of `rows` rows, or of all for None: a slice where they are the first, which copies nothing."""
+    """Make an index of these of `rows` rows, or of all for None: a slice, without a copy, if they are the first."""
     if ids is None:
         return slice(rows)
     return slice(len(ids)) if list(ids) == list(range(len(ids))) else list(ids)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[bytes]]:
-    """Text and bytes of the ids 0 … size − 1; an id that the tokenizer does not have is empty.
+    """Return text and bytes of the ids 0 … size − 1; empty for an id that the tokenizer does not have.
 
-    A token is not decoded by itself: SentencePiece would drop its leading space. Its stored form is turned back
-    into bytes by the rule of the tokenizer's kind, and the text is those bytes, U+FFFD where they are no UTF-8.
+    A single token is not decoded: SentencePiece would drop its leading space. Its stored form is turned into bytes by
+    the rule of the tokenizer's kind, and the text is those bytes, with U+FFFD where they are not UTF-8.
     """
     added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
     to_bytes = _byte_level if _is_byte_level(tokenizer) else _metaspace
@@ -53,7 +53,7 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _byte_level(form: str) -> bytes:
-    """GPT-2's reversible alphabet: each character is one byte."""
+    """Decode GPT-2's reversible alphabet, in which each character is one byte."""
     table = _BYTE_OF
     return bytes(table[c] for c in form) if all(c in table for c in form) else form.encode()
 
@@ -64,7 +64,7 @@ def _metaspace(form: str) -> bytes:
 
 
 def _alphabet() -> Mapping[str, int]:
-    """Printable bytes stand for themselves; the others, in order, for the characters from U+0100 on."""
+    """Make GPT-2's alphabet: printable bytes are themselves, the others the characters from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}

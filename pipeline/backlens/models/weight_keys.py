@@ -1,6 +1,6 @@
-"""Whether a checkpoint holds the weights that its model has, each by its name, and no others.
+"""The names of a checkpoint's weights: they have to be exactly those of its model.
 
-transformers fills in what it does not find with random numbers, and leaves aside what it does not know.
+transformers fills missing weights with random numbers, and leaves out those that it does not know.
 """
 
 import re
@@ -19,17 +19,17 @@ from backlens.models.module_tree import find_block_list
 
 EXPERT = re.compile(r"(.*\bexperts\.)(\d+)\.(.+)")
 NAMED = 3
-"""So many names are said; the others are counted."""
+"""Names that a message lists; it counts the others."""
 
 
 def refuse_other_keys(path: str, info: Mapping[str, Any]) -> None:
-    """Raises BacklensError for what transformers says that it did not find, or did not know (`output_loading_info`).
+    """Raise BacklensError for weights that transformers did not find or did not know (`output_loading_info`).
 
-    What is tied to another weight, and what the model's class ignores, it does not speak of.
+    It does not list weights that are tied to others, or that the model's class ignores.
     """
     wrong = [
-        f"{name} has the shape {_shape(held)}, not {_shape(wanted)}"
-        for name, held, wanted in sorted(info["mismatched_keys"])
+        f"{name} has the shape {_shape(held)}, not {_shape(expected)}"
+        for name, held, expected in sorted(info["mismatched_keys"])
     ]
     told = [
         _told("lacks", info["missing_keys"]),
@@ -47,16 +47,16 @@ def refuse_other_keys(path: str, info: Mapping[str, Any]) -> None:
 def verify_keys(
     path: str, files: Sequence[Path], config: PretrainedConfig, skeleton: PreTrainedModel
 ) -> None:
-    """The same from the names and shapes in the files, before any weight is read.
+    """Do the same from the names and shapes in the files, before any weight is read.
 
-    DeepSpeed's way of loading says nothing of weights that the model does not have, and a class may ignore blocks
-    that `config` counts too few of.
+    Loading with DeepSpeed does not report weights that the model does not have, and a class may ignore further blocks
+    where `config` states too few.
     """
     held = _headers(files)
     _refuse_missing_experts(path, held)
     if getattr(config, "quantization_config", None) is not None:
         _refuse_unscaled(path, held)
-        return  # packed into tensors of other names and shapes, which only loading them takes apart
+        return  # packed into tensors of other names and shapes
     _refuse_further_blocks(path, held, skeleton)
     try:
         found: Any = type(skeleton).from_pretrained(
@@ -75,7 +75,7 @@ def verify_keys(
 
 
 def _headers(files: Sequence[Path]) -> dict[str, tuple[str, Sequence[int]]]:
-    """Type and shape of each tensor, by name; no weight is read."""
+    """Read type and shape of each tensor, by name, without the weights."""
     held: dict[str, tuple[str, Sequence[int]]] = {}
     for file in files:
         if file.suffix == ".safetensors":
@@ -89,7 +89,7 @@ def _headers(files: Sequence[Path]) -> dict[str, tuple[str, Sequence[int]]]:
 
 
 def _refuse_missing_experts(path: str, held: Iterable[str]) -> None:
-    """Experts that lie one by one are stacked when they are read, and where one is missing nobody says which."""
+    """Raise BacklensError that names a missing expert: transformers stacks experts without saying which is missing."""
     there: defaultdict[str, defaultdict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for name in held:
         if found := EXPERT.fullmatch(name):
@@ -108,7 +108,7 @@ def _refuse_missing_experts(path: str, held: Iterable[str]) -> None:
 
 
 def _refuse_unscaled(path: str, held: Mapping[str, tuple[str, Sequence[int]]]) -> None:
-    """Without its scale, a matrix of 8-bit floats would be taken for what it is a multiple of."""
+    """Raise BacklensError for a matrix of 8-bit floats without its scale."""
     scaled = {name.rpartition(".")[0] for name in held if "scale" in name.rpartition(".")[2]}
     bare = [
         name
@@ -122,7 +122,7 @@ def _refuse_unscaled(path: str, held: Mapping[str, tuple[str, Sequence[int]]]) -
 
 
 def _refuse_further_blocks(path: str, held: Iterable[str], skeleton: PreTrainedModel) -> None:
-    """A block behind the last that holds what blocks hold, and nothing that a head for further tokens has."""
+    """Raise BacklensError for blocks behind the last one, unless they are heads for further tokens."""
     path_in_model, blocks = find_block_list(skeleton)
     without_prefix = path_in_model.partition(".")[2] or path_in_model
     block = re.compile(rf"(?:{re.escape(path_in_model)}|{re.escape(without_prefix)})\.(\d+)\.(.+)")
@@ -144,7 +144,7 @@ def _told(verb: str, names: Iterable[str], more: str = "") -> str:
 
 
 def _some(names: Iterable[str]) -> str:
-    """`a, b, c and 4 more`, blocks in their order."""
+    """Write `a, b, c and 4 more`, with blocks in order."""
     ordered = sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
     rest = len(ordered) - NAMED
     return ", ".join(ordered[:NAMED]) + (f" and {rest} more" if rest > 0 else "")

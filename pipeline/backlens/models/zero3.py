@@ -1,12 +1,12 @@
 """One copy of a model, partitioned over the ranks of a process group by DeepSpeed's ZeRO-3.
 
-Each rank keeps its share of every weight, gathers a module's weights when that module computes, and gives them up
-again; activations are whole on each rank, and each rank has its own prompts. So whatever gathers is collective:
-every rank has to make the same number of passes, in the same order, or all of them wait for ever.
+Each rank keeps its share of every weight, gathers a module's weights while that module computes, and drops them
+again; activations are whole on each rank, and each rank has its own prompts. Gathering is collective: every rank has
+to make the same number of passes, in the same order, or all ranks wait for ever.
 
-What the lens reads (final norm, unembedding) is copied whole to each rank, once: it is read for every vector, between
-the backward pass's own gathers, and outside any module's forward pass, where a partitioned weight is empty. By
-arithmetic: of Llama-3-70B's 141 GB that is 2.1 GB, and each batch gathers the whole model twice as it is.
+The lens's weights (final norm, unembedding) are copied whole to each rank, once: they are read for every vector,
+between the backward pass's own gathers, and outside any module's forward pass, where a partitioned weight is empty.
+That is 2.1 GB of Llama-3-70B's 141 GB; each batch gathers the whole model twice anyway.
 """
 
 import copy
@@ -29,20 +29,20 @@ from backlens.models.blocks import ModelParts
 from backlens.models.device_map import stored_dtype
 
 LONGEST_WAIT = timedelta(hours=1)
-"""For the other ranks, in one collective: rank 0 reads the whole checkpoint meanwhile."""
+"""Time limit of one collective: the other ranks wait while rank 0 reads the whole checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Zero3:
-    """How a copy of a model is to be partitioned."""
+    """How a copy of a model is partitioned."""
 
     ranks: int
     offload: bool = False
-    """Keep each rank's share in main memory, and bring it to its device to be gathered."""
+    """Keep each rank's share in main memory, and bring it to the device when it is gathered."""
 
 
 def refuse_unpartitionable(config: PretrainedConfig, dtype: str) -> None:
-    """Raises BacklensError where DeepSpeed is missing, and for weights that it would not partition as they are."""
+    """Raise BacklensError if DeepSpeed is missing, or cannot partition these weights."""
     if importlib.util.find_spec("deepspeed") is None:
         raise BacklensError(
             'sharding: zero3 needs DeepSpeed; install it with pip install "backlens[deepspeed]"'
@@ -59,22 +59,23 @@ def refuse_unpartitionable(config: PretrainedConfig, dtype: str) -> None:
 
 
 def open_meeting(host: str) -> TCPStore:
-    """Where ranks find each other: the first one listens there, on a port of the system's choice."""
+    """Open the store where ranks find each other; the first rank listens, on a free port."""
     return TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
 def go_to_meeting(host: str, port: int) -> TCPStore:
+    """Connect to the first rank's store."""
     return TCPStore(host, port, is_master=False)
 
 
 def join(rank: int, ranks: int, meeting: TCPStore, host: str) -> None:
-    """Join the group that shares a copy, which waits for all: NCCL between GPUs, gloo between CPUs.
+    """Join the group of ranks that share a copy, and wait for all of them: NCCL between GPUs, gloo between CPUs.
 
-    `host` is this process's own address in the network that the ranks share.
+    `host` is this process's address in the network that the ranks share.
     """
     has_gpu = torch.cuda.is_available()
     interface = _interface(host)
-    # By itself gloo listens where the host's own name points to, which other nodes may not reach.
+    # By default gloo listens at the address of the host's name, which other nodes may not reach.
     os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
     # DeepSpeed reads these. A rank sees one device, whose number is 0.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0")
@@ -86,7 +87,7 @@ def join(rank: int, ranks: int, meeting: TCPStore, host: str) -> None:
 
 
 def _interface(host: str) -> str:
-    """The name of the network interface that has an address."""
+    """Return the name of the network interface with this address."""
     import psutil  # comes with DeepSpeed
 
     for name, addresses in psutil.net_if_addrs().items():
@@ -96,7 +97,7 @@ def _interface(host: str) -> str:
 
 
 class Partitioning:
-    """A model's way into its partitions: `loading` around `from_pretrained`, then `engage`."""
+    """Partitions a model: `loading` around `from_pretrained`, then `engage`."""
 
     def __init__(self, zero3: Zero3, config: PretrainedConfig, dtype: str) -> None:
         refuse_unpartitionable(config, dtype)
@@ -105,34 +106,31 @@ class Partitioning:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Within it, transformers partitions each weight as it is read."""
+        """Let transformers partition each weight when it reads it, inside the context."""
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         _use_ready_made_collectives()
-        known = HfDeepSpeedConfig(
-            self._settings
-        )  # to transformers, which asks for no argument, as long as it lives
+        settings = HfDeepSpeedConfig(self._settings)  # transformers reads it as long as the object lives
         yield
-        del known
+        del settings
 
     def engage(self, model: PreTrainedModel) -> None:
-        """Let a partitioned model gather each module's weights when it computes."""
+        """Let a partitioned model gather each module's weights while it computes."""
         import deepspeed
 
-        deepspeed.initialize(
-            model=model, config=self._settings
-        )  # the model's hooks hold on to what this returns
+        # the model's hooks keep the returned engine alive
+        deepspeed.initialize(model=model, config=self._settings)
 
 
 def _settings(zero3: Zero3, dtype: torch.dtype, d_model: int) -> dict[str, Any]:
     offload = {"offload_param": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # is asked for; nothing is trained
+        "train_micro_batch_size_per_gpu": 1,  # required; nothing is trained
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
         "zero_optimization": {
             "stage": 3,
-            # Norms and the like stay whole: their gathering would cost a message each, and save nothing.
+            # Norms and other small weights stay whole: gathering each would cost a message and save nothing.
             "stage3_param_persistence_threshold": d_model,
             **(offload if zero3.offload else {}),
         },
@@ -140,14 +138,14 @@ def _settings(zero3: Zero3, dtype: torch.dtype, d_model: int) -> dict[str, Any]:
 
 
 def _use_ready_made_collectives() -> None:
-    """Else DeepSpeed compiles its own for CPUs when it is first used, and a stale lock of that hangs later runs."""
+    """Keep DeepSpeed from compiling its own collectives for CPUs; a stale lock of that hangs later runs."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def whole_for_the_lens(parts: ModelParts) -> ModelParts:
-    """`parts` with whole copies of what the lens reads; collective."""
+    """Replace the parts that the lens reads by whole copies; collective."""
     return replace(
         parts,
         head=_whole(parts.head),
@@ -162,7 +160,7 @@ def _whole(module: nn.Module) -> nn.Module:
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         whole = copy.deepcopy(module)
     for part in whole.modules():
-        # DeepSpeed's hooks would look for the copy's partitions
+        # DeepSpeed's hooks expect partitions, which the copy does not have
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
             hooks.clear()
     return whole

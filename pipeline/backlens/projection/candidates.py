@@ -1,7 +1,7 @@
-"""What approximate scores settle, and which tokens they leave in doubt.
+"""Candidates for top-k lists, and tokens in doubt about their side of the target, from approximate scores.
 
-Scores come a tile of the vocabulary at a time and are known to within an error. A token is certainly above the
-target, certainly not, or in doubt; and it is certainly outside a row's list of the k largest, or a candidate.
+Scores come tile by tile of the vocabulary and have a known error. A token is certainly above the target, certainly
+not, or in doubt; and it is certainly outside a row's list of the k largest, or a candidate for it.
 
 Shapes: R rows, V scores of a tile.
 """
@@ -14,29 +14,24 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backlens.projection.float32_bound import Tile
+from backlens.projection import topk
+from backlens.projection.scores import Tile
 from backlens.projection.topk import GROUP
-
-try:
-    from backlens.projection import cpu as kernels
-except ImportError:  # without numba
-    kernels = None
-
 
 SMALLEST_GROUP = 4
 PAIRS = 2**21
-"""Pairs held at once, unless said otherwise. Rows with more than their share are given up (`Pairs.crowded`)."""
+"""Default number of pairs held at once. Rows with more than their share are given up (`Pairs.crowded`)."""
 
 
 def compiled_for(device: torch.device) -> bool:
-    """Whether scores are sifted in a compiled pass, in which mixes are never stored."""
-    return kernels is not None and device.type == "cpu"
+    """Say whether a compiled pass screens the scores, which never stores those of mixes."""
+    return topk.cpu is not None and device.type == "cpu"
 
 
 def groups_of(width: int, k: int) -> int:
-    """How many groups a tile's scores are taken in: more than k, so that the first tile's already bound the lists."""
+    """Number of groups of a tile's scores: more than k, so that those of the first tile already bound the lists."""
     if width % GROUP:
-        return 1  # the vocabulary's rest
+        return 1  # the end of the vocabulary
     size = GROUP
     while size > SMALLEST_GROUP and width // size < 2 * k:
         size //= 2
@@ -44,19 +39,19 @@ def groups_of(width: int, k: int) -> int:
 
 
 class Pairs:
-    """(row, token) pairs collected tile after tile, with a number each; rows that collect too many give up."""
+    """(row, token) pairs with a value each, collected tile by tile; a row with too many of them is given up."""
 
     def __init__(self, rows: int, device: torch.device, room: int) -> None:
         self._room = room
         self.crowded: Bool[Tensor, " row"] = torch.zeros(rows, dtype=torch.bool, device=device)
-        """Rows that had more than their share of the room: what is held of them is not complete."""
+        """Rows that had more than their share of the room; their pairs are not complete."""
         self.pairs: Int[Tensor, "2 pair"] = torch.zeros(2, 0, dtype=torch.long, device=device)
-        """Rows and tokens; of no meaning from `held` on."""
+        """Rows and tokens; undefined from `held` on."""
         self.values: Float[Tensor, " pair"] = torch.zeros(0, device=device)
         self.held = 0
 
     def reserve(self, more: int) -> None:
-        """Make sure that `more` pairs can be written behind those that are held."""
+        """Make room for `more` pairs behind those that are held."""
         size = len(self.values)
         if self.held + more > size:
             size = max(2 * size, self.held + more)
@@ -78,31 +73,31 @@ class Pairs:
         return self.held > self._room
 
     def take(self, least: Float[Tensor, " row"] | None = None) -> tuple[Tensor, Tensor]:
-        """All pairs of the rows that have not given up, without those whose value is below the row's `least`."""
+        """Return the pairs of rows that are not given up, without values below the row's `least`."""
         pairs, values = self.pairs[:, : self.held], self.values[: self.held]
-        keep = ~self.crowded[pairs[0]]
+        chosen = ~self.crowded[pairs[0]]
         if least is not None:
-            keep &= values >= least[pairs[0]]
-        return pairs[:, keep], values[keep]
+            chosen &= values >= least[pairs[0]]
+        return pairs[:, chosen], values[chosen]
 
     def compact(self, least: Float[Tensor, " row"] | None = None) -> None:
-        """Let go of pairs below `least`, then of the rows that still have more than their share."""
-        self._keep(self.take(least))
+        """Drop pairs below `least`, then the rows that still have more than their share."""
+        self._replace(self.take(least))
         share = max(self._room // (2 * len(self.crowded)), GROUP)
         self.crowded |= self.pairs[0, : self.held].bincount(minlength=len(self.crowded)) > share
-        self._keep(self.take())
+        self._replace(self.take())
 
-    def _keep(self, found: tuple[Tensor, Tensor]) -> None:
+    def _replace(self, found: tuple[Tensor, Tensor]) -> None:
         self.held = 0
         self.add(*found)
 
 
 class Candidates:
-    """Counts what is certainly above each row's target, and collects tokens in doubt and candidates for its lists.
+    """Counts the tokens above each row's target, and collects tokens in doubt and candidates for its lists.
 
     If k tokens certainly score at least b, a token that certainly scores below b is not among the k largest; every
-    other one is a candidate. The k largest lower bounds of *group maxima* are those of k different tokens, so b is
-    found without sorting scores; it only grows, so a token is judged by the b of its own tile and again by the last.
+    other token is a candidate. The k largest lower bounds of *group maxima* are those of k different tokens, so b is
+    found without sorting scores. It only grows, so each token is compared with the b of its own tile and with the last.
     The bottom of a list is the top of the negated row: rows, then the same rows negated, are `places`.
     """
 
@@ -114,23 +109,23 @@ class Candidates:
         k: int,
         room: int = PAIRS,
     ) -> None:
-        """`error` is how far a score may be off, in float64; `room` is how many pairs of each kind to hold at once."""
+        """Screen the rows in `screened`. `error` bounds a score's error, in float64; `room` bounds the pairs held."""
         rows, device = len(target_score), target_score.device
         self.above: Int[Tensor, " row"] = torch.zeros(rows, dtype=torch.long, device=device)
-        """Tokens that are certainly above the target."""
+        """Number of tokens that are certainly above the target."""
         self._k, target = k, target_score.double()
         self._limits = torch.stack([-_up(error - target), _up(error + target), _up(error)])
-        """The lowest and the highest score that may be the target's, and the error."""
+        """The lowest and the highest possible score of the target, and the error."""
         self._doubtful = Pairs(rows, device, room)
         self._candidates = Pairs(2 * rows, device, room)
         self._bounds = torch.full((2, rows, k), -torch.inf, device=device)
         self._watched = screened.repeat(3, 1)
-        """Rows to count for, to list the largest of and the smallest: not those that have given up."""
+        """Rows to count for, and to find the largest and the smallest scores of; without those given up."""
 
     def add(self, tile: Tile, start: int) -> None:
-        """Take a tile that begins at token `start`; it is written over."""
+        """Take a tile that begins at token `start`; overwrites it."""
         if compiled_for(tile.base.device):
-            self._sift_tile(tile, start)
+            self._screen_tile(tile, start)
             return
         for first, scores in tile.scores():
             groups = scores.view(len(scores), groups_of(scores.shape[1], self._k), -1)
@@ -139,7 +134,7 @@ class Candidates:
             self._make_room()
 
     def join(self, other: "Candidates") -> None:
-        """Take what another sieve for the same rows found in other tiles."""
+        """Take in what others found for the same rows in other tiles."""
         self.above += other.above
         self._doubtful.join(other._doubtful)
         self._candidates.join(other._candidates)
@@ -147,16 +142,16 @@ class Candidates:
         self._bounds = bounds.topk(self._bounds.shape[-1], sorted=False).values
 
     def given_up(self) -> Bool[Tensor, " row"]:
-        """Rows of which not every pair was kept."""
+        """Find the rows whose pairs are not complete."""
         return self._doubtful.crowded | self._candidates.crowded.view(2, -1).any(0)
 
     def doubtful(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
-        """Rows and tokens that may be above the target and may not."""
+        """Return the rows and tokens that are in doubt about the target."""
         (rows, ids), _ = self._doubtful.take()
         return rows, ids
 
     def candidates(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
-        """Places and tokens that may be among the k largest."""
+        """Return the places and tokens that may be among the k largest."""
         (places, ids), _ = self._candidates.take(self._bounds.amin(-1).flatten())
         return places, ids
 
@@ -172,7 +167,7 @@ class Candidates:
         some, count, width = groups.shape
         part = slice(first, first + some)
         low, high = torch.where(self._watched[0, part], self._limits[:2, part], torch.nan)
-        # a comparison that answers in float32 is several times as fast as one that answers in booleans
+        # comparisons into float32 are several times as fast as those into booleans
         spare = torch.empty_like(groups)
         above = torch.gt(groups, high[:, None, None], out=spare).sum(-1)
         self.above[part] += above.sum(-1).long()
@@ -201,37 +196,37 @@ class Candidates:
         ids = chosen[hits] * width + offsets + start
         self._candidates.add(torch.stack([places, ids]), values[hits, offsets] + error[rows])
 
-    def _sift_tile(self, tile: Tile, start: int) -> None:
-        """`_count` and `_collect` in one compiled pass."""
-        assert kernels
+    def _screen_tile(self, tile: Tile, start: int) -> None:
+        """Do `_count` and `_collect` in one compiled pass."""
+        assert topk.cpu
         base, first = tile.base.numpy(), len(tile.base)
         constant = np.zeros(0, np.float32) if tile.constant is None else tile.constant.numpy()
         for run in tile.runs:
             mixes = run.mixes.numpy()
             rows = mixes.shape[0] * mixes.shape[1]
-            sift = partial(kernels.sift_mixes, mixes, base[run.rows], constant, first)
-            self._sift(sift, rows, start, base.shape[1])
+            screen = partial(topk.cpu.screen_mixes, mixes, base[run.rows], constant, first)
+            self._screen(screen, rows, start, base.shape[1])
             first += rows
         if tile.constant is not None:
             tile.base.add_(tile.constant)
-        self._sift(partial(kernels.sift, base, 0), len(base), start, base.shape[1])
+        self._screen(partial(topk.cpu.screen, base, 0), len(base), start, base.shape[1])
 
-    def _sift(self, sift: Callable[..., int], rows: int, start: int, width: int) -> None:
-        assert kernels
+    def _screen(self, screen: Callable[..., int], rows: int, start: int, width: int) -> None:
+        assert topk.cpu
         candidates, doubtful = self._candidates, self._doubtful
         state = [part.numpy() for part in (self._limits, self._watched, self._bounds, self.above)]
         row, held = 0, np.empty(2, np.int64)
         while row < rows:
             for pairs in (candidates, doubtful):
-                pairs.reserve(max(kernels.LEAST_ROOM, 2 * width + 1))
+                pairs.reserve(max(topk.cpu.LEAST_ROOM, 2 * width + 1))
             held[:] = candidates.held, doubtful.held
             out = [part.numpy() for part in (candidates.pairs, candidates.values, doubtful.pairs)]
-            row = sift(row, start, groups_of(width, self._k), *state, held, *out)
+            row = screen(row, start, groups_of(width, self._k), *state, held, *out)
             candidates.held, doubtful.held = held.tolist()
             self._make_room()
 
 
 def _up(values: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
-    """Float32 numbers no smaller than float64 ones."""
+    """Round float64 numbers up to float32."""
     rounded = values.float()
     return rounded.nextafter(torch.full_like(rounded, torch.inf))

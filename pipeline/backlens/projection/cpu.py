@@ -1,7 +1,7 @@
 """Loops that read memory once, compiled for CPUs by numba.
 
-As PyTorch operations the same work is a dozen passes over the scores. Who has a GPU, or no numba, takes those:
-`sieve.py` and `screening.py` decide, and `benchmarks/project.py` compares.
+As PyTorch operations the same work is a dozen passes over the scores; those run on GPUs and where numba is missing.
+`benchmarks/project.py` compares the two.
 
 Shapes: R rows, V tile, D d_model, P pairs.
 """
@@ -16,30 +16,30 @@ from numba import njit
 ONE, ZERO = np.float32(1), np.float32(0)
 
 COLUMNS = 32
-"""A row's scores are taken in blocks of so many columns; a column is a group."""
+"""Columns per block of a row's scores; a column is a group."""
 
 STRETCH, TOGETHER = 1024, 32
-"""Scores of a mix that are summed at once, and mixes that are summed before they are sifted."""
+"""Scores of a mix that are summed at once, and mixes that are summed before they are screened."""
 
 LEAST_ROOM = 2**14
-"""Pairs that there is room for when `sift` begins."""
+"""Number of pairs that there is room for when `screen` begins."""
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compiled at the first call, without the GIL, and kept on disk for the next process where that can be written."""
+    """Compile at the first call, to run without the GIL, and cache on disk for the next process where possible."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             found: Any = njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # numba found no folder for its cache
             return njit(nogil=True, **options)(function)
-        keep = found._cache.save_overload
+        save = found._cache.save_overload
 
-        def keep_if_there_is_room(*compilation: Any) -> None:
-            with suppress(OSError):  # numba would let a full disk end the computation
-                keep(*compilation)
+        def save_if_possible(*compilation: Any) -> None:
+            with suppress(OSError):  # a full disk would end the computation
+                save(*compilation)
 
-        found._cache.save_overload = keep_if_there_is_room
+        found._cache.save_overload = save_if_possible
         return found
 
     return decorate
@@ -47,8 +47,11 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 @compiled()
 def _fold(values, columns, low, high, top, bottom, above, not_below):
-    """Of each column of a block's scores (g, g + columns, g + 2 columns …): the largest and smallest, and how many are
-    above `high` and not below `low`. Neighbours are of different columns: the inner loops are vector instructions."""
+    """Write each column's largest and smallest score, and its number of scores above `high` and not below `low`.
+
+    Column g has scores g, g + columns, g + 2 columns … of the block; neighbours are in different columns, so that the
+    inner loops become vector instructions.
+    """
     for g in range(columns):
         top[g] = values[g]
         bottom[g] = values[g]
@@ -73,8 +76,8 @@ def _fold(values, columns, low, high, top, bottom, above, not_below):
 
 
 @compiled()
-def _place(g, groups, each):
-    """Where a row has the first of its group g's scores, and how far apart they are."""
+def _first_and_step(g, groups, each):
+    """Return the index of group g's first score in a row, and the distance between its scores."""
     block = g // COLUMNS * COLUMNS
     return block * each + g - block, min(COLUMNS, groups - block)
 
@@ -96,7 +99,7 @@ def _one(condition):
 
 @compiled()
 def _raise(bounds, peaks, error):
-    """Keep the k largest of `bounds` and peaks − error, in any order; returns the smallest of them."""
+    """Keep the k largest of `bounds` and peaks − error, in any order; return the smallest of them."""
     place = np.argmin(bounds)
     for g in range(len(peaks)):
         lower = peaks[g] - error
@@ -107,8 +110,8 @@ def _raise(bounds, peaks, error):
 
 
 @compiled()
-def _sift_row(values, r, start, limits, watched, bounds, above, held, candidates, uppers, doubts, peaks):
-    """A row's scores for one tile; `peaks` is to be written over."""
+def _screen_row(values, r, start, limits, watched, bounds, above, held, candidates, uppers, doubts, peaks):
+    """Screen a row's scores for one tile; overwrites `peaks`."""
     groups, found = peaks.shape[1], held[0]
     each = len(values) // groups
     low, high, error = limits[0, r], limits[1, r], limits[2, r]
@@ -136,7 +139,7 @@ def _sift_row(values, r, start, limits, watched, bounds, above, held, candidates
         least -= error
         for g in range(groups if highest >= least else 0):
             if top[g] >= least:
-                i, step = _place(g, groups, each)
+                i, step = _first_and_step(g, groups, each)
                 for _ in range(each):
                     if sign * values[i] >= least:
                         candidates[0, found] = side * len(above) + r
@@ -149,7 +152,7 @@ def _sift_row(values, r, start, limits, watched, bounds, above, held, candidates
 
 @compiled()
 def _count(values, r, start, low, high, over, not_below, above, held, doubts):
-    """Add what is above the target, and write down what is in doubt."""
+    """Add the number of tokens above the target, and write down those in doubt."""
     groups, doubtful = len(over), held[1]
     each = len(values) // groups
     certain = possible = ZERO
@@ -159,9 +162,9 @@ def _count(values, r, start, low, high, over, not_below, above, held, doubts):
     above[r] += np.int64(certain)
     for g in range(groups if possible > certain else 0):
         if not_below[g] > over[g]:
-            i, step = _place(g, groups, each)
+            i, step = _first_and_step(g, groups, each)
             for _ in range(each):
-                # written whether or not it is one: a branch that cannot be foreseen costs more
+                # written in any case: a branch that the processor mispredicts costs more
                 doubts[0, doubtful] = r
                 doubts[1, doubtful] = start + i
                 doubtful += np.int64((values[i] >= low) & (values[i] <= high))
@@ -170,11 +173,13 @@ def _count(values, r, start, low, high, over, not_below, above, held, doubts):
 
 
 @compiled()
-def sift(scores, first, row, start, groups, limits, watched, bounds, above, held, candidates, uppers, doubts):
-    """One tile of some rows, `first` and those behind it: see `sieve.Sieve.add`, which this does in one pass.
+def screen(
+    scores, first, row, start, groups, limits, watched, bounds, above, held, candidates, uppers, doubts
+):
+    """Screen one tile of the rows from `first` on in one pass; see `candidates.Candidates.add`.
 
-    Begins with the tile's row `row`, and returns the one to go on with when there may not be room for what it has.
-    Writes to `candidates` and `uppers` from held[0] on, and to `doubts` from held[1] on; `held` says how far.
+    Begins with the tile's row `row`, and returns the row to continue with when there may be no room for its pairs.
+    Writes to `candidates` and `uppers` from held[0] on, and to `doubts` from held[1] on, and updates `held`.
     """
     width = scores.shape[1]
     peaks = np.empty((4, groups), np.float32)
@@ -183,7 +188,7 @@ def sift(scores, first, row, start, groups, limits, watched, bounds, above, held
             return i
         r = first + i
         if watched[0, r] or watched[1, r] or watched[2, r]:
-            _sift_row(
+            _screen_row(
                 scores[i], r, start, limits, watched, bounds, above, held, candidates, uppers, doubts, peaks
             )
     return len(scores)
@@ -212,7 +217,7 @@ def _mix(mixes, base, first, out):
 
 
 @compiled()
-def sift_mixes(
+def screen_mixes(
     mixes,
     base,
     constant,
@@ -229,22 +234,23 @@ def sift_mixes(
     uppers,
     doubts,
 ):
-    """As `sift`, for mixes of a tile's base rows (prompt, mix, term), whose scores are nowhere but in a core's cache.
+    """Screen mixes (prompt, mix, term) of a tile's base rows; their scores stay in a core's cache.
 
-    `base` has the prompts' terms, one after the other, and no constant; `constant` is empty when there is none.
+    `base` has the prompts' terms, one after the other, without the constant; `constant` is empty if there is none.
+    The other arguments are those of `screen`.
     """
     width = base.shape[1]
-    prompts, kept, count = mixes.shape
-    scores = np.empty((min(kept, TOGETHER), width), np.float32)
-    while row < prompts * kept:
-        prompt, mix = row // kept, row % kept
-        some = min(TOGETHER, kept - mix)
+    prompts, each, count = mixes.shape
+    scores = np.empty((min(each, TOGETHER), width), np.float32)
+    while row < prompts * each:
+        prompt, mix = row // each, row % each
+        some = min(TOGETHER, each - mix)
         _mix(mixes[prompt][mix : mix + some], base, prompt * count, scores)
         for k in range(some):
             mine = scores[k]
             for v in range(len(constant)):
                 mine[v] += constant[v]
-        done = sift(
+        done = screen(
             scores[:some], first + row, 0, start, groups, limits, watched, bounds, above, held, candidates, uppers,
             doubts,
         )  # fmt: skip
@@ -256,9 +262,9 @@ def sift_mixes(
 
 @compiled(fastmath={"reassoc", "contract"})
 def dots(wide, unembedding, rows, ids, products, first, stop):
-    """products[p] = wide[rows[p]] · unembedding[ids[p]] in float64, for pairs first to stop.
+    """Compute products[p] = wide[rows[p]] · unembedding[ids[p]] in float64, for pairs first to stop.
 
-    The sum's order may be any, but is the same for every pair.
+    The order of the sum is unspecified, but the same for every pair.
     """
     for p in range(first, stop):
         mine, theirs = wide[rows[p]], unembedding[ids[p]]
@@ -269,15 +275,15 @@ def dots(wide, unembedding, rows, ids, products, first, stop):
 
 
 @compiled()
-def keep_first(rows, ids, scores, kept_ids, kept_scores, held):
-    """Put each pair into its row's list of the largest scores, in the total order of `selection.py`.
+def first_of_rows(rows, ids, scores, first_ids, first_scores, held):
+    """Insert each pair into its row's list of the largest scores, ordered as in `topk.py`.
 
-    `held` says how many of each list are filled.
+    `held` is the number of filled places of each list.
     """
-    k = kept_ids.shape[1]
+    k = first_ids.shape[1]
     for p in range(len(rows)):
         row, token, score = rows[p], ids[p], scores[p]
-        mine, theirs = kept_scores[row], kept_ids[row]
+        mine, theirs = first_scores[row], first_ids[row]
         place = held[row]
         if place == k:
             place -= 1

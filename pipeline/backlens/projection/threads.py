@@ -1,16 +1,14 @@
-"""Work side by side on one CPU's cores, each piece in a thread of its own while PyTorch's own threads are off.
+"""Threads: several on one CPU for pieces of one projection, and one per device that projects beside the model.
 
-Several products of one thread each use cores better than one product of several: nothing waits for the slowest
-thread of each operation, what is not a product is spread as well, and PyTorch's threads, which spin for a while after
-each operation, take no time from those that work.
+Several products of one thread each use a CPU's cores better than one product of several threads: nothing waits for
+the slowest thread of each operation, operations other than products run in parallel too, and PyTorch's own threads,
+which spin for a while after each operation, are off.
 
-A thread for each device, for work that has to wait for that device: whoever hands it over goes on at once.
-
-Each thread does its pieces one after the other, in the order in which they were handed over. They need no CUDA events.
-A thread that never chose a stream uses its device's default stream, and so does the backward pass, whose operations run
-on the streams of the forward pass. So a piece's kernels are in one stream with those that made its tensors, and behind
-them, because they are launched later. For the same reason the allocator may give a tensor's memory away as soon as
-either thread lets go of it. Copies between devices wait for both devices' streams by themselves.
+A device's thread does its pieces one after the other, in the order in which they were handed over. They need no CUDA
+events. A thread that never chose a stream uses its device's default stream, and so does the backward pass, whose
+operations run on the streams of the forward pass. So a piece's kernels are in one stream with those that made its
+tensors, and behind them, because they are launched later. For the same reason the allocator may give a tensor's memory
+away as soon as either thread lets go of it. Copies between devices wait for both devices' streams by themselves.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -27,13 +25,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CpuThreads:
-    """How many pieces run at once, and the threads for all but the first, which the caller runs itself."""
+    """Number of pieces that run at once, and the threads for all but the first, which the caller runs."""
 
     count: int = 1
     others: ThreadPoolExecutor | None = None
 
     def run(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
-        """What the pieces return, in their order."""
+        """Run the pieces; return their results in order."""
         if self.others is None or len(pieces) == 1:
             return [piece() for piece in pieces]
         inference = torch.is_inference_mode_enabled()
@@ -49,9 +47,9 @@ class CpuThreads:
 
 @contextmanager
 def cpu_threads(device: torch.device) -> Iterator[CpuThreads]:
-    """As many as PyTorch has threads, which are off meanwhile; one on a GPU.
+    """Provide as many threads as PyTorch has, whose own are off meanwhile; one on a GPU.
 
-    Threads are not kept from call to call: in a forked process they would be gone.
+    Threads do not outlive the call: a forked process would not have them.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
@@ -66,7 +64,7 @@ def cpu_threads(device: torch.device) -> Iterator[CpuThreads]:
 
 
 def parts(count: int, pieces: int) -> list[slice]:
-    """At most so many consecutive parts of `count` things, about equal, none of them empty."""
+    """Cut `count` things into at most `pieces` consecutive parts, about equal, none of them empty."""
     pieces = max(1, min(pieces, count))
     edges = [count * piece // pieces for piece in range(pieces + 1)]
     return [slice(first, stop) for first, stop in pairwise(edges)]
@@ -74,13 +72,16 @@ def parts(count: int, pieces: int) -> list[slice]:
 
 Piece = Callable[[], None]
 HandOver = Callable[[torch.device, Piece], None]
-"""Takes a piece of work for a device; raises the error of an earlier one."""
+"""Takes a piece of work for a device; raises the error of an earlier piece."""
 
 
 @contextmanager
 def device_threads(devices: Collection[torch.device]) -> Iterator[HandOver]:
-    """At its end it waits for all pieces. After the first error, a piece's or the body's, no piece is begun any more;
-    the body is told of a piece's error by the next `HandOver`, or at its end."""
+    """Provide a thread per device, and wait for all pieces at the end.
+
+    After the first error, in a piece or in the body, no further piece begins; the next `HandOver`, or the end, raises
+    a piece's error.
+    """
     for device in devices:
         # PyTorch loads its linear algebra at the first call; two threads' first calls at once fail (its issue 90613).
         torch.linalg.eigh(torch.eye(2, device=device))
@@ -91,7 +92,7 @@ def device_threads(devices: Collection[torch.device]) -> Iterator[HandOver]:
         try:
             if not errors:
                 piece()
-        except BaseException as error:  # noqa: BLE001 - raised again by whoever handed the piece over
+        except BaseException as error:  # noqa: BLE001 - raised again by `hand_over`, or at the end
             errors.append(error)
 
     def hand_over(device: torch.device, piece: Piece) -> None:
@@ -112,5 +113,5 @@ def device_threads(devices: Collection[torch.device]) -> Iterator[HandOver]:
 
 
 def at_once(_device: torch.device, piece: Piece) -> None:
-    """A `HandOver` that does the piece itself."""
+    """Do the piece in the caller's thread; a `HandOver`."""
     piece()

@@ -1,28 +1,25 @@
-"""The largest and smallest of many scores, in a total order: by score, then by smaller token id.
+"""The largest and smallest of many scores, ordered by score, then by smaller token id.
 
 Shapes: N rows, V scores of a tile.
 """
-
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 try:
-    from backlens.projection import cpu as kernels
+    from backlens.projection import cpu  # compiled loops; the only place that imports them
 except ImportError:  # without numba
-    kernels = None
-
+    cpu = None
 
 GROUP = 64
-"""Scores whose maximum is taken first: only groups with a large one can hold one of the top k."""
+"""Scores per group. Maxima of groups are compared first: only a group with a large one can hold one of the k."""
 
 
 def extremes(
     scores: Float[Tensor, "vector tile"], k: int, largest: bool
 ) -> tuple[Float[Tensor, "vector k"], Int[Tensor, "vector k"]]:
-    """The k largest (smallest) scores of each row in the total order, exactly.
+    """Find the k largest (smallest) scores of each row, in order.
 
     Group maxima first: when the (k + 1)-th candidate is strictly below the k-th, no score outside the k + 1
     chosen groups can belong to the list. A row where they are equal is sorted whole, to break the tie by id.
@@ -56,7 +53,7 @@ def extremes(
 def in_order(
     scores: Float[Tensor, "vector value"], ids: Int[Tensor, "vector value"], largest: bool
 ) -> tuple[Float[Tensor, "vector value"], Int[Tensor, "vector value"]]:
-    """Each row sorted in the total order."""
+    """Sort each row by score, then by id."""
     ids, by_id = ids.sort(dim=-1)
     scores, by_score = scores.gather(-1, by_id).sort(dim=-1, descending=largest, stable=True)
     return scores, ids.gather(-1, by_score)
@@ -65,13 +62,16 @@ def in_order(
 def first_of_rows(
     rows: Int[Tensor, " pair"], ids: Int[Tensor, " pair"], scores: Float[Tensor, " pair"], k: int
 ) -> tuple[Int[Tensor, "row k"], Float[Tensor, "row k"]]:
-    """The k largest scores of every row that occurs, rows ascending; every row occurs at least k times."""
-    if kernels and rows.device.type == "cpu":
+    """Find the k largest scores of every row that occurs, in ascending order of rows.
+
+    Every row has to occur at least k times.
+    """
+    if cpu and rows.device.type == "cpu":
         count = int(rows.max()) + 1 if len(rows) else 0
-        kept_ids, kept_scores = ids.new_empty(count, k), scores.new_empty(count, k)
+        first_ids, first_scores = ids.new_empty(count, k), scores.new_empty(count, k)
         held = rows.new_zeros(count)
-        kernels.keep_first(*(tensor.numpy() for tensor in (rows, ids, scores, kept_ids, kept_scores, held)))
-        return kept_ids[held > 0], kept_scores[held > 0]
+        cpu.first_of_rows(*(tensor.numpy() for tensor in (rows, ids, scores, first_ids, first_scores, held)))
+        return first_ids[held > 0], first_scores[held > 0]
     order = ids.argsort()
     order = order[scores[order].argsort(descending=True, stable=True)]
     order = order[rows[order].argsort(stable=True)]
@@ -79,12 +79,12 @@ def first_of_rows(
     places = torch.arange(len(rows), device=rows.device)
     begins = torch.ones_like(rows, dtype=torch.bool)
     begins[1:] = rows[1:] != rows[:-1]
-    kept = order[places - torch.where(begins, places, 0).cummax(0).values < k]
-    return ids[kept].view(-1, k), scores[kept].view(-1, k)
+    first = order[places - torch.where(begins, places, 0).cummax(0).values < k]
+    return ids[first].view(-1, k), scores[first].view(-1, k)
 
 
 class Extremes:
-    """The k largest (or smallest) scores of every row so far, with their token ids."""
+    """Collects the k largest (or smallest) scores of every row, and their token ids, tile by tile."""
 
     def __init__(self, k: int, largest: bool) -> None:
         self._k = k
@@ -92,16 +92,13 @@ class Extremes:
         self._found: list[tuple[Tensor, Tensor]] = []
 
     def add(self, scores_NV: Float[Tensor, "vector tile"], start: int) -> None:
+        """Take the scores of a tile that begins at token `start`."""
         scores, ids = extremes(scores_NV, min(self._k, scores_NV.shape[-1]), self._largest)
         self._found.append((scores, ids + start))
 
     def sorted(self) -> tuple[Int[Tensor, "vector k"], Float[Tensor, "vector k"]]:
-        scores, ids = concatenated(self._found)
+        """Return token ids and scores, in order."""
+        scores, ids = (torch.cat(parts, dim=-1) for parts in zip(*self._found, strict=True))
         scores, ids = in_order(scores, ids, self._largest)
         # copies: a slice would keep every tile's candidates alive as long as the rows
         return ids[:, : self._k].int(), scores[:, : self._k].clone()
-
-
-def concatenated(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    first, second = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
-    return first, second

@@ -1,4 +1,4 @@
-"""Where a model's parts are put: whole blocks, balanced, and all that the lens reads on one device."""
+"""Devices of a model's parts: whole blocks, balanced, and all that the lens reads on one device."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
