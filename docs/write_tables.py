@@ -29,7 +29,7 @@ In SQL (`backlens query --sql`) they can be read without an atlas too; then they
 
 They count list entries: a token in the top or bottom list of a kept neuron for one prompt. Only the strongest
 neurons of a prompt are kept (the manifest's `cut_off`): one that is missing for a prompt is not zero. An update
-subtracts gradients, so bottom tokens are "promoted" and top tokens "demoted".
+subtracts gradients, so bottom tokens are "promoted" and top tokens "suppressed".
 """
 
 INTRODUCTION = """\

@@ -10,7 +10,7 @@ import duckdb
 import pytest
 
 from backlens.atlas.atlas import Atlas
-from backlens.atlas.database import DEFINITIONS
+from backlens.atlas.definitions import DEFINITIONS
 from backlens.atlas.names import Neuron, parse_neuron
 from backlens.atlas.tables import ATLAS_TABLES
 from backlens.cli.main import call
