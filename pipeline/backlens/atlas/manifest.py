@@ -119,7 +119,7 @@ def find_manifest(directory: Directory) -> Manifest | None:
 
 
 def find_loss(directory: Directory, files: Mapping[str, Sequence[str]]) -> str | None:
-    """One line about the first of these files (locations by table) that is lost or damaged, with a remedy; else None."""
+    """One line about the first of these files (locations by table) that is lost or damaged, with a remedy; None."""
     names = {posixpath.relpath(path, directory.root) for paths in files.values() for path in paths}
     of_run = [table for table, paths in files.items() if paths]
     for loss in losses(directory, committed(directory).values(), of_run):

@@ -71,7 +71,7 @@ def _colour(figure: "Figure", axes: "Axes", heatmap: Heatmap, size: tuple[float,
             tall / height,
         )
     )
-    figure.colorbar(image, cax=bar).set_label("‖δ‖ (VJP norm)", fontsize=8)
+    figure.colorbar(image, cax=bar).set_label("norm of δ", fontsize=8)
     bar.tick_params(labelsize=7)
 
 
