@@ -243,7 +243,7 @@ class Heatmap:
         letters = "#fff" if strength > 0.85 else "#222"
         return (
             f'<td style="{CELL}; {_colour(strength)}; color: {letters}" title="{title}">{first}<br>'
-            f'<span style="opacity: 0.75">{second}</span></td>'
+            f'<span style="opacity: 0.85">{second}</span></td>'
         )
 
     def _rank_text(self, cell: HeatmapCell) -> str:

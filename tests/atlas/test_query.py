@@ -97,7 +97,7 @@ def test_a_token_that_is_none_gets_its_near_matches(example: ExampleRun, token: 
 
 
 def test_a_token_like_no_other_is_said_to_be_so(example: ExampleRun):
-    with pytest.raises(BacklensError, match="nothing is like it"):
+    with pytest.raises(BacklensError, match="no token is similar"):
         Atlas(example.out).by_token("zzzz")
 
 
