@@ -27,7 +27,7 @@ SQL (`backlens query --sql`) can read these tables without an atlas too: they ar
 
 The tables count list entries. An entry is a token in the top or bottom list of a kept neuron for one prompt. Only the
 strongest neurons of a prompt are kept (`cut_off` in the manifest), so a neuron that is missing for a prompt is not
-zero. A step subtracts the gradient, so bottom tokens are "promoted" and top tokens "demoted".
+zero. A step subtracts the gradient, so bottom tokens are "promoted" and top tokens "suppressed".
 """
 
 INTRODUCTION = """\

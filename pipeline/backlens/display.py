@@ -1,22 +1,23 @@
-"""Tokens and answers as a reader sees them.
+"""Tokens and tables as people see them: visible spaces, texts beside ids, and static HTML for notebooks.
 
-What `Atlas` answers with: an Arrow table that a notebook shows as a static HTML table.
+`Answer` is the Arrow table that questions return.
 """
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from html import escape
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 SHOWN_IN_LISTS = 5
-"""List items that a table's cell shows; JSON and CSV have them all."""
+"""List items that a cell shows; JSON and CSV have all of them."""
 
 
 def visible(text: str) -> str:
-    """Text on one line, with the spaces at its ends and its line breaks to be seen."""
+    """The text on one line, with signs for line breaks and for spaces at its ends."""
     text = text.replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥")
     stripped = text.strip(" ")
     lead = len(text) - len(text.lstrip(" "))
@@ -24,10 +25,9 @@ def visible(text: str) -> str:
 
 
 def shown_columns(answer: pa.Table) -> list[str]:
-    """The columns that a reader looks for.
+    """The columns that people need.
 
-    One of nulls alone (the experts of a dense model) says nothing; where a list of tokens has its texts, their ids and
-    scores are left to programs.
+    Left out are columns of nulls (the experts of a dense model), and the ids and scores of lists that have texts.
     """
     columns = answer.column_names
     sides = [name.removesuffix("_tokens") for name in columns if name.endswith("_tokens")]
@@ -38,7 +38,7 @@ def shown_columns(answer: pa.Table) -> list[str]:
 
 
 def cell_text(value: Any) -> str:
-    """A value of an answer as a table shows it."""
+    """A value as a cell shows it."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -56,20 +56,21 @@ SHOWN_ROWS = 50
 
 
 class Answer:
-    """The rows of an answer. It has what `pyarrow.Table` has, which cannot itself be derived from.
+    """The rows of an answer, with the methods of `pyarrow.Table` (a class that cannot be subclassed).
 
-    Where a real table is asked for (`polars.from_arrow`), `answer.table` is it; what takes Arrow data by its protocol
-    (`pyarrow.table`, DuckDB, `polars.DataFrame`) or rows (`pandas.DataFrame`) takes the answer itself.
+    Functions that take Arrow data by its protocol (`pyarrow.table`, DuckDB, `polars.DataFrame`) or rows
+    (`pandas.DataFrame`) take the answer itself; for those that need a real table (`polars.from_arrow`) there is
+    `answer.table`.
     """
 
     def __init__(self, table: pa.Table, count: Callable[[], int] | None = None) -> None:
-        """`count` says how many rows there are, if these are perhaps not all."""
+        """`count` returns the number of all rows, if the table may lack some."""
         self.table = table
         self._count = count
 
     @cached_property
     def total(self) -> int:
-        """How many rows there are without a limit; they are counted when this is first asked for."""
+        """The number of rows without a limit, counted on first use."""
         rows = self.table.num_rows
         return rows if self._count is None else max(rows, self._count())
 
@@ -79,10 +80,8 @@ class Answer:
         return getattr(self.table, name)
 
     def to_polars(self) -> Any:
-        """A polars DataFrame, where polars is installed."""
-        import polars
-
-        return polars.DataFrame(self.table)
+        """A polars DataFrame. Raises ImportError if polars, which backlens does not need, is not installed."""
+        return import_module("polars").DataFrame(self.table)
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         return self.table.__arrow_c_stream__(requested_schema)
@@ -94,7 +93,7 @@ class Answer:
         return self.table.num_rows
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rows."""
+        """Iterate over the rows."""
         for batch in self.table.to_batches():
             yield from batch.to_pylist()
 
@@ -111,7 +110,7 @@ class Answer:
 
 
 def table_html(rows: pa.Table, total: int | None = None) -> str:
-    """A table without script or style sheet. Tokens are escaped, their spaces visible, each in its own direction."""
+    """A static table without script or style sheet; tokens are escaped and keep their own writing direction."""
     names = shown_columns(rows)
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "".join(
@@ -119,7 +118,7 @@ def table_html(rows: pa.Table, total: int | None = None) -> str:
         for row in rows.select(names).slice(0, SHOWN_ROWS).to_pylist()
     )
     total = rows.num_rows if total is None else total
-    limited = f", {rows.num_rows:,} of them here (limit)" if total > rows.num_rows else ""
+    limited = f" ({rows.num_rows:,} of them here: limit)" if total > rows.num_rows else ""
     shown = f"the first {SHOWN_ROWS} of " if rows.num_rows > SHOWN_ROWS else ""
     said = f"{shown}{total:,} rows{limited}"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{said}</p>"
@@ -129,7 +128,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, int | float):
         return f'<td style="text-align: right">{cell_text(value)}</td>'
     if isinstance(value, list) and value and isinstance(value[0], str):
-        # each by itself, or a token written from the right would turn the order of its neighbours round
+        # Each token alone: a right-to-left token would otherwise reverse the order of its neighbours.
         return f'<td style="text-align: left">{" ".join(map(_isolated, value))}</td>'
     return f'<td style="text-align: left">{_isolated(value)}</td>'
 
@@ -146,11 +145,11 @@ ID_COLUMNS = {
     "top_ids": "top_tokens",
     "bottom_ids": "bottom_tokens",
 }
-"""Columns of ids, and the columns of their texts."""
+"""Columns of token ids, and the columns of their texts."""
 
 
 def with_texts_beside(rows: pa.Table, texts: pa.Array) -> pa.Table:
-    """The rows with a column of texts behind each column of token ids; `texts` are by token id."""
+    """The rows with a column of texts after each column of token ids. `texts` has the text of each token id."""
     for ids, tokens in ID_COLUMNS.items():
         if ids in rows.column_names:
             place = rows.column_names.index(ids) + 1
@@ -159,10 +158,10 @@ def with_texts_beside(rows: pa.Table, texts: pa.Array) -> pa.Table:
 
 
 def _texts_of(ids: pa.Array, texts: pa.Array) -> pa.Array:
-    """Texts in the shape of the ids: a column of them, or of lists of them."""
+    """The texts of a column of ids or of lists of ids."""
     if not pa.types.is_list(ids.type):
         return texts.take(ids)
-    # A null list has no items, so that the items of the others are the array's own.
+    # `flatten` skips null lists, so their lengths count as 0.
     lengths = np.diff(ids.offsets.to_numpy()) * ids.is_valid().to_numpy(zero_copy_only=False)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     mask = ids.is_null() if ids.null_count else None

@@ -1,4 +1,4 @@
-"""The gradients of some prompts, as the run's tables with texts beside ids, and as factors."""
+"""The gradients of a few prompts: as the tables of a run with texts beside ids, and as factors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from backlens.display import Answer, with_texts_beside
 from backlens.errors import BacklensError
-from backlens.heatmap import Heatmap, make_heatmap
+from backlens.heatmap import Heatmap, default_module, make_heatmap
 from backlens.models.vocabulary import vocabulary
 from backlens.projection.lens import Lens
 from backlens.projection.project import Vectors, project
@@ -38,11 +38,11 @@ class Token(str):
 
 
 class Gradients:
-    """What the gradients of one prompt or of many say.
+    """The gradients of one or several prompts.
 
-    `prompt`, `tokens`, `neurons`, `layers` and `failures` are the tables of a run over the same prompts, with the same
-    columns and rows, and the texts of ids beside them. `g[layer, module]` is one weight matrix's gradient in factored
-    form; of several prompts, `g[prompt, layer, module]`.
+    `prompt`, `tokens`, `neurons`, `layers` and `failures` are the tables that a run over the same prompts writes, with
+    the texts of token ids beside them. `g[layer, module]` is the gradient of one weight matrix in factored form; for
+    several prompts write `g[prompt, layer, module]`. In a notebook the gradients of a single prompt show a heatmap.
     """
 
     def __init__(self, tables: dict[str, pa.Table], tokenizer: PreTrainedTokenizerBase, lens: Lens) -> None:
@@ -75,7 +75,10 @@ class Gradients:
         return self._with_texts("failures")
 
     def __getitem__(self, key: tuple[Any, ...]) -> "MatrixGradient":
-        """`g[layer, module]`, `g[layer, module, expert]`, or `g[prompt, layer, module]` of several prompts."""
+        """The gradient of one matrix: `g[layer, module]`, `g[layer, module, expert]` or `g[prompt, layer, module]`.
+
+        Raises BacklensError if the factors were not kept, or if there is no such matrix.
+        """
         prompt, layer, module, expert = self._place(key)
         factors = self._tables.get("factors")
         if factors is None:
@@ -127,7 +130,10 @@ class Gradients:
         return f"; there are layers {min(layers)} to {max(layers)} of {', '.join(modules)}" if layers else ""
 
     def heatmap(self, module: str = "mlp.down", prompt: int | None = None) -> Heatmap:
-        """One prompt's layers by positions: the colour is the norm of δ, the text is what the lens reads there."""
+        """The heatmap of one prompt and module: layers by positions, lens tokens on the norm of δ.
+
+        Raises BacklensError if there are several prompts and none is named, or if the module has no rows.
+        """
         prompts = self.prompt.table.to_pylist()
         if prompt is None and len(prompts) != 1:
             raise BacklensError(
@@ -140,14 +146,13 @@ class Gradients:
         rows = self.tokens.table.filter(is_here).to_pylist()
         if not rows:
             raise BacklensError(f"heatmap: there are no rows of {module}{self._known()}")
-        row = chosen[0]
-        return make_heatmap(
-            module, row["tokens"], rows, row["prompt"], row["target"], row["target_tokens"][0]
-        )
+        tokens, target = chosen[0]["tokens"], chosen[0]["target_tokens"][0]
+        return make_heatmap(chosen[0], module, rows, tokens, target, self._lens.vocabulary)
 
     @cached_property
     def _texts(self) -> Sequence[str]:
-        return vocabulary(self._tokenizer, self._lens.vocabulary)[0]
+        size = self._lens.vocabulary if self._lens.ids is None else int(self._lens.ids[-1]) + 1
+        return vocabulary(self._tokenizer, size)[0]
 
     def _with_texts(self, name: str) -> Answer:
         return Answer(with_texts_beside(self._tables[name], pa.array(self._texts, pa.string())))
@@ -163,7 +168,7 @@ class Gradients:
         modules = self._tables["tokens"]["module"].unique().to_pylist()
         if self._tables["prompts"].num_rows != 1 or not modules:
             return self.prompt._repr_html_()
-        return self.heatmap("mlp.down" if "mlp.down" in modules else modules[0])._repr_html_()
+        return self.heatmap(default_module(modules))._repr_html_()
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,28 +179,32 @@ class MatrixGradient:
     module: str
     expert: int | None
     x: Float[Tensor, "position d_in"]
-    """The matrix's inputs, float32."""
+    """The inputs of the matrix, float32."""
     delta: Float[Tensor, "position d_out"]
-    """The VJPs ∂L/∂(output), float32; raw sign."""
+    """The VJPs ∂L/∂(output), float32, with their raw sign."""
     positions: tuple[int, ...]
-    """The prompt's position of each row."""
+    """The position in the prompt of each row."""
     tokens: Sequence[str]
+    """The text of each token id."""
     lens: Lens
 
     @property
     def matrix(self) -> Float[Tensor, "d_in d_out"]:
-        """G itself, d_in × d_out: formed here, on request."""
+        """The full gradient G = Xᵀ Δ, formed on request."""
         return self.x.mT @ self.delta
 
     def promoted(self, position: int = -1, k: int = 10) -> list[Token]:
-        """The k tokens that a step of gradient descent writes at a position: the lowest lens scores of δ, lowest first.
+        """The k tokens that a step of gradient descent raises most at a position: the lowest lens scores of δ first.
 
         Raises BacklensError for a module that reads the residual stream: its x has no promoted side.
         """
         return self._side(position, k, "bottom", "promoted")
 
     def suppressed(self, position: int = -1, k: int = 10) -> list[Token]:
-        """The k tokens that a step of gradient descent takes away at a position: the highest lens scores of δ."""
+        """The k tokens that a step of gradient descent lowers most at a position: the highest lens scores of δ first.
+
+        Raises BacklensError for a module that reads the residual stream.
+        """
         return self._side(position, k, "top", "suppressed")
 
     def top(self, position: int = -1, k: int = 10) -> list[Token]:
@@ -209,8 +218,8 @@ class MatrixGradient:
     def _side(self, position: int, k: int, side: str, word: str) -> list[Token]:
         if self.module in READS:
             raise BacklensError(
-                f"{word}: {self.module} reads the residual stream, and its x says what the update answers to, not what "
-                "it writes; use .top() and .bottom()"
+                f"{word}: {self.module} reads the residual stream: its x has no promoted or suppressed side; "
+                "use .top() and .bottom()"
             )
         return self._listed(position, k, side)
 
@@ -223,19 +232,22 @@ class MatrixGradient:
         if not vector.any():
             return []
         device = self.lens.unembedding.device
-        asked = Vectors.alone(vector[None].to(device), self.lens)
-        found, _ = project(asked, self.lens, torch.zeros(1, dtype=torch.long, device=device), k)
+        vectors = Vectors.alone(vector[None].to(device), self.lens)
+        target = self.lens.tokens(
+            torch.zeros(1, dtype=torch.long, device=device)
+        )  # any token: its rank is dropped
+        found, _ = project(vectors, self.lens, target, k)
         ids: list[int] = getattr(found, f"{side}_ids")[0].tolist()
         scores: list[float] = getattr(found, f"{side}_scores")[0].tolist()
         return [Token.of(self.tokens[token], token, score) for token, score in zip(ids, scores, strict=True)]
 
     def _row(self, position: int) -> int:
-        """The row of a position of the prompt; −1 is the last of those that are here."""
+        """The row of a position of the prompt; −1 is the last position that has a row."""
         if -len(self.positions) <= position < 0:
             return len(self.positions) + position
         if position in self.positions:
             return self.positions.index(position)
-        raise BacklensError(f"position {position}: there are {', '.join(map(str, self.positions))}")
+        raise BacklensError(f"position {position}: there are rows of {', '.join(map(str, self.positions))}")
 
     def __repr__(self) -> str:
         place = _name(self.layer, self.module, self.expert)

@@ -1,4 +1,4 @@
--- The curves of the paper's figures: sizes and ranks by layer and kind of position.
+-- The curves of the paper's figures: norms and ranks by layer and position class.
 -- One row per layer × module (× expert) × position class.
 CREATE TABLE layer_curves (
     -- Index of the block, from 0.
@@ -9,19 +9,19 @@ CREATE TABLE layer_curves (
     expert             SMALLINT,
     -- `last` (the prompt's last position), else `subject_last`, else `subject_first`, else `other`; a subject of one token is `subject_last`.
     position_class     VARCHAR NOT NULL,
-    -- How many positions the row is about.
+    -- Number of positions of that class.
     positions          BIGINT NOT NULL,
-    -- In how many prompts they are.
+    -- Number of prompts with such a position.
     prompts            BIGINT NOT NULL,
     -- Mean L2 norm of the module's input x there.
     input_norm         DOUBLE NOT NULL,
     -- Mean L2 norm of the VJP δ there, exact zeros included.
     vjp_norm           DOUBLE NOT NULL,
-    -- At how many of them δ is exactly zero.
+    -- Number of them at which δ is exactly zero.
     zeros              BIGINT NOT NULL,
-    -- Mean rank of the target; null if every projected vector is zero.
+    -- Mean rank of the target, 0 = largest score; null if every projected vector is zero.
     target_rank        DOUBLE,
-    -- Median of it; null where `target_rank` is.
+    -- Median rank of the target; null where `target_rank` is.
     target_rank_median DOUBLE,
     -- Entropy of the first top token, in bits; null where `target_rank` is.
     top_entropy        DOUBLE,

@@ -1,4 +1,4 @@
--- The rows of `neurons` without their lists, neuron after neuron.
+-- The rows of `neurons` without their lists, sorted by neuron.
 -- One row per kept neuron of a prompt × layer × module (× expert).
 CREATE TABLE neuron_prompts (
     -- Index of the block, from 0.
@@ -7,7 +7,7 @@ CREATE TABLE neuron_prompts (
     module        VARCHAR NOT NULL,
     -- Index of the expert, from 0; null if the block has no experts.
     expert        SMALLINT,
-    -- Index of the unit on the module's other side than the residual one, from 0.
+    -- Index of the unit on the side of the module that is not the residual one, from 0.
     neuron        INTEGER NOT NULL,
     -- Ordinal of the prompt in the input, from 0; joins `prompts.prompt_id`.
     prompt_id     BIGINT NOT NULL,

@@ -1,4 +1,4 @@
--- The lists of `neurons`, an entry a row, neuron after neuron.
+-- The lists of `neurons`, one row per entry, sorted by neuron.
 -- One row per kept neuron × side × place.
 CREATE TABLE neuron_topk (
     -- Index of the block, from 0.
@@ -7,13 +7,13 @@ CREATE TABLE neuron_topk (
     module    VARCHAR NOT NULL,
     -- Index of the expert, from 0; null if the block has no experts.
     expert    SMALLINT,
-    -- Index of the unit on the module's other side than the residual one, from 0.
+    -- Index of the unit on the side of the module that is not the residual one, from 0.
     neuron    INTEGER NOT NULL,
     -- Ordinal of the prompt in the input, from 0; joins `prompts.prompt_id`.
     prompt_id BIGINT NOT NULL,
-    -- The list: `top` (what an update takes away) or `bottom` (what an update adds, for it subtracts gradients).
+    -- The list: `top` (suppressed by an update) or `bottom` (promoted, because an update subtracts gradients).
     side      VARCHAR NOT NULL,
-    -- Where the token stands in that list, 0 = most extreme.
+    -- The token's place in that list, 0 = most extreme.
     place     SMALLINT NOT NULL,
     -- The token; joins `vocab.token_id`.
     token_id  INTEGER NOT NULL,

@@ -1,4 +1,4 @@
--- The lists of `tokens`, an entry a row, token after token: at which positions a token stands out.
+-- The lists of `tokens`, one row per entry, sorted by token: the positions at which a token is prominent.
 -- One row per prompt × layer × module (× expert) × position × side × place.
 CREATE TABLE position_topk (
     -- The token in the list, not that at the position; joins `vocab.token_id`.
@@ -13,9 +13,9 @@ CREATE TABLE position_topk (
     prompt_id BIGINT NOT NULL,
     -- Index of the token in the prompt, from 0; padding is not counted.
     position  INTEGER NOT NULL,
-    -- The list: `top` (what an update takes away) or `bottom` (what an update adds, for it subtracts gradients).
+    -- The list: `top` (suppressed by an update) or `bottom` (promoted, because an update subtracts gradients).
     side      VARCHAR NOT NULL,
-    -- Where the token stands in that list, 0 = most extreme.
+    -- The token's place in that list, 0 = most extreme.
     place     SMALLINT NOT NULL,
     -- The token's lens score of the position's vector, in logits.
     score     FLOAT NOT NULL

@@ -1,4 +1,4 @@
--- The same rows as `neurons`, prompt after prompt. It takes as much room again.
+-- The same rows as `neurons`, sorted by prompt. The table takes as much room as `neurons`.
 -- One row per kept neuron of a prompt × layer × module (× expert).
 CREATE TABLE prompt_neurons (
     -- Ordinal of the prompt in the input, from 0; joins `prompts.prompt_id`.

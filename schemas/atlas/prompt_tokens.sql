@@ -1,4 +1,4 @@
--- The same rows as `tokens`, prompt after prompt: what a prompt's heatmap reads. It takes as much room again.
+-- The same rows as `tokens`, sorted by prompt, for heatmaps. The table takes as much room as `tokens`.
 -- One row per prompt × layer × module (× expert) × position.
 CREATE TABLE prompt_tokens (
     -- Ordinal of the prompt in the input, from 0; joins `prompts.prompt_id`.

@@ -147,7 +147,7 @@ def test_an_atlas_that_the_run_left_behind_is_not_read_and_is_built_again(tmp_pa
     fresh = stale.specific_neurons(1000, min_prompts=1)
     watcher = Watcher()
     manifest = build_atlas(str(tmp_path), watcher)
-    assert "in the place of one of 1 shards" in watcher.said
+    assert "replaces one of 1 shards" in watcher.said
     assert Atlas(str(tmp_path)).note is None
     assert Atlas(str(tmp_path)).specific_neurons(1000, min_prompts=1).num_rows == fresh.num_rows
     listed = {file.path for files in manifest.files.values() for file in files}

@@ -139,7 +139,7 @@ def test_planted_neurons_are_found_and_no_others(tmp_path: Path, seed: int, has_
         assert specific(atlas) == set(PLANTED)
         for keys, (side, token_id) in PLANTED.items():
             (found,) = atlas.specific_neurons(layer=keys[0], module=keys[1])
-            name = "promoted" if side == "bottom" else "demoted"
+            name = "promoted" if side == "bottom" else "suppressed"
             unit = [
                 row for row in rows if (row["layer"], row["module"]) == keys[:2] and row["grad_norm"] >= FLOOR
             ]
@@ -182,7 +182,7 @@ def test_lists_of_vectors_below_the_norms_epsilon_are_not_counted(tmp_path: Path
     (keys,) = SHORT
     with Atlas(written(tmp_path / "one", rows)) as atlas:
         (found,) = atlas.neuron_summary("1.mlp.up.9")
-        assert (found["lists"], found["demoted_tokens"]) == (0, None)
+        assert (found["lists"], found["suppressed_tokens"]) == (0, None)
         assert found["prompts"] > 20  # it is kept all the same
     with Atlas(written(tmp_path / "other", rows, floor=0.0)) as atlas:
         assert specific(atlas) == {keys}  # for a norm without bias, lists do not depend on the length

@@ -10,7 +10,7 @@ import duckdb
 import pytest
 
 from backlens.atlas.atlas import Atlas
-from backlens.atlas.database import DEFINITIONS
+from backlens.atlas.definitions import DEFINITIONS
 from backlens.atlas.names import Neuron, parse_neuron
 from backlens.atlas.tables import ATLAS_TABLES
 from backlens.cli.main import call
@@ -97,7 +97,7 @@ def test_a_token_that_is_none_gets_its_near_matches(example: ExampleRun, token: 
 
 
 def test_a_token_like_no_other_is_said_to_be_so(example: ExampleRun):
-    with pytest.raises(BacklensError, match="nothing is like it"):
+    with pytest.raises(BacklensError, match="no token is similar"):
         Atlas(example.out).by_token("zzzz")
 
 

@@ -158,13 +158,13 @@ def test_the_neurons_of_a_token_are_those_in_whose_lists_it_stands(example: Exam
         rows = grouped([row for row in entries(example) if row["token_id"] == token_id], NEURON)
         expected = [
             dict(zip(NEURON, keys, strict=True))
-            | {"promoted": sides(found)["bottom"], "demoted": sides(found)["top"]}
+            | {"promoted": sides(found)["bottom"], "suppressed": sides(found)["top"]}
             | {"prompts": prompts_of(found), "lists": lists_of(example, keys)}
             # so few prompts are no evidence of anything (test_evidence.py has runs with more)
             | {"best_place": min(row["place"] for row in found), "log_odds": None}
             for keys, found in rows.items()
         ]
-        expected.sort(key=lambda row: (-row["promoted"] - row["demoted"], order(key(row))))
+        expected.sort(key=lambda row: (-row["promoted"] - row["suppressed"], order(key(row))))
         assert_same(atlas.token_neurons(VOCAB[token_id], ALL).to_pylist(), expected)
         within = [row for row in expected if (row["layer"], row["module"]) == (1, "mlp.up")]
         assert_same(atlas.token_neurons(VOCAB[token_id], ALL, 1, "mlp.up").to_pylist(), within)
@@ -185,11 +185,11 @@ def test_the_layers_of_a_token_count_its_lists(example: ExampleRun, atlas: Atlas
             }
             expected.append(
                 {"token_id": token_id, **dict(zip(UNIT, keys, strict=True))}
-                | {"promoted": sides(found)["bottom"], "demoted": sides(found)["top"]}
+                | {"promoted": sides(found)["bottom"], "suppressed": sides(found)["top"]}
                 | {"prompts": prompts_of(found), "neurons": len({row["neuron"] for row in found})}
                 | {
                     f"{name}_{part}": [item[place] for item in pushed[side]] or None
-                    for name, side in (("promoted", "bottom"), ("demoted", "top"))
+                    for name, side in (("promoted", "bottom"), ("suppressed", "top"))
                     for place, part in enumerate(("neurons", "counts"))
                 }
             )
@@ -223,7 +223,7 @@ def summary(example: ExampleRun, keys: tuple) -> Row:
         f"weight_{part}": None
         for part in ("norm", *(f"{s}_{w}" for s in SIDES for w in ("tokens", "scores")))
     }
-    for name, side in (("promoted", "bottom"), ("demoted", "top")):
+    for name, side in (("promoted", "bottom"), ("suppressed", "top")):
         found |= said(name, [row for row in mine if row["side"] == side], side, listed, keys)
     return found
 
@@ -269,11 +269,11 @@ def test_the_tokens_of_a_neuron_are_those_in_its_lists(example: ExampleRun, atla
         ]
         expected = [
             {"token_id": token_id, "token": VOCAB[token_id]}
-            | {"promoted": sides(rows)["bottom"], "demoted": sides(rows)["top"]}
+            | {"promoted": sides(rows)["bottom"], "suppressed": sides(rows)["top"]}
             | {"prompts": prompts_of(rows), "best_place": min(row["place"] for row in rows)}
             for (token_id,), rows in grouped(mine, ("token_id",)).items()
         ]
-        expected.sort(key=lambda row: (-row["promoted"] - row["demoted"], row["token_id"]))
+        expected.sort(key=lambda row: (-row["promoted"] - row["suppressed"], row["token_id"]))
         assert_same(atlas.neuron_tokens(f"1.mlp.down.{index}", ALL).to_pylist(), expected)
 
 
@@ -377,7 +377,7 @@ def test_prominent_tokens_of_a_run_are_those_that_a_module_has_in_more_prompts(
         )
         expected.append(
             {"token_id": token_id, "token": VOCAB[token_id]}
-            | {"promoted": sides(rows)["bottom"], "demoted": sides(rows)["top"], "layers": len(layers)}
+            | {"promoted": sides(rows)["bottom"], "suppressed": sides(rows)["top"], "layers": len(layers)}
             | {"first_layer": min(layers), "last_layer": max(layers)}
             | {
                 "most_in_a_module": max(

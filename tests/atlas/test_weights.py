@@ -125,7 +125,9 @@ def test_a_model_that_is_gone_is_said_to_be_and_can_be_named_later(
     try:
         assert call(["atlas", out]) == 0
         said = capsys.readouterr().out
-        assert re.search(r"has no rows: .*model is neither a folder.*name its place with --weights", said)
+        assert re.search(
+            r"has no rows: .*model is neither a folder.*name its folder or hub id with --weights", said
+        )
         atlas = Atlas(out)
         (first, *_) = atlas.sql("FROM neuron_summary", 1).to_pylist()
         address = f"{first['layer']}.{first['module']}.{first['neuron']}"

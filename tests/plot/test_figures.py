@@ -1,6 +1,7 @@
 """Figures are of the right cells, fit any script, and are files of the asked format or one line of refusal."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import pytest
 
 from backlens.atlas import Atlas
 from backlens.cli.main import call
-from backlens.figures.canvas import missing_letters, require_matplotlib, shown
-from backlens.figures.heatmap import draw_heatmap, read_heatmap
+from backlens.figures import missing_letters, require_matplotlib, shown
+from backlens.figures.heatmap import draw_heatmap
 from backlens.heatmap import Heatmap, make_heatmap
 from backlens.store.directory import Directory
 from tests.store.examples import VOCAB, ExampleRun, example_run
@@ -23,7 +24,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> ExampleRun:
 
 
 def test_a_heatmap_has_every_layer_and_position_of_its_module(example: ExampleRun):
-    heatmap = read_heatmap(Atlas(example.out), 5, "mlp.down")
+    heatmap = Atlas(example.out).heatmap(5, "mlp.down")
     rows = [row for row in example.rows["tokens"] if (row["prompt_id"], row["module"]) == (5, "mlp.down")]
     expected = {
         (row["layer"], row["position"]): row["bottom_ids"] and VOCAB[row["bottom_ids"][0]] for row in rows
@@ -34,12 +35,37 @@ def test_a_heatmap_has_every_layer_and_position_of_its_module(example: ExampleRu
     assert heatmap.kind == "shift δ"
 
 
-def test_of_experts_the_loudest_speaks(tmp_path: Path):
+def test_a_cell_shows_the_expert_with_the_largest_vjp(tmp_path: Path):
     run = example_run(Directory.at(tmp_path), experts=True)
-    heatmap = read_heatmap(Atlas(run.out), 1, "mlp.up")
+    heatmap = Atlas(run.out).heatmap(1, "mlp.up")
     assert heatmap.has_experts
     cells = [(cell.layer, cell.position) for cell in heatmap.cells.values()]
     assert len(cells) == len(set(cells)) == len(heatmap.layers) * len(heatmap.tokens)
+
+
+def test_cells_and_ranks_of_modules_that_write_begin_at_the_promoted_end(example: ExampleRun):
+    atlas = Atlas(example.out)
+    rows = {
+        (row["module"], row["layer"], row["position"]): row
+        for row in example.rows["tokens"]
+        if row["prompt_id"] == 5 and row["top_ids"]
+    }
+    for module, first, second in (("mlp.down", "bottom", "top"), ("mlp.up", "top", "bottom")):
+        heatmap = atlas.heatmap(5, module)
+        assert heatmap.sides == (("promoted", "suppressed") if module == "mlp.down" else ("top", "bottom"))
+        lines = {heatmap.positions[line.position_class]: line.points for line in heatmap.rank_lines}
+        for (of, layer, position), row in rows.items():
+            if of == module:
+                cell = heatmap.cells[layer, position]
+                assert heatmap.pair(cell) == (VOCAB[row[f"{first}_ids"][0]], VOCAB[row[f"{second}_ids"][0]])
+                rank = row["target_rank"] if module == "mlp.up" else len(VOCAB) - 1 - row["target_rank"]
+                assert heatmap.rank(cell) == rank
+                assert position not in lines or lines[position][layer] == rank
+
+
+def test_drawing_a_heatmap_loads_no_database():
+    code = "import sys, backlens.figures.heatmap; print([n for n in ('duckdb', 'torch') if n in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_tokens_are_one_line_with_their_spaces_to_be_seen():
@@ -84,6 +110,7 @@ def strange(layers: int, positions: int) -> Heatmap:
             "layer": layer,
             "position": at,
             "expert": None,
+            "target_rank": None,
             "vjp_norm": 0.0 if at == 3 else 10.0 ** -(at % 5),
             "top_tokens": [tokens[at % 12]],
             "bottom_tokens": [tokens[(at + layer) % 12]],
@@ -92,7 +119,8 @@ def strange(layers: int, positions: int) -> Heatmap:
         for at in range(positions)
     ]
     texts = [tokens[at % len(tokens)] for at in range(positions)]
-    return make_heatmap("mlp.up", texts, rows, "$p$ " * 90, " Paris", " Paris")
+    prompt = {"prompt": "$p$ " * 90, "target": " Paris", "n_tokens": positions, "subject_start": None}
+    return make_heatmap(prompt, "mlp.up", rows, texts, " Paris", len(tokens))
 
 
 @pytest.mark.parametrize("cells", ["tokens", "norms"])
@@ -127,7 +155,7 @@ def test_the_suffix_says_the_format(
 
 
 def test_svg_text_is_text_escaped_and_the_same_each_time(tmp_path: Path):
-    from backlens.figures.canvas import save
+    from backlens.figures import save
 
     require_matplotlib()
     for name in ("a.svg", "b.svg"):

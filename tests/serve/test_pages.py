@@ -90,7 +90,7 @@ def test_a_token_page_counts_what_the_rows_hold(example: ExampleRun, client: Tes
     found = {
         (row["layer"], row["module"], row["neuron"], side): row[name]
         for row in rows
-        for side, name in (("bottom", "promoted"), ("top", "demoted"))
+        for side, name in (("bottom", "promoted"), ("top", "suppressed"))
         if row[name]
     }
     assert found == counts

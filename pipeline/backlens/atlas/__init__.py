@@ -1,4 +1,4 @@
-"""Runs as something to ask: `backlens atlas` builds the index, `Atlas` answers."""
+"""The atlas of a run: `backlens atlas` builds its tables, `Atlas` answers questions."""
 
 from backlens.atlas.atlas import Atlas
 

@@ -1,18 +1,15 @@
-"""The two ways to build pieces: in this process, or as Ray tasks on the cores of a cluster.
+"""`backlens atlas`: derive the atlas tables of a run piece by piece, in bounded memory.
 
-`backlens atlas`: derives the atlas tables of a run, piece by piece, in bounded memory.
+Pieces are layers and ranges of prompts, then ranges of tokens and the weights of layers. They are built in this process
+or by Ray tasks. The files of a piece are written under temporary names, renamed, and recorded in `atlas/_pieces/`;
+`atlas/manifest.json`, written last, lists the files of all pieces. A crash leaves:
 
-A piece is a layer or a range of prompts, and then a range of tokens, or what a layer's weights say. Its files are
-written under temporary names, renamed, and recorded in `atlas/_pieces/`; `atlas/manifest.json`, written last, lists the
-files of all pieces. What a crash at any instant leaves:
-
-    within a piece      temporary files, or final names without a record: nobody reads them; the next call
-                        replaces them
+    within a piece      temporary files, or final names without a record: no reader sees them, the next call replaces
+                        them
     between pieces      recorded pieces: the next call keeps them if the run has the same commits
-    after the manifest  an atlas; files of an older one are deleted then
+    after the manifest  an atlas; the files of the previous one are deleted then
 
-The files' names carry the commits they were made from (`manifest.source_of`), so an atlas in use stays whole while
-the next one is built beside it.
+File names carry a digest of the commits (`manifest.source_of`), so the atlas in use stays whole during a build.
 """
 
 import shutil
@@ -23,6 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal, Protocol
 
+from backlens.atlas.database import norm_floor
 from backlens.atlas.manifest import ATLAS, MANIFEST, CutOff, Manifest, WeightRecord, find_manifest, source_of
 from backlens.atlas.neuron_weights import NONE, NoWeights, WeightSource, find_weights
 from backlens.atlas.pieces import (
@@ -39,7 +37,6 @@ from backlens.atlas.pieces import (
     recorded,
     view,
 )
-from backlens.atlas.snapshot import norm_floor
 from backlens.atlas.tables import ATLAS_TABLES, PROMPT_TABLES
 from backlens.errors import BacklensError
 from backlens.store.commit import ShardCommit, committed
@@ -53,25 +50,25 @@ Made = tuple[Piece, dict[str, FileRecord]]
 
 
 class PieceExecutor(Protocol):
-    """Builds pieces that do not read each other's files; yields each when it is done, in any order."""
+    """Builds pieces that do not read each other's files, and yields each when it is done, in any order."""
 
-    def build(self, work: PieceTask, pieces: Sequence[Piece], files: Files) -> Iterator[Made]: ...
+    def build(self, task: PieceTask, pieces: Sequence[Piece], files: Files) -> Iterator[Made]: ...
 
     def stop(self) -> None: ...
 
 
 class LocalPieces:
-    """One piece after the other; DuckDB uses every core for each."""
+    """Builds one piece at a time; DuckDB uses all cores for it."""
 
-    def build(self, work: PieceTask, pieces: Sequence[Piece], files: Files) -> Iterator[Made]:
-        return build_pieces(work, pieces, files)
+    def build(self, task: PieceTask, pieces: Sequence[Piece], files: Files) -> Iterator[Made]:
+        return build_pieces(task, pieces, files)
 
     def stop(self) -> None:
-        """Nothing outlives `build`."""
+        """Do nothing: nothing outlives `build`."""
 
 
 class RayPieces:
-    """Tasks of one core. They hold nothing that is not in their files, so Ray itself may try a lost one again."""
+    """Builds pieces in Ray tasks of one core. All they make is in files, so Ray may repeat a lost task."""
 
     def __init__(self, address: str | None) -> None:
         from backlens.engine.executors import keep_deaths_quiet
@@ -85,12 +82,12 @@ class RayPieces:
         self._ray = ray
         self._cores = int(ray.cluster_resources().get("CPU", 1))
 
-    def build(self, work: PieceTask, pieces: Sequence[Piece], files: Files) -> Iterator[Made]:
+    def build(self, task: PieceTask, pieces: Sequence[Piece], files: Files) -> Iterator[Made]:
         from backlens.engine.executors.ray_session import errors_as_ours
 
-        task = self._ray.remote(_built).options(num_cpus=1)
-        shared = self._ray.put((replace(work, threads=1), files))
-        running = [task.remote(shared, group) for group in _groups(pieces, self._cores)]
+        remote = self._ray.remote(_built).options(num_cpus=1)
+        shared = self._ray.put((replace(task, threads=1), files))
+        running = [remote.remote(shared, group) for group in _groups(pieces, self._cores)]
         while running:
             done, running = self._ray.wait(running)
             with errors_as_ours():
@@ -105,7 +102,7 @@ def _built(shared: tuple[PieceTask, Files], pieces: Sequence[Piece]) -> list[Mad
 
 
 def _groups(pieces: Sequence[Piece], cores: int) -> list[list[Piece]]:
-    """A task each; but as many as there are cores share those that need the model, which a task loads once."""
+    """The pieces of each task: one alone, or a core's share of those that need the model, which a task loads once."""
     weights = [piece for piece in pieces if piece.tables == WEIGHT_TABLES]
     others = [[piece] for piece in pieces if piece.tables != WEIGHT_TABLES]
     return [*others, *(group for start in range(cores) if (group := weights[start::cores]))]
@@ -114,9 +111,9 @@ def _groups(pieces: Sequence[Piece], cores: int) -> list[list[Piece]]:
 LOCK = f"{ATLAS}/_build.lock"
 MEMORY = "2GB"
 TOKEN_PIECE_ROWS = 2**25
-"""How many entries, of neurons or of positions, are sorted at a time."""
+"""List entries, of neurons or of positions, that are sorted at a time."""
 PROMPT_PIECE_ROWS = 2**19
-"""The same of rows with their lists."""
+"""Rows with lists that are sorted at a time."""
 ENTRIES = """
 SELECT token_id, greatest(count(*) FILTER (of_neurons), count(*) FILTER (NOT of_neurons))
 FROM (
@@ -129,26 +126,28 @@ GROUP BY token_id ORDER BY token_id
 
 
 class BuildProgress(Protocol):
-    """Who watches a build."""
+    """Receives the progress of a build."""
 
-    def planned(self, text: str, pieces: int) -> None: ...
+    def planned(self, text: str, pieces: int) -> None:
+        """The build begins; `pieces` counts those of its first part."""
+        ...
 
     def finished(self, piece: str, pieces: int, kept: bool) -> None:
-        """A piece is done, of so many that are known by now; `kept`: a call before this one did it."""
+        """A piece is done, of `pieces` known so far; `kept` if an earlier call built it."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How to build an atlas. The tables are the same whatever is said, but for what the weights say."""
+    """Options of a build. Only `weights` changes the tables."""
 
     memory: str = MEMORY
-    """What DuckDB may use, in each process."""
+    """Memory of DuckDB in each process."""
     weights: str | None = None
-    """Where the run's model is; `none` to leave out what its weights say; None for where the run found it."""
+    """Path or hub id of the run's model; `none` leaves out `neuron_weights`; None looks where the run found it."""
     executor: Literal["local", "ray"] = "local"
     address: str | None = None
-    """A Ray cluster; None starts one on this machine."""
+    """Address of a Ray cluster; None starts Ray on this machine."""
 
 
 DEFAULTS = BuildOptions()
@@ -157,9 +156,10 @@ DEFAULTS = BuildOptions()
 def build_atlas(
     out: str | Directory, progress: BuildProgress | None = None, options: BuildOptions = DEFAULTS
 ) -> Manifest:
-    """The atlas of the shards that are committed now; one that stands already is returned as it is.
+    """Build the atlas of the shards that are committed now; an atlas of just these is returned as it is.
 
-    One that lacks what the weights say gets it, if the model is at hand now.
+    `neuron_weights` is added to an atlas without it if the model can be read now. Raises BacklensError if there is no
+    committed shard or a file is lost.
     """
     started = time.monotonic()
     directory = Directory.at(out)
@@ -169,13 +169,13 @@ def build_atlas(
     directory.makedirs(ATLAS)
     with exclusively(directory, LOCK):
         commits = committed(directory)
-        standing, source = find_manifest(directory), source_of(commits, norm_floor(record))
-        if standing is not None and standing.source == source:
-            if standing.weights.digest is not None or options.weights == NONE:
-                return standing
+        present, source = find_manifest(directory), source_of(commits, norm_floor(record))
+        if present is not None and present.source == source:
+            if present.weights.digest is not None or options.weights == NONE:
+                return present
             weights = find_weights(directory, record, options.weights)
             if isinstance(weights, NoWeights):
-                return standing
+                return present
         else:
             weights = find_weights(directory, record, options.weights)
         for loss in losses(directory, commits.values(), FACTS):
@@ -186,9 +186,9 @@ def build_atlas(
             for table in FACTS
         }
         model = weights if isinstance(weights, WeightSource) else None
-        work = PieceTask(directory, facts, source, options.memory, model, norm_floor(record))
-        plan = _plan_line(len(commits), record.plan.shards, standing)
-        files = _build(work, commits.values(), options, progress, plan)
+        task = PieceTask(directory, facts, source, options.memory, model, norm_floor(record))
+        plan = _plan_line(len(commits), record.plan.shards, present)
+        files = _build(task, commits.values(), options, progress, plan)
         manifest = Manifest(
             source=source,
             shards=len(commits),
@@ -209,55 +209,55 @@ def _weight_record(found: WeightSource | NoWeights) -> WeightRecord:
     return WeightRecord(found.digest, f"of {found.model.path}")
 
 
-def _plan_line(shards: int, planned: int, standing: Manifest | None) -> str:
+def _plan_line(shards: int, planned: int, present: Manifest | None) -> str:
     of = (
         f"{shards:,} shards"
         if shards == planned
         else f"{shards:,} of {planned:,} shards (the run is not complete)"
     )
-    if standing is None:
+    if present is None:
         return f"atlas of {of}"
-    if standing.weights.digest is None and standing.shards == shards:
-        return f"atlas of {of}: what the neurons' weights say is added"
-    return f"atlas of {of}, in the place of one of {standing.shards:,} shards, which the run has left behind"
+    if present.weights.digest is None and present.shards == shards:
+        return f"atlas of {of}: neuron_weights is added"
+    return f"atlas of {of}; replaces one of {present.shards:,} shards, which is out of date"
 
 
 def _build(
-    work: PieceTask,
+    task: PieceTask,
     commits: Iterable[ShardCommit],
     options: BuildOptions,
     progress: BuildProgress | None,
     plan: str,
 ) -> dict[str, list[FileRecord]]:
-    """Every piece that is not recorded already; the files of all of them, by table."""
+    """Build the pieces that have no record; the files of all pieces, by table."""
     files: dict[str, list[FileRecord]] = {table: [] for table in ATLAS_TABLES}
-    layers = _layer_pieces(work)
+    layers = _layer_pieces(task)
     first = [*layers, *_prompt_pieces(commits)]
     if progress is not None:
         progress.planned(plan, len(first))
     with _executor(options) as executor:
-        _build_some(work, first, files, executor, progress, len(first))
-        rest = [*_token_pieces(work, files), *_weight_pieces(work, layers)]
-        _build_some(work, rest, files, executor, progress, len(first) + len(rest))
+        _build_some(task, first, files, executor, progress, len(first))
+        rest = [*_token_pieces(task, files), *_weight_pieces(task, layers)]
+        _build_some(task, rest, files, executor, progress, len(first) + len(rest))
     return files
 
 
 def _build_some(
-    work: PieceTask,
+    task: PieceTask,
     pieces: Sequence[Piece],
     files: dict[str, list[FileRecord]],
     executor: Callable[[], PieceExecutor],
     progress: BuildProgress | None,
     known: int,
 ) -> None:
-    """Pieces that do not read each other's files; they are added to `files` in their own order."""
-    made = {piece: found for piece in pieces if (found := recorded(work, piece)) is not None}
+    """Build pieces that do not read each other's files, and add their files to `files` in the order of the pieces."""
+    made = {piece: found for piece in pieces if (found := recorded(task, piece)) is not None}
     if progress is not None:
         for piece in made:
             progress.finished(piece.name, known, kept=True)
     left = [piece for piece in pieces if piece not in made]
     if left:
-        for piece, built in executor().build(work, left, files):
+        for piece, built in executor().build(task, left, files):
             made[piece] = built
             if progress is not None:
                 progress.finished(piece.name, known, kept=False)
@@ -268,7 +268,7 @@ def _build_some(
 
 @contextmanager
 def _executor(options: BuildOptions) -> Iterator[Callable[[], PieceExecutor]]:
-    """The executor, started when it is first asked for: a build that has nothing left to do needs no cluster."""
+    """A function that starts the executor on first use: a build with nothing left to do needs no cluster."""
     started: list[PieceExecutor] = []
 
     def start() -> PieceExecutor:
@@ -283,19 +283,19 @@ def _executor(options: BuildOptions) -> Iterator[Callable[[], PieceExecutor]]:
             executor.stop()
 
 
-def _layer_pieces(work: PieceTask) -> list[Piece]:
+def _layer_pieces(task: PieceTask) -> list[Piece]:
     of_tables = " UNION ".join(
         f"SELECT DISTINCT layer FROM {table}" for table in ("layers", "neurons", "tokens")
     )
-    with connected(work) as opened:
+    with connected(task) as opened:
         for table in FACTS:
-            view(work, opened, table, work.facts[table])
+            view(task, opened, table, task.facts[table])
         rows = opened.execute(f"SELECT layer FROM ({of_tables}) ORDER BY layer").fetchall()
     return [Piece(f"layer-{layer:06d}", LAYER_TABLES, "layer", layer, layer) for (layer,) in rows]
 
 
 def _prompt_pieces(commits: Iterable[ShardCommit]) -> list[Piece]:
-    """Shards that follow each other, with about as many rows together as are sorted at a time."""
+    """Ranges of consecutive shards with about `PROMPT_PIECE_ROWS` rows."""
     pieces: list[Piece] = []
     first, rows = None, 0
     ordered = sorted(commits, key=lambda commit: commit.first_prompt)
@@ -309,17 +309,17 @@ def _prompt_pieces(commits: Iterable[ShardCommit]) -> list[Piece]:
     return pieces
 
 
-def _weight_pieces(work: PieceTask, layers: Sequence[Piece]) -> list[Piece]:
-    if work.weights is None:
+def _weight_pieces(task: PieceTask, layers: Sequence[Piece]) -> list[Piece]:
+    if task.weights is None:
         return []
     return [Piece(f"weights-{p.first:06d}", WEIGHT_TABLES, "layer", p.first, p.last) for p in layers]
 
 
-def _token_pieces(work: PieceTask, files: Files) -> list[Piece]:
-    """Ranges of tokens with about as many entries each as are sorted at a time."""
-    with connected(work) as opened:
-        view(work, opened, "neuron_topk", work.locations(files["neuron_topk"]))
-        view(work, opened, "tokens", work.facts["tokens"])
+def _token_pieces(task: PieceTask, files: Files) -> list[Piece]:
+    """Ranges of tokens with about `TOKEN_PIECE_ROWS` entries."""
+    with connected(task) as opened:
+        view(task, opened, "neuron_topk", task.locations(files["neuron_topk"]))
+        view(task, opened, "tokens", task.facts["tokens"])
         counts = opened.execute(ENTRIES).fetchall()
     pieces: list[Piece] = []
     first, rows = None, 0
@@ -333,7 +333,7 @@ def _token_pieces(work: PieceTask, files: Files) -> list[Piece]:
 
 
 def _remove_leftovers(directory: Directory) -> None:
-    """What killed builds left: half-written files, and folders of spilled rows."""
+    """Remove half-written files and folders of spilled rows that killed builds have left."""
     if not directory.is_local:
         return
     for name in directory.names(ATLAS):
@@ -346,7 +346,7 @@ def _remove_leftovers(directory: Directory) -> None:
 
 
 def _remove_others(directory: Directory, source: str) -> None:
-    """The files and records of atlases that this one replaces."""
+    """Remove the files and records of older atlases."""
     for folder in (*(f"{ATLAS}/{table}" for table in ATLAS_TABLES), PIECES):
         for name in directory.names(folder):
             if source not in name and not is_temporary(name):

@@ -1,14 +1,9 @@
-"""The SELECTs that define the atlas tables over a run's tables and over each other.
+"""The tables of a run in DuckDB.
 
-Without a current atlas a connection has them as views; `backlens atlas` writes what they select to files. So a
-question reads the same with and without an atlas, and its answer is the same. Only `neuron_weights` is not here:
-it comes from the model. They read a table `lens` of one row besides, which holds the run's `norm_floor`.
-
-A run's tables in DuckDB: its files as views, nothing else within reach, and limits on memory and time.
-
-One that is opened once answers many questions of ours, several at a time: each has a cursor of its own, and all share
-the memory and what is known of the files. What a stranger writes gets one that is thrown away (`connection`).
-A table of which a file is missing or damaged stops only the questions that read it.
+A `Snapshot` lists the files that a run had at one moment. A `Database` shows them as views, with nothing else within
+reach and with limits on memory and time. A database that is kept answers many questions, several at a time: each has a
+cursor of its own, and all share the memory. SQL of a stranger gets a database for that one question (`connection`).
+A missing or damaged file stops only the questions that read its table.
 """
 
 import os
@@ -19,232 +14,33 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 
 import duckdb
 
-from backlens.atlas.evidence import TOLD, base, enough, evidence, log_odds
-from backlens.atlas.manifest import find_loss
-from backlens.atlas.tables import ATLAS_TABLES
+from backlens.atlas.definitions import DEFINITIONS
+from backlens.atlas.manifest import MANIFEST, CutOff, Manifest, find_loss, find_manifest, source_of
+from backlens.atlas.tables import ATLAS_TABLES, PROMPT_TABLES
 from backlens.errors import BacklensError
+from backlens.store.commit import VOCAB_FILE, committed, table_file
 from backlens.store.directory import Directory
+from backlens.store.run_record import RunRecord, load_run, refuse_other_kind
 from backlens.store.tables import TABLES, Table
 
-PLACES = 5
-"""How many prompts, or neurons, a summary names."""
-TOKENS = 10
-"""How many tokens a neuron's summary names on each side."""
-
-
-def _listed(side: str) -> str:
-    return f"""
-    SELECT
-        layer, module, expert, neuron, prompt_id, '{side}' AS side,
-        (generate_subscripts({side}_ids, 1) - 1)::SMALLINT AS place,
-        unnest({side}_ids) AS token_id, unnest({side}_scores) AS score, grad_norm
-    FROM neurons
-    """
-
-
-NEURON_TOPK = f"""
-SELECT layer, module, expert, neuron, prompt_id, side, place, token_id, score, grad_norm
-FROM ({_listed("top")} UNION ALL {_listed("bottom")})
-"""
-
-TOKEN_TOPK = """
-SELECT token_id, layer, module, expert, neuron, prompt_id, side, place, score, grad_norm FROM neuron_topk
-"""
-
-
-def _positions(side: str) -> str:
-    return f"""
-    SELECT
-        unnest({side}_ids) AS token_id, layer, module, expert, prompt_id, position, '{side}' AS side,
-        (generate_subscripts({side}_ids, 1) - 1)::SMALLINT AS place, unnest({side}_scores) AS score
-    FROM tokens
-    """
-
-
-POSITION_TOPK = f"{_positions('top')} UNION ALL {_positions('bottom')}"
-
-NEURON_PROMPTS = """
-SELECT layer, module, expert, neuron, prompt_id, grad_norm, main_position, target_score, target_rank
-FROM neurons
-"""
-
-
-def _spoken(side: str, name: str) -> str:
-    """The columns of one side of `neuron_summary`."""
-    first = f"FILTER (side = '{side}' AND nth <= {TOKENS})"
-    own = f"FILTER (side = '{side}' AND is_own AND own_nth <= {TOKENS})"
-    whole = f"FILTER (side = '{side}')"
-    return f"""
-        list(token_id ORDER BY nth) {first} AS {name}_ids,
-        list(entries ORDER BY nth) {first} AS {name}_counts,
-        list(share / base ORDER BY nth) {first} AS {name}_lifts,
-        list(token_id ORDER BY own_nth) {own} AS {name}_own_ids,
-        list(entries ORDER BY own_nth) {own} AS {name}_own_counts,
-        list(log_odds ORDER BY own_nth) {own} AS {name}_own_log_odds,
-        abs(sum(share * log2(share)) {whole}) AS {name}_entropy
-    """
-
-
-NEURON_SUMMARY = f"""
-WITH ordered AS (
-    SELECT *, row_number() OVER (
-        PARTITION BY layer, module, expert, neuron ORDER BY grad_norm DESC, prompt_id
-    ) AS nth
-    FROM neuron_prompts
-), kept AS (
-    SELECT
-        layer, module, expert, neuron,
-        count(*) AS prompts,
-        sum(grad_norm::DOUBLE) AS grad_norm_sum,
-        avg(grad_norm::DOUBLE) AS grad_norm_mean,
-        max(grad_norm) AS grad_norm_max,
-        list(prompt_id ORDER BY nth) FILTER (nth <= {PLACES}) AS strongest_prompts,
-        list(grad_norm ORDER BY nth) FILTER (nth <= {PLACES}) AS strongest_norms
-    FROM ordered GROUP BY layer, module, expert, neuron
-), counted AS (
-    SELECT layer, module, expert, neuron, side, token_id, count(*) AS entries
-    FROM neuron_topk WHERE {TOLD} GROUP BY layer, module, expert, neuron, side, token_id
-), heard AS (
-    SELECT layer, module, expert, neuron, count(*) AS lists
-    FROM neuron_topk WHERE {TOLD} AND side = 'top' AND place = 0 GROUP BY layer, module, expert, neuron
-), units AS (
-    SELECT layer, module, sum(lists) AS unit_lists, count(*) AS unit_neurons FROM heard GROUP BY layer, module
-), bases AS (
-    SELECT
-        layer, module, side, token_id,
-        entries / sum(entries) OVER (PARTITION BY layer, module, side) AS base,
-        {base("entries", "unit_lists")} AS list_base,
-        {enough("unit_neurons * count(*) OVER (PARTITION BY layer, module)")} AS enough
-    FROM (
-        SELECT layer, module, side, token_id, sum(entries) AS entries
-        FROM counted GROUP BY layer, module, side, token_id
-    ) JOIN units USING (layer, module)
-), compared AS (
-    SELECT
-        counted.*, lists, base, {log_odds("entries", "lists", "list_base")} AS log_odds,
-        {evidence("entries", "lists", "list_base")} >= enough AS is_own
-    FROM counted JOIN bases USING (layer, module, side, token_id)
-    JOIN heard
-    ON counted.layer = heard.layer AND counted.module = heard.module AND counted.neuron = heard.neuron
-        AND counted.expert IS NOT DISTINCT FROM heard.expert
-), shares AS (
-    SELECT
-        *,
-        entries / sum(entries) OVER (PARTITION BY layer, module, expert, neuron, side) AS share,
-        row_number() OVER (
-            PARTITION BY layer, module, expert, neuron, side ORDER BY entries DESC, token_id
-        ) AS nth,
-        row_number() OVER (
-            PARTITION BY layer, module, expert, neuron, side, is_own ORDER BY log_odds DESC, entries DESC, token_id
-        ) AS own_nth
-    FROM compared
-), spoken AS (
-    SELECT
-        layer, module, expert, neuron, any_value(lists) AS lists, sqrt(sum(entries * entries)::DOUBLE) AS length,
-        {_spoken("bottom", "promoted")}, {_spoken("top", "demoted")}
-    FROM shares GROUP BY layer, module, expert, neuron
-)
-SELECT
-    kept.*, coalesce(lists, 0) AS lists, coalesce(length, 0) AS entries_norm,
-    spoken.* EXCLUDE (layer, module, expert, neuron, lists, length)
-FROM kept LEFT JOIN spoken
-ON kept.layer = spoken.layer AND kept.module = spoken.module AND kept.neuron = spoken.neuron
-    AND kept.expert IS NOT DISTINCT FROM spoken.expert
-"""
-
-
-def _pushed(side: str, name: str) -> str:
-    first = f"FILTER (side = '{side}' AND nth <= {PLACES})"
-    return f"""
-        list(neuron ORDER BY nth) {first} AS {name}_neurons,
-        list(entries ORDER BY nth) {first} AS {name}_counts
-    """
-
-
-TOKEN_SUMMARY = f"""
-WITH counted AS (
-    SELECT token_id, layer, module, expert, neuron, side, count(*) AS entries
-    FROM token_topk WHERE {TOLD} GROUP BY token_id, layer, module, expert, neuron, side
-), ordered AS (
-    SELECT *, row_number() OVER (
-        PARTITION BY token_id, layer, module, expert, side ORDER BY entries DESC, neuron
-    ) AS nth
-    FROM counted
-), summed AS (
-    SELECT
-        token_id, layer, module, expert,
-        coalesce(sum(entries) FILTER (side = 'bottom'), 0)::BIGINT AS promoted,
-        coalesce(sum(entries) FILTER (side = 'top'), 0)::BIGINT AS demoted,
-        count(DISTINCT neuron) AS neurons,
-        {_pushed("bottom", "promoted")}, {_pushed("top", "demoted")}
-    FROM ordered GROUP BY token_id, layer, module, expert
-), prompted AS (
-    SELECT token_id, layer, module, expert, count(DISTINCT prompt_id) AS prompts
-    FROM token_topk WHERE {TOLD} GROUP BY token_id, layer, module, expert
-)
-SELECT summed.*, prompts
-FROM summed JOIN prompted
-ON summed.token_id = prompted.token_id AND summed.layer = prompted.layer
-    AND summed.module = prompted.module AND summed.expert IS NOT DISTINCT FROM prompted.expert
-"""
-
-LAYER_CURVES = """
-SELECT
-    layer, module, expert, position_class,
-    count(*) AS positions,
-    count(DISTINCT prompt_id) AS prompts,
-    avg(input_norm::DOUBLE) AS input_norm,
-    avg(vjp_norm::DOUBLE) AS vjp_norm,
-    count(*) FILTER (vjp_norm = 0) AS zeros,
-    avg(target_rank) AS target_rank,
-    median(target_rank) AS target_rank_median,
-    CASE WHEN count(first_top) > 0 THEN entropy(first_top) END AS top_entropy,
-    CASE WHEN count(first_bottom) > 0 THEN entropy(first_bottom) END AS bottom_entropy
-FROM (
-    SELECT
-        t.* EXCLUDE (top_ids, bottom_ids), top_ids[1] AS first_top, bottom_ids[1] AS first_bottom,
-        CASE
-            WHEN position = n_tokens - 1 THEN 'last'
-            WHEN position = subject_end - 1 THEN 'subject_last'
-            WHEN position = subject_start THEN 'subject_first'
-            ELSE 'other'
-        END AS position_class
-    FROM tokens t JOIN (SELECT prompt_id, n_tokens, subject_start, subject_end FROM prompts) USING (prompt_id)
-)
-GROUP BY layer, module, expert, position_class
-"""
-
-DEFINITIONS: dict[str, str] = {
-    "neuron_topk": NEURON_TOPK,
-    "token_topk": TOKEN_TOPK,
-    "position_topk": POSITION_TOPK,
-    "neuron_prompts": NEURON_PROMPTS,
-    "neuron_summary": NEURON_SUMMARY,
-    "token_summary": TOKEN_SUMMARY,
-    "layer_curves": LAYER_CURVES,
-    "prompt_tokens": "SELECT * FROM tokens",
-    "prompt_neurons": "SELECT * FROM neurons",
-}
-"""By table, each after those it reads."""
-
-
 MAIN, OTHER = "main", "other"
-"""The schemas: the run's tables, and those of the run it is compared with."""
+"""The schemas of the run's tables and of those of the run that it is compared with."""
 MEMORY_LIMIT = "4GB"
-"""What questions may use together; a server gives less."""
+"""Memory that all questions share; a server gives less."""
 
 Files = Mapping[str, Sequence[str]]
-"""Where a run's files are, by table."""
+"""Locations of a run's files, by table."""
 
 
 class LiteralPaths:
-    """A directory's files under names that DuckDB takes as they stand: it reads `*`, `?` and `[` as patterns.
+    """The files of a directory under names without `*`, `?` and `[`, which DuckDB reads as patterns.
 
-    On a local disk they go by a link to the directory, for not every name has a spelling that DuckDB does not read
-    (a backslash before such a sign, or at the start of a name beside it). The link is gone with this object.
+    On a local disk the names go through a symbolic link, because not every name can be escaped (a backslash before
+    such a sign, or at the start of the next name, cannot). The link is removed together with this object.
     """
 
     def __init__(self, directory: Directory) -> None:
@@ -270,11 +66,11 @@ class LiteralPaths:
 
 
 class TooLarge(BacklensError):
-    """A question takes more memory than it is given."""
+    """A question takes more memory than its limit."""
 
 
 class Database:
-    """A run's files as views of `main`, those of another run, if there is one, as views of `other`."""
+    """A run's files as views of the schema `main`; those of a second run, if there is one, as views of `other`."""
 
     def __init__(
         self,
@@ -286,9 +82,10 @@ class Database:
         is_kept: bool = False,
         norm_floor: float = 0.0,
     ) -> None:
-        """`derived` are the tables of the atlas that will be asked for: to bind all takes longer than many a question.
+        """Open the files.
 
-        One that `is_kept` for many questions has the vocabulary in memory, where all of them look up their texts.
+        `derived` names the atlas tables that are needed: to bind all of them takes longer than most questions.
+        A database that `is_kept` for many questions holds the vocabulary in memory: every question looks up texts.
         """
         self._runs = {MAIN: (directory, files)} if other is None else {MAIN: (directory, files), OTHER: other}
         self._paths = {schema: LiteralPaths(run) for schema, (run, _) in self._runs.items()}
@@ -303,7 +100,7 @@ class Database:
                 path
                 for schema, (_, tables) in self._runs.items()
                 for paths in tables.values()
-                # A remote pattern is looked up under both its names.
+                # DuckDB looks up a remote pattern under both of its names.
                 for path in {*paths, *self._paths[schema](paths)}
             ]
             _restrict(self._opened, every, memory)
@@ -325,7 +122,7 @@ class Database:
         definition: str | None = None,
         is_loaded: bool = False,
     ) -> None:
-        """A table from its files, or else as it is defined, or else without rows."""
+        """Create a table from its files, else from its definition, else without rows."""
         whole = f"{schema}.{name}"
         if not paths:
             _create_without_files(self._opened, whole, table, definition)
@@ -343,7 +140,7 @@ class Database:
 
     @contextmanager
     def question(self, seconds: float) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A cursor that may be used for so many seconds. Errors of DuckDB's leave as BacklensError."""
+        """A cursor for at most `seconds`. Errors of DuckDB become BacklensError."""
         asked = self._opened.cursor()
         late = threading.Timer(seconds, asked.interrupt)
         late.start()
@@ -355,7 +152,7 @@ class Database:
             asked.close()
 
     def close(self) -> None:
-        """Questions that are being asked are still answered."""
+        """Close the database; running questions are still answered."""
         self._opened.close()
 
     @contextmanager
@@ -375,7 +172,7 @@ class Database:
             raise BacklensError(self._loss_behind(error) or f"query: {first_line(error)}") from error
 
     def _loss_behind(self, error: duckdb.Error) -> str | None:
-        """The lost file that an error comes from, if it comes from one."""
+        """The line about the lost file that caused an error; None if no file is lost."""
         for loss in self._losses:
             if loss in str(error):
                 return loss
@@ -387,7 +184,7 @@ class Database:
 
 @contextmanager
 def connection(database: Database, seconds: float) -> Iterator[duckdb.DuckDBPyConnection]:
-    """The one question that is put to a database."""
+    """A cursor for a single question; the database is closed after it."""
     with closing(database), database.question(seconds) as opened:
         yield opened
 
@@ -395,7 +192,9 @@ def connection(database: Database, seconds: float) -> Iterator[duckdb.DuckDBPyCo
 def _restrict(opened: duckdb.DuckDBPyConnection, paths: Sequence[str], memory: str) -> None:
     opened.execute(f"SET GLOBAL memory_limit = {sql_text(memory)}")
     opened.execute("SET GLOBAL autoload_known_extensions = false")
-    opened.execute("SET GLOBAL temp_directory = ''")  # else a large query spills into the working directory
+    opened.execute(
+        "SET GLOBAL temp_directory = ''"
+    )  # by default a large query spills into the working directory
     opened.execute("SET GLOBAL parquet_metadata_cache = true")
     opened.execute(f"SET GLOBAL allowed_paths = {_literal_list(paths)}")
     opened.execute("SET GLOBAL enable_external_access = false")
@@ -407,13 +206,13 @@ def _create_without_files(
     if definition is not None:
         opened.execute(f"CREATE VIEW {name} AS {definition}")
         return
-    opened.register("nothing", table.empty())  # seen by this cursor alone, so a table is made of it
+    opened.register("nothing", table.empty())  # only this cursor sees it, so copy it into a table
     opened.execute(f"CREATE TABLE {name} AS FROM nothing")
     opened.unregister("nothing")
 
 
 def _create_lost(opened: duckdb.DuckDBPyConnection, name: str, table: Table, loss: str) -> None:
-    """A view that fails with `loss` as soon as a question needs a row of it, or the number of its rows."""
+    """Create a view that fails with `loss` as soon as a question needs its rows or their number."""
     opened.register("nothing", table.empty())
     columns = opened.execute("SELECT column_name, column_type FROM (DESCRIBE nothing)").fetchall()
     opened.unregister("nothing")
@@ -423,12 +222,12 @@ def _create_lost(opened: duckdb.DuckDBPyConnection, name: str, table: Table, los
 
 
 def lens_table(norm_floor: float) -> str:
-    """Makes the table `lens`, of one row, that definitions and questions read."""
+    """The statement that creates the table `lens`, of one row, which definitions and questions read."""
     return f"CREATE TABLE lens AS SELECT {norm_floor!r}::DOUBLE AS norm_floor"
 
 
 def read_parquet(paths: Sequence[str]) -> str:
-    """The files as they stand in FROM. A folder's name such as `layer=3` is not a column."""
+    """The files as a table function for FROM. A folder named `layer=3` adds no column."""
     return f"read_parquet({_literal_list(paths)}, hive_partitioning = false)"
 
 
@@ -437,13 +236,112 @@ def _literal_list(texts: Sequence[str]) -> str:
 
 
 def sql_text(text: str) -> str:
-    """A string as SQL, where DuckDB takes no parameters: SET and CREATE VIEW."""
+    """A string literal, for statements in which DuckDB takes no parameters: SET and CREATE VIEW."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def first_line(error: duckdb.Error) -> str:
-    """`Binder Error: Referenced column "x" not found …`, and what DuckDB proposes on the second line."""
+    """The first line of an error of DuckDB, with its proposal from the second line if there is one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(
         lines[:2] if len(lines) > 1 and lines[1].startswith(("Candidate", "Did you")) else lines[:1]
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The files that a run had at one moment."""
+
+    directory: Directory
+    record: RunRecord
+    files: Mapping[str, Sequence[str]]
+    """Locations of the committed files by table, with those of the atlas if it is current."""
+    shards: int
+    """Number of committed shards."""
+    manifest: Manifest | None
+    """The record of the atlas, current or not; None without an atlas."""
+    is_current: bool
+    """True if the atlas was built from exactly these shards."""
+    is_foreign: bool
+    """True if there is an atlas that this version cannot read."""
+
+    @classmethod
+    def open(cls, out: str | Directory) -> "Snapshot":
+        """The run in the directory or at the URL `out`, as it is now."""
+        directory = Directory.at(out)
+        record = load_run(directory)
+        manifest = find_manifest(directory)
+        commits = committed(directory)
+        files = {
+            table: [directory.location(c.files[table].path) for c in commits.values() if table in c.files]
+            for table in TABLES
+        }
+        # The vocabulary is written before the first shard, so a run with a shard has lost it if it is missing.
+        has_vocab = record.kind == "run" and (bool(commits) or directory.exists(VOCAB_FILE))
+        files["vocab"] = [directory.location(VOCAB_FILE)] if has_vocab else []
+        is_current = manifest is not None and manifest.source == source_of(commits, norm_floor(record))
+        if manifest is not None and is_current:
+            for table, records in manifest.files.items():
+                files[table] = [directory.location(file.path) for file in records]
+        is_foreign = manifest is None and directory.exists(MANIFEST)
+        return cls(directory, record, files, len(commits), manifest, is_current, is_foreign)
+
+    def require_run(self) -> None:
+        """Raise BacklensError for an edit sweep, which only SQL can read."""
+        refuse_other_kind(self.directory, self.record, "run")
+
+    @property
+    def cut_off(self) -> CutOff:
+        """The rule by which the run keeps neurons."""
+        return CutOff.of(self.record.config)
+
+    @property
+    def note(self) -> str | None:
+        """A warning for readers of results if the run is not complete or its atlas not current; else None."""
+        planned, out = self.record.plan.shards, self.directory
+        progress = f"{out} is not complete: these are {self.shards} of its {planned} shards"
+        notes = [progress if self.shards < planned else None, self.atlas_note]
+        return "; ".join(note for note in notes if note) or None
+
+    @property
+    def atlas_note(self) -> str | None:
+        """The reason why the atlas in the directory is not read; None if it is read or there is none."""
+        remedy = f"is not read; `backlens atlas {self.directory}` builds it again"
+        if self.is_foreign:
+            return f"the atlas of {self.directory} was written by another version and {remedy}"
+        if self.manifest is not None and not self.is_current:
+            return (
+                f"the atlas of {self.directory} is of {self.manifest.shards} shards and no longer the run's, "
+                f"so it {remedy}"
+            )
+        return None
+
+    def database(
+        self, memory: str = MEMORY_LIMIT, other: "Snapshot | None" = None, is_kept: bool = False
+    ) -> Database:
+        """A database of these tables, and of those of `other` in the schema `other`."""
+        beside = None if other is None else (other.directory, other.files)
+        return Database(
+            self.directory, self.files, memory, beside, is_kept=is_kept, norm_floor=norm_floor(self.record)
+        )
+
+    def prompt_database(self, prompt_id: int, memory: str = MEMORY_LIMIT) -> Database:
+        """A database of the prompt's shard only, for questions about one prompt of a run without an atlas.
+
+        If the shard is not there, the database has all shards, so that an error can say what there is.
+        """
+        shard = prompt_id // self.record.plan.shard_prompts
+        own = {
+            table: [path for path in self.files[table] if path.endswith(f"/{table_file(table, shard)}")]
+            for table in TABLES
+            if table != "vocab"
+        }
+        files = own | {"vocab": self.files["vocab"]} if own["prompts"] else self.files
+        return Database(
+            self.directory, files, memory, derived=PROMPT_TABLES, norm_floor=norm_floor(self.record)
+        )
+
+
+def norm_floor(record: RunRecord) -> float:
+    """The L2 norm below which a vector's lists are led by the final norm's bias; 0 where a run does not say."""
+    return float(record.model.get("norm_floor") or 0.0)

@@ -1,9 +1,8 @@
-"""What an atlas consists of and what it was built from: the record `atlas/manifest.json`, written last.
+"""The record of an atlas, `atlas/manifest.json`: its files and the commits that it was built from.
 
-Every file's name carries the source, a digest of the commits that it was derived from. So while another atlas is
-being built the files of the standing one are left alone, and an atlas is current if its source is the run's.
-
-Which of the files that a question reads is missing or damaged, looked for when DuckDB fails.
+The name of every file carries the source, a digest of those commits. A new atlas therefore never overwrites files of
+the present one, and an atlas is current if its source equals the run's. `find_loss` finds the missing or damaged file
+behind an error of DuckDB.
 """
 
 import hashlib
@@ -26,12 +25,12 @@ MANIFEST = f"{ATLAS}/manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class CutOff:
-    """Which neurons a run keeps. One that it does not keep for a prompt is weaker than those, and not zero."""
+    """The rule by which a run keeps neurons. A missing neuron is weaker than those kept for the prompt, not zero."""
 
     neurons: int | None
-    """The strongest this many per prompt, layer and module; -1 is all of them; None: the run does not say."""
+    """Number of neurons kept per prompt, layer and module; -1 means all; None means that the run does not say."""
     top_k: int | None
-    """How many tokens each of its lists holds."""
+    """Number of tokens in each list."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "CutOff":
@@ -45,19 +44,19 @@ class CutOff:
         if self.neurons == 0:
             return "no neurons are kept (--neurons 0)"
         return (
-            f"kept are the {self.neurons} strongest neurons per prompt, layer and module; "
-            "one that is missing for a prompt is weaker than those, not zero"
+            f"only the {self.neurons} strongest neurons per prompt, layer and module are kept; "
+            "one that is missing for a prompt is weaker than those, which is not zero"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class WeightRecord:
-    """Whether the neurons' own weights are in the atlas."""
+    """States if the atlas has the lens of the neurons' own weights."""
 
     digest: str | None
-    """The hash of the weights; None if they are not."""
+    """Hash of the weights; None if the atlas lacks them."""
     said: str
-    """Of which model they are, or why they are not there."""
+    """The model that they come from, or the reason why they are missing."""
 
     def __str__(self) -> str:
         return f"neuron_weights: {self.said}" if self.digest else f"neuron_weights has no rows: {self.said}"
@@ -69,15 +68,15 @@ class Manifest:
 
     source: str
     shards: int
-    """How many committed shards it was built from."""
+    """Number of committed shards that the atlas was built from."""
     cut_off: CutOff
     weights: WeightRecord
     files: Mapping[str, Sequence[FileRecord]]
-    """By table; a table without rows has none."""
+    """Files by table; a table without rows has none."""
     seconds: float
-    """How long the call that finished it took."""
+    """Duration of the call that finished the atlas."""
     written_at: str
-    """ISO 8601, UTC."""
+    """Time in ISO 8601, UTC."""
     atlas_version: int = ATLAS_VERSION
 
     @property
@@ -100,7 +99,7 @@ class Manifest:
 
 
 def source_of(commits: Mapping[int, ShardCommit], norm_floor: float) -> str:
-    """A digest of the rows that an atlas is derived from, and of which lists count; 16 hexadecimal digits."""
+    """A digest of the commits that an atlas is derived from, and of which lists count: 16 hexadecimal digits."""
     listed = [
         [shard, *sorted(f"{table} {file.checksum}" for table, file in commit.files.items())]
         for shard, commit in sorted(commits.items())
@@ -109,7 +108,7 @@ def source_of(commits: Mapping[int, ShardCommit], norm_floor: float) -> str:
 
 
 def find_manifest(directory: Directory) -> Manifest | None:
-    """The record of the atlas in a run directory; None if there is none that this version can read."""
+    """The record of the atlas in a run directory; None if this version can read none."""
     if not directory.exists(MANIFEST):
         return None
     try:
@@ -120,7 +119,7 @@ def find_manifest(directory: Directory) -> Manifest | None:
 
 
 def find_loss(directory: Directory, files: Mapping[str, Sequence[str]]) -> str | None:
-    """The first of these files (locations, by table) that is not as it was written, and what to do, in one line."""
+    """One line about the first of these files (locations by table) that is lost or damaged, with a remedy; None."""
     names = {posixpath.relpath(path, directory.root) for paths in files.values() for path in paths}
     of_run = [table for table, paths in files.items() if paths]
     for loss in losses(directory, committed(directory).values(), of_run):

@@ -1,6 +1,6 @@
-"""The address of a neuron: `35.mlp.down.123`, or `35.mlp.down.e3.123` in expert 3.
+"""Names that users give: tokens, neurons, layers, modules and prompts, looked up in a run.
 
-What a user calls things, looked up in a run; what is not there gets one line with what is like it.
+A name that the run does not have raises BacklensError with one line that proposes similar ones.
 """
 
 import re
@@ -12,19 +12,19 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from backlens.atlas.snapshot import Snapshot
+from backlens.atlas.database import Snapshot
 from backlens.errors import BacklensError, nearest
 
 
 @dataclass(frozen=True, slots=True)
 class Neuron:
-    """A unit by its address: `35.mlp.down.123`, or `35.mlp.down.e3.123` in expert 3."""
+    """The address of a neuron: `35.mlp.down.123`, or `35.mlp.down.e3.123` in expert 3."""
 
     layer: int
     module: str
     index: int
     expert: int | None = None
-    """None in a dense block; where there are experts, None means any of them."""
+    """None in a dense block; in a block with experts None means any of them."""
 
     def __str__(self) -> str:
         expert = "" if self.expert is None else f"e{self.expert}."
@@ -32,7 +32,7 @@ class Neuron:
 
 
 def parse_neuron(text: str) -> Neuron:
-    """The neuron that an address names, without a look at any run."""
+    """Parse an address. Raises BacklensError if it is malformed; no run is looked at."""
     match = re.fullmatch(r"(\d{1,9})\.(.+?)(?:\.e(\d{1,9}))?\.(\d{1,9})", text.strip(), re.ASCII)
     if match is None:
         raise BacklensError(
@@ -44,11 +44,11 @@ def parse_neuron(text: str) -> Neuron:
 
 
 def token_ids(opened: duckdb.DuckDBPyConnection, token: str) -> list[int]:
-    """All ids with that text: more than one where tokens are parts of a character."""
+    """All token ids with this text: several where tokens are parts of one character. Raises BacklensError for none."""
     found = _select(opened, "SELECT token_id FROM vocab WHERE token = $token", token=token)
     if found.num_rows == 0:
         near = _similar_tokens(opened, token)
-        proposal = f"did you mean {' or '.join(map(repr, near))}?" if near else "and nothing is like it"
+        proposal = f"did you mean {' or '.join(map(repr, near))}?" if near else "no token is similar"
         raise BacklensError(
             f"token: {token!r} is not one token of this vocabulary (a leading space counts); {proposal}"
         )
@@ -58,7 +58,7 @@ def token_ids(opened: duckdb.DuckDBPyConnection, token: str) -> list[int]:
 def check_place(
     snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, layer: int | None, module: str | None
 ) -> None:
-    """Refuses a layer or module that the run does not have."""
+    """Raise BacklensError for a layer or module that the run does not have."""
     if layer is None and module is None:
         return
     layers, modules = _known(snapshot, opened)
@@ -74,10 +74,13 @@ def check_place(
 
 
 def check_neuron(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, neuron: Neuron) -> None:
-    """Refuses a neuron that the model does not have; one that it has may still be below the cut-off everywhere."""
+    """Raise BacklensError for a neuron that the model does not have.
+
+    A neuron that it has may still be below the cut-off for every prompt.
+    """
     check_place(snapshot, opened, neuron.layer, neuron.module)
     facts = snapshot.record.model.get("neurons")
-    if facts is None:  # a run of an earlier version: nothing says how wide its modules are
+    if facts is None:  # runs of earlier versions do not record the widths of modules
         return
     place = f"{neuron.module} of layer {neuron.layer}"
     there = [fact for fact in facts if fact["module"] == neuron.module and neuron.layer in fact["layers"]]
@@ -98,7 +101,7 @@ def check_neuron(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, neuron: 
 
 
 def check_prompt(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, prompt_id: int) -> pa.Table:
-    """The prompt's row."""
+    """The row of `prompts` of a prompt. Raises BacklensError if there is none."""
     if is_prompt_number(prompt_id):
         found = _select(opened, "FROM prompts WHERE prompt_id = $prompt_id", prompt_id=prompt_id)
         if found.num_rows:
@@ -107,12 +110,12 @@ def check_prompt(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, prompt_i
 
 
 def is_prompt_number(prompt_id: int) -> bool:
-    """Whether it is one that a prompt could have: it fits into its column."""
+    """True if the number fits into the column `prompt_id`."""
     return abs(prompt_id) < 2**63
 
 
 def check_tag(opened: duckdb.DuckDBPyConnection, by: str, columns: Sequence[str]) -> None:
-    """Refuses what is neither such a column of `prompts` nor a key of its `meta`."""
+    """Raise BacklensError if `by` is neither one of these columns of `prompts` nor a key of `meta`."""
     if by in columns:
         return
     rows = _select(
@@ -125,19 +128,13 @@ def check_tag(opened: duckdb.DuckDBPyConnection, by: str, columns: Sequence[str]
 
 
 def with_texts(opened: duckdb.DuckDBPyConnection, rows: pa.Table) -> pa.Table:
-    """The rows with tokens in the place of lists of their ids, in columns named accordingly."""
+    """The rows with texts in the place of lists of token ids: `top_ids` becomes `top_tokens`."""
     names = [name for name in rows.column_names if name.endswith("_ids")]
     if not names:
         return rows
     columns = {name: rows.column(name).combine_chunks() for name in names}
     ids = pa.concat_arrays([column.flatten() for column in columns.values()]).unique().to_pylist()
-    found = _select(
-        opened,
-        "SELECT token_id, token FROM vocab WHERE token_id IN (SELECT unnest($ids::INTEGER[]))",
-        ids=ids,
-    )
-    known = dict(zip(found.column("token_id").to_pylist(), found.column("token").to_pylist(), strict=True))
-    texts = {token_id: known.get(token_id, f"<{token_id}>") for token_id in ids}
+    texts = texts_of(opened, ids)
     for name, column in columns.items():
         tokens = pa.array([texts[token_id] for token_id in column.flatten().to_pylist()], pa.string())
         lengths = np.diff(column.offsets.to_numpy()) * ~column.is_null().to_numpy(zero_copy_only=False)
@@ -150,12 +147,19 @@ def with_texts(opened: duckdb.DuckDBPyConnection, rows: pa.Table) -> pa.Table:
     return rows
 
 
+def texts_of(opened: duckdb.DuckDBPyConnection, ids: Sequence[int]) -> dict[int, str]:
+    """The texts of token ids; `<7>` for an id that the vocabulary does not have."""
+    query = "SELECT token_id, token FROM vocab WHERE token_id IN (SELECT unnest($ids::INTEGER[]))"
+    known = dict(opened.execute(query, {"ids": list(ids)}).fetchall())
+    return {token_id: known.get(token_id, f"<{token_id}>") for token_id in ids}
+
+
 def _select(opened: duckdb.DuckDBPyConnection, query: str, **parameters: Any) -> pa.Table:
     return opened.sql(query, params=parameters).to_arrow_table()
 
 
 def _known(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection) -> tuple[Sequence[int], list[str]]:
-    """The layers and modules there can be: by the model's facts, else by the rows there are."""
+    """The layers and modules of the model, as the run records them; else those of the rows."""
     facts = snapshot.record.model
     if "layers" in facts and "modules" in facts:
         return range(int(facts["layers"])), list(facts["modules"])
@@ -164,14 +168,14 @@ def _known(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection) -> tuple[Seque
 
 
 def _layers_of_run(snapshot: Snapshot) -> list[int]:
-    """Those that were asked for; empty where the record does not say."""
+    """The layers of `--layers`; empty if the record does not say."""
     named = snapshot.record.fingerprint.get("layers")
     parts = named.split(",") if isinstance(named, str) else []
     return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else []
 
 
 def _spans(numbers: Sequence[int]) -> str:
-    """`0 to 2, 5`"""
+    """Numbers as ranges: `0 to 2, 5`."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][-1] + 1:
@@ -182,6 +186,7 @@ def _spans(numbers: Sequence[int]) -> str:
 
 
 def _missing_prompt(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, prompt_id: int) -> str:
+    """The reason why a prompt has no row."""
     failed = (
         _select(opened, "FROM failures WHERE prompt_id = $prompt_id", prompt_id=prompt_id).to_pylist()
         if is_prompt_number(prompt_id)
@@ -199,7 +204,7 @@ def _missing_prompt(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, promp
 
 
 def _similar_tokens(opened: duckdb.DuckDBPyConnection, token: str) -> list[str]:
-    """Up to three tokens that were perhaps meant: the same but for spaces and case, then alike."""
+    """Up to three similar tokens: first those that differ only in spaces and case."""
     rows = _select(
         opened,
         """

@@ -1,12 +1,10 @@
-"""A neuron's own weights: the vector of width d_model with which it reads the residual stream, or writes to it.
+"""The logit lens of neurons' own weights: the rows of `neuron_weights`.
 
-For y = x W of a module that reads (`mlp.up`, …) it is a column of W, of one that writes (`mlp.down`, `attn.o`) a row,
-so every module's neurons come as (neuron, d_model), whichever way its weight is stored.
+For y = x W, the vector of a neuron is a column of W in modules that read the residual stream (`mlp.up`, …) and a row of
+W in those that write to it (`mlp.down`, `attn.o`). All modules give (neuron, d_model), however the weight is stored.
 
-What a neuron writes or reads by itself: its own weights through the lens, to stand beside what gradients say.
-
-That takes the model, which a run names but does not hold. It is read if it is at hand with just the weights that the
-run had; if not, the atlas says why, and the tables have nulls in the place of these columns.
+This takes the model, which a run names but does not contain. It is used if it can be read and has exactly the weights
+of the run. Otherwise the table has no rows, and the manifest says why.
 """
 
 from collections.abc import Sequence
@@ -39,9 +37,9 @@ from backlens.terms import READS
 
 
 def neuron_weights(block: Block, module: str, expert: int | None) -> Float[Tensor, "neuron d_model"]:
-    """Those of a whole module, or of one expert's, in the dtype in which they compute.
+    """The vectors of all neurons of a module, or of one expert, in the dtype in which they compute.
 
-    Raises KeyError when the block has no such module.
+    Raises KeyError if the block has no such module.
     """
     if expert is None:
         located = block.matrices[module]
@@ -64,7 +62,7 @@ def _matrix(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
     assert isinstance(weight, Tensor)
     if weight.is_floating_point() and weight.ndim == 2:
         return weight if isinstance(module, Conv1D) else weight.mT
-    # Packed into other types and shapes (8 and 4 bits), it is what the module makes of each unit vector.
+    # Quantized weights (8 and 4 bits) are packed: apply the module to unit vectors instead.
     found = matrix_shape(module)
     assert found is not None
     bias = getattr(module, "bias", None)
@@ -74,35 +72,35 @@ def _matrix(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
 
 
 CHUNK = 512
-"""Neurons projected at a time."""
+"""Neurons that are projected at a time."""
 NONE = "none"
-"""What `--weights` takes in the place of a model, to leave them out."""
+"""The value of `--weights` that leaves the table out."""
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """The model of a run, with just its weights; small, and sent to every worker."""
+    """The proven model of a run and its lens options; small, and sent to every worker."""
 
     model: ModelSource
     scaling: Scaling
     vocabulary: Vocabulary
     top_k: int
     digest: str
-    """The weights' hash, which is the run's."""
+    """Hash of the weights, equal to the run's."""
 
 
 @dataclass(frozen=True)
 class NoWeights:
-    """Why there are none."""
+    """The reason why the model is not used."""
 
     reason: str
 
 
 def find_weights(directory: Directory, record: RunRecord, given: str | None) -> WeightSource | NoWeights:
-    """The run's model where the run found it, or at `given`; a hub id is not downloaded unless it is given.
+    """The model of a run, at `given` or where the run found it; a hub id is downloaded only if it is given.
 
-    Raises BacklensError if `given` cannot be read or is another model. Code that a model brings is not run: what asks
-    for it here would be the run directory, which may be anybody's.
+    Raises BacklensError if `given` cannot be read or is another model. Code of a model is never run here: the request
+    for it would come from the run directory, which may be anyone's.
     """
     if given == NONE:
         return NoWeights("left out (--weights none)")
@@ -111,7 +109,7 @@ def find_weights(directory: Directory, record: RunRecord, given: str | None) -> 
         return NoWeights("run.json does not say of which model the run is")
     name = given or config["model"] or str(demo.MODEL)
     if config.get("trust_remote_code"):
-        return NoWeights(f"{name} brings code of its own, which is not run here")
+        return NoWeights(f"{name} needs its own code (trust_remote_code), which is not run here")
     try:
         source = _source(config, record.model.get("revision"), str(name), is_given=given is not None)
         source, proof = _proven(source, is_given=given is not None)
@@ -122,7 +120,7 @@ def find_weights(directory: Directory, record: RunRecord, given: str | None) -> 
     except BacklensError as error:
         if given is not None:
             raise BacklensError(f"--weights {given}: {str(error).removeprefix('model: ')}") from error
-        return NoWeights(f"{str(error).removeprefix('model: ')}; name its place with --weights")
+        return NoWeights(f"{str(error).removeprefix('model: ')}; name its folder or hub id with --weights")
     return WeightSource(
         pinned(source, proof),
         config.get("scaling", "raw"),
@@ -145,7 +143,7 @@ def _source(config: Any, commit: str | None, name: str, is_given: bool) -> Model
 
 
 def _proven(source: ModelSource, is_given: bool) -> tuple[ModelSource, Proof]:
-    """The model, of a hub id the commit that is in the cache, and what its files hold."""
+    """The model with its proof; for a hub id, the commit in the local cache."""
     if is_given or Path(source.path).is_dir():
         return source, prove(source)
     try:
@@ -157,7 +155,7 @@ def _proven(source: ModelSource, is_given: bool) -> tuple[ModelSource, Proof]:
 
 
 class WeightLens:
-    """A loaded model, to be asked for its neurons."""
+    """A loaded model that gives rows of `neuron_weights`."""
 
     def __init__(self, source: WeightSource) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,7 +165,7 @@ class WeightLens:
         self._k = min(source.top_k, self._lens.vocabulary)
 
     def rows(self, kept: pa.Table) -> pa.Table:
-        """The rows of `neuron_weights` of the neurons in `kept` (layer, module, expert, neuron), in its order."""
+        """The rows of the neurons in `kept` (columns layer, module, expert, neuron; sorted), in the same order."""
         columns: dict[str, list[Any]] = {name: [] for name in NEURON_WEIGHTS.schema.names}
         units = kept.group_by(["layer", "module", "expert"], use_threads=False).aggregate(
             [("neuron", "list")]
@@ -193,17 +191,19 @@ class WeightLens:
 def _lists(
     vectors: Float[Tensor, "neuron d_model"], lens: Lens, k: int
 ) -> dict[str, Sequence[list[Any] | None]]:
-    """Top and bottom lists of each vector; null for a zero vector."""
-    asked = Vectors.alone(vectors, lens)
-    target = lens.tokens(torch.zeros(1, dtype=torch.long, device=vectors.device))  # any: it is not kept
-    selection, _ = project(asked, lens, target, k)
+    """The top and bottom lists of each vector; null for a zero vector."""
+    alone = Vectors.alone(vectors, lens)
+    target = lens.tokens(
+        torch.zeros(1, dtype=torch.long, device=vectors.device)
+    )  # any token: its rank is dropped
+    selection, _ = project(alone, lens, target, k)
     return {
-        f"weight_{name}": _spread(getattr(selection, name), asked.wanted[0])
+        f"weight_{name}": _with_nulls(getattr(selection, name), alone.wanted[0])
         for name in TopK.__dataclass_fields__
         if name.startswith(("top", "bottom"))
     }
 
 
-def _spread(found: Tensor, wanted: Tensor) -> list[list[Any] | None]:
+def _with_nulls(found: Tensor, wanted: Tensor) -> list[list[Any] | None]:
     lists = iter(found.tolist())
     return [next(lists) if there else None for there in wanted.tolist()]

@@ -1,6 +1,6 @@
-"""The SELECTs behind the questions of `Atlas`. Values are bound, `$name`; ties are settled by the keys."""
+"""The SELECTs behind the questions of `Atlas`. Values are bound as `$name`; the keys break ties."""
 
-from backlens.atlas.evidence import TOLD, base, enough, evidence, log_odds
+from backlens.atlas.definitions import COUNTED, base, enough, evidence, log_odds
 
 FILTER = """
 ($layer IS NULL OR layer = $layer) AND ($module IS NULL OR module = $module)
@@ -32,11 +32,11 @@ WITH mine AS (
     SELECT
         layer, module, expert, neuron,
         count(*) FILTER (side = 'bottom') AS promoted,
-        count(*) FILTER (side = 'top') AS demoted,
+        count(*) FILTER (side = 'top') AS suppressed,
         count(DISTINCT prompt_id) AS prompts,
         min(place) AS best_place
     FROM token_topk
-    WHERE {THE_TOKEN} AND {TOLD} AND {FILTER}
+    WHERE {THE_TOKEN} AND {COUNTED} AND {FILTER}
     GROUP BY layer, module, expert, neuron
 ), units AS (
     SELECT layer, module, sum(lists) AS unit_lists, count(*) AS unit_neurons
@@ -44,7 +44,7 @@ WITH mine AS (
 ), bases AS (
     SELECT
         layer, module, {base("sum(promoted)", "any_value(unit_lists)")} AS promoted_base,
-        {base("sum(demoted)", "any_value(unit_lists)")} AS demoted_base,
+        {base("sum(suppressed)", "any_value(unit_lists)")} AS suppressed_base,
         {enough("2 * any_value(unit_neurons)")} AS enough
     FROM mine JOIN units USING (layer, module) GROUP BY layer, module
 ), compared AS (
@@ -52,18 +52,18 @@ WITH mine AS (
         mine.*, lists,
         CASE WHEN {evidence("least(promoted, lists)", "lists", "promoted_base")} >= enough
         THEN {log_odds("least(promoted, lists)", "lists", "promoted_base")} END AS promoted_log_odds,
-        CASE WHEN {evidence("least(demoted, lists)", "lists", "demoted_base")} >= enough
-        THEN {log_odds("least(demoted, lists)", "lists", "demoted_base")} END AS demoted_log_odds
+        CASE WHEN {evidence("least(suppressed, lists)", "lists", "suppressed_base")} >= enough
+        THEN {log_odds("least(suppressed, lists)", "lists", "suppressed_base")} END AS suppressed_log_odds
     FROM mine JOIN bases USING (layer, module)
     JOIN neuron_summary s
     ON mine.layer = s.layer AND mine.module = s.module AND mine.neuron = s.neuron
         AND mine.expert IS NOT DISTINCT FROM s.expert
 )
 SELECT
-    layer, module, expert, neuron, promoted, demoted, compared.prompts, lists, best_place,
-    greatest(promoted_log_odds, demoted_log_odds) AS log_odds
+    layer, module, expert, neuron, promoted, suppressed, compared.prompts, lists, best_place,
+    greatest(promoted_log_odds, suppressed_log_odds) AS log_odds
 FROM compared
-ORDER BY log_odds DESC NULLS LAST, promoted + demoted DESC, layer, module, expert, neuron
+ORDER BY log_odds DESC NULLS LAST, promoted + suppressed DESC, layer, module, expert, neuron
 LIMIT $limit
 """
 
@@ -106,15 +106,15 @@ WITH counted AS (
     SELECT
         token_id,
         count(*) FILTER (side = 'bottom') AS promoted,
-        count(*) FILTER (side = 'top') AS demoted,
+        count(*) FILTER (side = 'top') AS suppressed,
         min(place) AS best_place,
         count(DISTINCT prompt_id) AS prompts
-    FROM neuron_topk WHERE {THE_NEURON} AND {TOLD}
+    FROM neuron_topk WHERE {THE_NEURON} AND {COUNTED}
     GROUP BY token_id
 )
-SELECT token_id, token, promoted, demoted, prompts, best_place
+SELECT token_id, token, promoted, suppressed, prompts, best_place
 FROM counted LEFT JOIN vocab USING (token_id)
-ORDER BY promoted + demoted DESC, token_id
+ORDER BY promoted + suppressed DESC, token_id
 LIMIT $limit
 """
 
@@ -134,13 +134,13 @@ SIMILAR_NEURONS = f"""
 WITH mine AS (
     SELECT
         token_id, count(*) FILTER (side = 'top') AS top, count(*) FILTER (side = 'bottom') AS bottom
-    FROM neuron_topk WHERE {THE_NEURON} AND {TOLD} GROUP BY token_id
+    FROM neuron_topk WHERE {THE_NEURON} AND {COUNTED} GROUP BY token_id
 ), products AS (
-    -- An entry a row on their side, so that nothing is counted before the sum: counts are many, neurons few.
+    -- One row per list entry: nothing is counted before the sum, because counts are many and neurons few.
     SELECT
         layer, module, expert, neuron, sum(CASE WHEN side = 'top' THEN top ELSE bottom END)::DOUBLE AS product
     FROM token_topk JOIN mine USING (token_id)
-    WHERE {TOLD}
+    WHERE {COUNTED}
     GROUP BY layer, module, expert, neuron
 ), nearest AS (
     SELECT
@@ -156,14 +156,14 @@ WITH mine AS (
 ), shared AS (
     SELECT n.layer, n.module, n.expert, n.neuron, count(DISTINCT token_id) AS shared_tokens
     FROM neuron_topk s JOIN mine USING (token_id) JOIN nearest n ON {SAME_NEURON}
-    WHERE CASE WHEN side = 'top' THEN top ELSE bottom END > 0 AND s.{TOLD}
+    WHERE CASE WHEN side = 'top' THEN top ELSE bottom END > 0 AND s.{COUNTED}
     GROUP BY n.layer, n.module, n.expert, n.neuron
 ), counted AS (
     SELECT n.*, shared_tokens FROM nearest n JOIN shared s ON {SAME_NEURON}
 )
 SELECT
     n.layer, n.module, n.expert, n.neuron, similarity, shared_tokens, prompts,
-    promoted_ids, promoted_counts, demoted_ids, demoted_counts
+    promoted_ids, promoted_counts, suppressed_ids, suppressed_counts
 FROM counted n JOIN neuron_summary s ON {SAME_NEURON}
 ORDER BY similarity DESC, n.layer, n.module, n.expert, n.neuron
 """
@@ -171,12 +171,12 @@ ORDER BY similarity DESC, n.layer, n.module, n.expert, n.neuron
 SPECIFIC_NEURONS = f"""
 SELECT
     layer, module, expert, neuron,
-    greatest(promoted_own_log_odds[1], demoted_own_log_odds[1]) AS specificity,
+    greatest(promoted_own_log_odds[1], suppressed_own_log_odds[1]) AS specificity,
     prompts, lists, grad_norm_mean, promoted_own_ids AS promoted_ids, promoted_own_counts AS promoted_counts,
-    promoted_own_log_odds AS promoted_log_odds, demoted_own_ids AS demoted_ids,
-    demoted_own_counts AS demoted_counts, demoted_own_log_odds AS demoted_log_odds
+    promoted_own_log_odds AS promoted_log_odds, suppressed_own_ids AS suppressed_ids,
+    suppressed_own_counts AS suppressed_counts, suppressed_own_log_odds AS suppressed_log_odds
 FROM neuron_summary
-WHERE prompts >= $min_prompts AND (promoted_own_ids IS NOT NULL OR demoted_own_ids IS NOT NULL) AND {FILTER}
+WHERE prompts >= $min_prompts AND (promoted_own_ids IS NOT NULL OR suppressed_own_ids IS NOT NULL) AND {FILTER}
 ORDER BY specificity DESC, layer, module, expert, neuron
 LIMIT $limit
 """
@@ -232,7 +232,7 @@ LIMIT $limit
 
 PROMINENT_TOKENS = f"""
 WITH counted AS (
-    -- By prompts, not lists: the lists of one prompt's neurons are much alike.
+    -- Prompts are counted, not lists: the lists of one prompt's neurons are much alike.
     SELECT token_id, layer, module, least(sum(prompts), (SELECT count(*) FROM prompts)) AS found
     FROM token_summary GROUP BY token_id, layer, module
 ), bases AS (
@@ -256,10 +256,10 @@ WITH counted AS (
 )
 SELECT
     token_id, token,
-    sum(promoted)::BIGINT AS promoted, sum(demoted)::BIGINT AS demoted,
+    sum(promoted)::BIGINT AS promoted, sum(suppressed)::BIGINT AS suppressed,
     count(DISTINCT layer) AS layers, min(layer) AS first_layer, max(layer) AS last_layer,
-    max(promoted + demoted) AS most_in_a_module, any_value(log_odds) AS log_odds, any_value(most_layer) AS most_layer,
-    any_value(most_module) AS most_module
+    max(promoted + suppressed) AS most_in_a_module, any_value(log_odds) AS log_odds,
+    any_value(most_layer) AS most_layer, any_value(most_module) AS most_module
 FROM token_summary JOIN strongest USING (token_id) LEFT JOIN vocab USING (token_id)
 WHERE {FILTER}
 GROUP BY token_id, token

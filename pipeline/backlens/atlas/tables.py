@@ -1,8 +1,8 @@
-"""The tables of `OUT/atlas/`: derived from a run's by `backlens atlas`, and rebuilt at will.
+"""The tables of `OUT/atlas/`, which `backlens atlas` derives from those of a run and can rebuild at any time.
 
-The counts in them are of list entries: one token in the top or bottom list of one kept neuron for one prompt.
-Only kept neurons are counted, so a neuron that is missing for a prompt was below the cut-off, and not zero. Summaries
-count no list of a vector shorter than the run's `norm_floor` (in `run.json`): the final norm's bias leads such lists.
+They count list entries: one token in the top or bottom list of one kept neuron for one prompt. Only kept neurons are
+counted: a neuron that is missing for a prompt was below the cut-off, not zero. Summaries leave out the lists of vectors
+shorter than the run's `norm_floor` (in `run.json`), because the final norm's bias leads such lists.
 """
 
 import pyarrow as pa
@@ -20,28 +20,27 @@ from backlens.store.tables import (
     list_of,
 )
 
-ATLAS_VERSION = 4
-"""Raised when a table here changes; an atlas of another version is not read but built again."""
+ATLAS_VERSION = 5
+"""Raised when a table here changes. An atlas of another version is not read; `backlens atlas` builds it again."""
 
 PROMPT_ID, LAYER, MODULE_COLUMN, EXPERT = KEYS
 UNIT = (LAYER, MODULE_COLUMN, EXPERT)
 NEURON = Column(
-    "neuron", pa.int32(), "Index of the unit on the module's other side than the residual one, from 0."
+    "neuron", pa.int32(), "Index of the unit on the side of the module that is not the residual one, from 0."
 )
 GRAD_NORM = Column("grad_norm", pa.float32(), "L2 norm of the neuron's gradient vector for that prompt.")
 COUNTS = list_of(pa.int64())
 DOUBLES = list_of(pa.float64())
-NO_TOKENS = "null if no list of its is counted"
+NO_TOKENS = "null if none of its lists is counted"
 
 ENTRY = (
     PROMPT_ID,
     Column(
         "side",
         MODULE,
-        "The list: `top` (what an update takes away) or `bottom` (what an update adds, for it subtracts "
-        "gradients).",
+        "The list: `top` (suppressed by an update) or `bottom` (promoted, because an update subtracts gradients).",
     ),
-    Column("place", pa.int16(), "Where the token stands in that list, 0 = most extreme."),
+    Column("place", pa.int16(), "The token's place in that list, 0 = most extreme."),
     Column("score", pa.float32(), "The token's lens score of the neuron's gradient vector, in logits."),
     GRAD_NORM,
 )
@@ -49,32 +48,40 @@ TOKEN_ID = Column("token_id", pa.int32(), "The token; joins `vocab.token_id`.")
 
 
 def _side_columns(side: str, of: str) -> tuple[Column, ...]:
-    """What one side's lists say to a neuron."""
+    """The columns about the lists of one side of a neuron."""
     return (
         Column(
             f"{side}_ids",
             TOKEN_IDS,
-            f"The 10 tokens that stand in most {of} lists of it, ties to the smaller id; {NO_TOKENS}.",
+            f"The 10 tokens that are in most of its {of} lists, ties to the smaller id; {NO_TOKENS}.",
             True,
         ),
         Column(
-            f"{side}_counts", COUNTS, f"In how many prompts each of `{side}_ids` does; {NO_TOKENS}.", True
+            f"{side}_counts",
+            COUNTS,
+            f"Number of prompts with each of `{side}_ids` in that list; {NO_TOKENS}.",
+            True,
         ),
         Column(
             f"{side}_lifts",
             DOUBLES,
-            f"How many times more often each of `{side}_ids` stands in this neuron's {of} lists than in those "
-            f"of its layer's module; {NO_TOKENS}.",
+            f"How many times more often each of `{side}_ids` is in this neuron's {of} lists than in those of its "
+            f"layer's module; {NO_TOKENS}.",
             True,
         ),
         Column(
             f"{side}_own_ids",
             TOKEN_IDS,
-            f"Up to 10 tokens of its own: they stand in more of its {of} lists than chance among the lists of its "
+            f"Up to 10 own tokens: they are in more of its {of} lists than chance among the lists of its "
             "layer's module explains, the largest log odds first; null if there is none.",
             True,
         ),
-        Column(f"{side}_own_counts", COUNTS, f"In how many prompts each of `{side}_own_ids` does.", True),
+        Column(
+            f"{side}_own_counts",
+            COUNTS,
+            f"Number of prompts with each of `{side}_own_ids` in that list.",
+            True,
+        ),
         Column(
             f"{side}_own_log_odds",
             DOUBLES,
@@ -93,7 +100,7 @@ def _side_columns(side: str, of: str) -> tuple[Column, ...]:
 
 NEURON_TOPK = Table(
     name="neuron_topk",
-    doc="The lists of `neurons`, an entry a row, neuron after neuron.",
+    doc="The lists of `neurons`, one row per entry, sorted by neuron.",
     row_per="kept neuron × side × place",
     sorted_by=("layer", "module", "expert", "neuron", "prompt_id", "side", "place"),
     columns=(*UNIT, NEURON, *ENTRY[:3], TOKEN_ID, *ENTRY[3:]),
@@ -101,7 +108,7 @@ NEURON_TOPK = Table(
 
 TOKEN_TOPK = Table(
     name="token_topk",
-    doc="The same rows as `neuron_topk`, token after token.",
+    doc="The same rows as `neuron_topk`, sorted by token.",
     row_per="kept neuron × side × place",
     sorted_by=("token_id", "layer", "module", "expert", "neuron", "prompt_id", "side", "place"),
     columns=(TOKEN_ID, *UNIT, NEURON, *ENTRY),
@@ -109,7 +116,7 @@ TOKEN_TOPK = Table(
 
 POSITION_TOPK = Table(
     name="position_topk",
-    doc="The lists of `tokens`, an entry a row, token after token: at which positions a token stands out.",
+    doc="The lists of `tokens`, one row per entry, sorted by token: the positions at which a token is prominent.",
     row_per="prompt × layer × module (× expert) × position × side × place",
     sorted_by=("token_id", "layer", "module", "expert", "prompt_id", "position", "side", "place"),
     columns=(
@@ -126,7 +133,7 @@ POSITION_TOPK = Table(
 
 NEURON_PROMPTS = Table(
     name="neuron_prompts",
-    doc="The rows of `neurons` without their lists, neuron after neuron.",
+    doc="The rows of `neurons` without their lists, sorted by neuron.",
     row_per="kept neuron of a prompt × layer × module (× expert)",
     sorted_by=("layer", "module", "expert", "neuron", "prompt_id"),
     columns=(
@@ -153,8 +160,8 @@ NEURON_PROMPTS = Table(
 NEURON_SUMMARY = Table(
     name="neuron_summary",
     doc=(
-        "What the prompts say to a neuron, together. An update subtracts gradients, so the tokens of bottom "
-        "lists are promoted and those of top lists demoted. What the neuron's own weights say is in "
+        "The updates of a neuron over all prompts that keep it. An update subtracts gradients, so the tokens of "
+        "bottom lists are promoted and those of top lists suppressed. The lens of the neuron's own weights is in "
         "`neuron_weights`."
     ),
     row_per="neuron that was kept for a prompt",
@@ -165,7 +172,7 @@ NEURON_SUMMARY = Table(
         Column(
             "prompts",
             pa.int64(),
-            "In how many prompts it is kept; in the others it is below the cut-off, not zero.",
+            "Number of prompts that keep it; for the others it is below the cut-off, not zero.",
         ),
         Column("grad_norm_sum", pa.float64(), "Sum of its gradient norms over those prompts."),
         Column("grad_norm_mean", pa.float64(), "Their mean over those prompts."),
@@ -179,16 +186,16 @@ NEURON_SUMMARY = Table(
         Column(
             "lists",
             pa.int64(),
-            "In how many of those prompts its lists are counted below: its vector is neither zero nor shorter than "
+            "Number of those prompts whose lists are counted below: the vector is neither zero nor shorter than "
             "the run's `norm_floor`.",
         ),
         Column(
             "entries_norm",
             pa.float64(),
-            "Euclidean length of its counts by side and token, which `similar` compares; 0 if there are none.",
+            "Euclidean length of its counts by side and token, for the cosine of similar neurons; 0 without counts.",
         ),
         *_side_columns("promoted", "bottom"),
-        *_side_columns("demoted", "top"),
+        *_side_columns("suppressed", "top"),
     ),
 )
 
@@ -199,7 +206,7 @@ def _weight_columns(side: str, which: str) -> tuple[Column, ...]:
         Column(
             f"weight_{side}_ids",
             TOKEN_IDS,
-            f"The tokens with the {which} scores, as `--top-k` has it; {null}.",
+            f"The tokens with the {which} scores, as many as `--top-k`; {null}.",
             True,
         ),
         Column(
@@ -211,10 +218,10 @@ def _weight_columns(side: str, which: str) -> tuple[Column, ...]:
 NEURON_WEIGHTS = Table(
     name="neuron_weights",
     doc=(
-        "What a neuron's own weights say through the lens, without any gradient: the row of W that it writes "
-        "(`mlp.down`, `attn.o`), or the column with which it reads (the others), for y = x W. Signs are as the "
-        "weights': an active neuron writes its top tokens. Derived from the run's model; without rows where that "
-        "was not at hand (the manifest's `weights` says why)."
+        "The logit lens of a neuron's own weights, without any gradient. For y = x W this is the row of W that it "
+        "writes (`mlp.down`, `attn.o`) or the column with which it reads (the others), with the sign of the weights: "
+        "an active neuron raises its top tokens. Read from the run's model; the table has no rows if that could not "
+        "be read (the manifest's `weights` says why)."
     ),
     row_per="neuron that was kept for a prompt",
     sorted_by=("layer", "module", "expert", "neuron"),
@@ -230,38 +237,47 @@ NEURON_WEIGHTS = Table(
 TOKEN_SUMMARY = Table(
     name="token_summary",
     doc=(
-        "Where gradients push neurons toward a token (promoted: it stands in a bottom list) and away from it "
-        "(demoted: in a top list)."
+        "The neurons whose updates promote a token (it is in a bottom list) or suppress it (it is in a top list)."
     ),
-    row_per="token × layer × module (× expert) in whose lists it stands",
+    row_per="token × layer × module (× expert) with the token in its lists",
     sorted_by=("token_id", "layer", "module", "expert"),
     columns=(
         TOKEN_ID,
         *UNIT,
-        Column("promoted", pa.int64(), "In how many bottom lists of kept neurons it stands."),
-        Column("demoted", pa.int64(), "In how many top lists of kept neurons it stands."),
-        Column("prompts", pa.int64(), "In how many prompts it stands in either."),
-        Column("neurons", pa.int64(), "In the lists of how many neurons it stands."),
+        Column("promoted", pa.int64(), "Number of bottom lists of kept neurons with the token."),
+        Column("suppressed", pa.int64(), "Number of top lists of kept neurons with the token."),
+        Column("prompts", pa.int64(), "Number of prompts with the token in either list."),
+        Column("neurons", pa.int64(), "Number of neurons with the token in a list."),
         Column(
             "promoted_neurons",
             TOKEN_IDS,
-            "Up to 5 neurons that are most often pushed toward it, ties to the smaller index; null if none is.",
+            "Up to 5 neurons that promote it most often, ties to the smaller index; null if none does.",
             True,
         ),
-        Column("promoted_counts", COUNTS, "How often each of `promoted_neurons` is; null if none is.", True),
         Column(
-            "demoted_neurons",
-            TOKEN_IDS,
-            "Up to 5 neurons that are most often pushed away from it, ties to the smaller index; null if none is.",
+            "promoted_counts",
+            COUNTS,
+            "Lists with it of each of `promoted_neurons`; null if there is none.",
             True,
         ),
-        Column("demoted_counts", COUNTS, "How often each of `demoted_neurons` is; null if none is.", True),
+        Column(
+            "suppressed_neurons",
+            TOKEN_IDS,
+            "Up to 5 neurons that suppress it most often, ties to the smaller index; null if none does.",
+            True,
+        ),
+        Column(
+            "suppressed_counts",
+            COUNTS,
+            "Lists with it of each of `suppressed_neurons`; null if there is none.",
+            True,
+        ),
     ),
 )
 
 LAYER_CURVES = Table(
     name="layer_curves",
-    doc="The curves of the paper's figures: sizes and ranks by layer and kind of position.",
+    doc="The curves of the paper's figures: norms and ranks by layer and position class.",
     row_per="layer × module (× expert) × position class",
     sorted_by=("layer", "module", "expert", "position_class"),
     columns=(
@@ -272,18 +288,23 @@ LAYER_CURVES = Table(
             "`last` (the prompt's last position), else `subject_last`, else `subject_first`, else `other`; a "
             "subject of one token is `subject_last`.",
         ),
-        Column("positions", pa.int64(), "How many positions the row is about."),
-        Column("prompts", pa.int64(), "In how many prompts they are."),
+        Column("positions", pa.int64(), "Number of positions of that class."),
+        Column("prompts", pa.int64(), "Number of prompts with such a position."),
         Column("input_norm", pa.float64(), "Mean L2 norm of the module's input x there."),
         Column("vjp_norm", pa.float64(), "Mean L2 norm of the VJP δ there, exact zeros included."),
-        Column("zeros", pa.int64(), "At how many of them δ is exactly zero."),
+        Column("zeros", pa.int64(), "Number of them at which δ is exactly zero."),
         Column(
             "target_rank",
             pa.float64(),
-            "Mean rank of the target; null if every projected vector is zero.",
+            "Mean rank of the target, 0 = largest score; null if every projected vector is zero.",
             True,
         ),
-        Column("target_rank_median", pa.float64(), "Median of it; null where `target_rank` is.", True),
+        Column(
+            "target_rank_median",
+            pa.float64(),
+            "Median rank of the target; null where `target_rank` is.",
+            True,
+        ),
         Column(
             "top_entropy",
             pa.float64(),
@@ -301,7 +322,7 @@ LAYER_CURVES = Table(
 
 PROMPT_TOKENS = Table(
     name="prompt_tokens",
-    doc="The same rows as `tokens`, prompt after prompt: what a prompt's heatmap reads. It takes as much room again.",
+    doc="The same rows as `tokens`, sorted by prompt, for heatmaps. The table takes as much room as `tokens`.",
     row_per=TOKENS.row_per,
     sorted_by=("prompt_id", "layer", "module", "expert", "position"),
     columns=TOKENS.columns,
@@ -309,7 +330,7 @@ PROMPT_TOKENS = Table(
 
 PROMPT_NEURONS = Table(
     name="prompt_neurons",
-    doc="The same rows as `neurons`, prompt after prompt. It takes as much room again.",
+    doc="The same rows as `neurons`, sorted by prompt. The table takes as much room as `neurons`.",
     row_per=NEURONS.row_per,
     sorted_by=("prompt_id", "layer", "module", "expert", "neuron"),
     columns=NEURONS.columns,
@@ -323,6 +344,6 @@ ATLAS_TABLES: dict[str, Table] = {
         *(PROMPT_TOKENS, PROMPT_NEURONS),
     )
 }
-"""Every derived table by name, in the order in which they are documented."""
+"""Every derived table by name, in the order of the documentation."""
 PROMPT_TABLES = ("prompt_tokens", "prompt_neurons")
-"""Those that are sorted by prompt."""
+"""The tables that are sorted by prompt."""

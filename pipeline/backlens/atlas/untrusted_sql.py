@@ -1,15 +1,12 @@
-"""A bound on this process's memory while it runs a query that anyone may have written.
+"""SQL of people who are trusted only to read a run's tables.
 
-DuckDB's own limit does not count everything (`len(range(600000000))` takes 5 GB whatever it is), so the operating
-system is asked to refuse more: DuckDB then says that memory is short, as it does at its own limit.
+A statement gets a database (`database.py`) of its own, which reaches only the run's files, and must be one SELECT that
+only reads. DuckDB's statement type does not prove that: it counts `WITH w AS (COPY … TO …) SELECT …` as a SELECT, and
+the table function `json_execute_serialized_sql` runs such a statement from a string; both may overwrite the files that
+the views read. So the syntax tree may hold only query nodes and table functions of an allow-list.
 
-SQL over a run's tables, for people who are not trusted with more than reading them.
-
-What a stranger writes gets a database (`database.py`) of its own, which reaches the run's files only. It must
-moreover be one SELECT that only reads, and DuckDB's word for it is not enough: it counts
-`WITH w AS (COPY … TO …) SELECT …` as a SELECT, and the table function `json_execute_serialized_sql` runs such a
-statement from a string; either may overwrite the files that the views read. So the statement's own syntax tree must
-hold nothing but queries, and no table functions but those known to be harmless.
+DuckDB's memory limit does not count everything (`len(range(600000000))` takes 5 GB under any limit), so the operating
+system also limits this process during the query; DuckDB then reports that memory is short, as at its own limit.
 """
 
 import json
@@ -29,13 +26,13 @@ from backlens.errors import BacklensError
 from backlens.store.tables import TABLES
 
 BESIDE = 1 << 30
-"""Bytes of address space that are left for what is not data: threads, libraries, the answer."""
+"""Bytes of address space beside the data: threads, libraries, the answer."""
 UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @contextmanager
 def bounded_memory(size: str) -> Iterator[None]:
-    """May take so much more than now, as `4GB` says it. Only Linux keeps such a bound."""
+    """Limit the memory that this process may take in addition to now, such as `4GB`; only on Linux."""
     most = bytes_of(size)
     if sys.platform != "linux":
         yield
@@ -54,7 +51,7 @@ def bounded_memory(size: str) -> Iterator[None]:
 
 
 def bytes_of(size: str) -> int:
-    """`4GB` and `1.5 GiB` as DuckDB takes them."""
+    """The bytes of a size such as `4GB` or `1.5 GiB`. Raises BacklensError if it is malformed."""
     found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT])(i?)B\s*", size, re.IGNORECASE | re.ASCII)
     if found is None:
         raise BacklensError(f"--memory {size}: write it as 2GB")
@@ -63,7 +60,7 @@ def bytes_of(size: str) -> int:
 
 
 QUERY_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
-"""The nodes of a syntax tree that read. Others (COPY_QUERY_NODE, INSERT_QUERY_NODE, …) write."""
+"""Nodes of a syntax tree that only read. Others (COPY_QUERY_NODE, INSERT_QUERY_NODE, …) write."""
 
 TABLE_FUNCTIONS = {
     "duckdb_columns",
@@ -79,37 +76,37 @@ TABLE_FUNCTIONS = {
     "repeat",
     "unnest",
 }
-"""What may stand in FROM besides tables. None of them opens a file or takes SQL as a string."""
+"""Functions that FROM may use besides tables. None of them opens a file or takes SQL as a string."""
 
 PLAIN_TYPES = {
     *("boolean", "tinyint", "smallint", "integer", "bigint", "hugeint"),
     *("utinyint", "usmallint", "uinteger", "ubigint", "float", "double", "varchar", "enum", "null"),
 }
-"""Those that JSON has; `uhugeint` is not among them, for Arrow has no integer that holds it."""
+"""Types with a JSON equivalent; without `uhugeint`, which no integer of Arrow holds."""
 DIGITS_OF_A_DOUBLE = 15
-"""Decimal digits that every double gives back."""
+"""Decimal digits that a double preserves."""
 
 
 def run_select(
     opened: duckdb.DuckDBPyConnection, statement: str, limit: int | None = None, as_text: bool = False
 ) -> pa.Table:
-    """The rows of a stranger's SELECT, at most `limit`; `as_text` as `text_columns` has it."""
-    # As a subquery: there DuckDB itself refuses what writes, and names apart columns of one name.
+    """The rows of an untrusted SELECT, at most `limit`; `as_text` applies `text_columns`."""
+    # In a subquery DuckDB itself refuses statements that write, and renames columns of the same name.
     rows = opened.sql(f"FROM ({checked_query(opened, statement)})")
     rows = rows.project(text_columns(rows)) if as_text else rows
     return (rows if limit is None else rows.limit(limit)).to_arrow_table()
 
 
 def count_rows(opened: duckdb.DuckDBPyConnection, statement: str) -> int:
-    """How many rows a stranger's SELECT has."""
+    """The number of rows of an untrusted SELECT."""
     ((rows,),) = opened.sql(f"SELECT count(*) FROM ({checked_query(opened, statement)})").fetchall()
     return rows
 
 
 def text_columns(rows: duckdb.DuckDBPyRelation) -> str:
-    """The columns for a SELECT from `rows` in the types that JSON has: no value is lost in Arrow or Python then.
+    """The columns of a SELECT from `rows`, cast to types with a JSON equivalent, so that no value is lost.
 
-    Dates, times, intervals, blobs, bits and the like are DuckDB's own text; so are decimals that no double holds.
+    Dates, times, intervals, blobs, bits and decimals that no double holds become text in DuckDB's notation.
     """
     columns = [
         f"CAST({name} AS {_text_type(of)}) AS {name}" if _text_type(of) != str(of) else name
@@ -119,7 +116,7 @@ def text_columns(rows: duckdb.DuckDBPyRelation) -> str:
 
 
 def _text_type(of: DuckDBPyType) -> str:
-    """The type that a value of this one is shown in."""
+    """The type to which values of a type are cast."""
     if of.id in PLAIN_TYPES:
         return str(of)
     parts: dict[str, Any] = (
@@ -144,15 +141,15 @@ def _quoted(name: str) -> str:
 
 
 def checked_query(opened: duckdb.DuckDBPyConnection, statement: str) -> str:
-    """A stranger's SELECT, written anew from the tree that was checked."""
+    """An untrusted SELECT, written again from its checked syntax tree."""
     tree = checked_tree(opened, statement)
-    # (json_execute_serialized_sql would save a step, but what it runs can't be interrupted.)
+    # json_execute_serialized_sql would save a step, but what it runs cannot be interrupted.
     ((checked,),) = opened.execute("SELECT json_deserialize_sql($1)", [tree]).fetchall()
     return checked
 
 
 def checked_tree(opened: duckdb.DuckDBPyConnection, statement: str) -> str:
-    """The syntax tree, in JSON, of one SELECT (or DESCRIBE, SHOW, VALUES) that only reads."""
+    """The syntax tree, in JSON, of one SELECT (or DESCRIBE, SHOW, VALUES). Raises BacklensError for anything else."""
     tables = ", ".join([*TABLES, *ATLAS_TABLES])
     refusal = BacklensError(
         f"sql: only a single SELECT statement is run here; it can read the tables {tables}"
@@ -164,9 +161,7 @@ def checked_tree(opened: duckdb.DuckDBPyConnection, statement: str) -> str:
     try:
         tree = json.loads(serialized)
     except RecursionError:
-        raise BacklensError(
-            "sql: the statement is nested too deeply to be checked; make it flatter"
-        ) from None
+        raise BacklensError("sql: the statement is nested too deeply to be checked; simplify it") from None
     if tree["error"]:
         raise refusal
     for part in _parts(tree):

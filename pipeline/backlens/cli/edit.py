@@ -240,7 +240,7 @@ def plot(out: str, /, *, to: str = "edits.png", debug: Debug = False) -> int:
         The file; its suffix (.png, .svg, .pdf) says the format.
     """
     from backlens.editing.compare import trial_scores
-    from backlens.figures.canvas import check_target, require_matplotlib, save
+    from backlens.figures import check_target, require_matplotlib, save
 
     require_matplotlib()
     target = check_target(to)

@@ -175,7 +175,7 @@ def query(
 ) -> int:
     """Ask a run's tables: one of --token, --neuron, --prompt and --sql, or of the whole run --show or --compare.
 
-    "promoted" is what an update adds (bottom lists), "demoted" what it takes away (top lists). `backlens atlas`
+    "promoted" counts bottom lists (an update subtracts gradients), "suppressed" top lists. `backlens atlas`
     makes the answers about tokens and neurons fast; they are the same without it.
 
     Example: backlens query ./demo-run --neuron 5.mlp.down.123 --show tokens

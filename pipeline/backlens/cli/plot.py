@@ -3,7 +3,8 @@
 from backlens.atlas import Atlas
 from backlens.cli.console import say
 from backlens.errors import BacklensError, nearest
-from backlens.figures.canvas import check_target, missing_letters, require_matplotlib, save
+from backlens.figures import check_target, missing_letters, require_matplotlib, save
+from backlens.heatmap import default_module, make_layer_curves
 
 FIGURES = ("heatmap", "norms", "ranks", "curves")
 
@@ -24,16 +25,19 @@ def draw(out: str, figure: str | None, prompt: int | None, module: str | None, t
     if atlas.note:
         say(atlas.note, stderr=True)
     from backlens.figures.curves import draw_curves, draw_ranks
-    from backlens.figures.heatmap import draw_heatmap, read_heatmap
+    from backlens.figures.heatmap import draw_heatmap
 
     note = None
     if prompt is None:
-        drawn = draw_curves(atlas, _modules(atlas, module))
+        rows, vocabulary = atlas.layer_curves().to_pylist(), atlas.vocabulary
+        curves = {name: make_layer_curves(rows, name, vocabulary) for name in _modules(atlas, module)}
+        drawn = draw_curves(curves, _prompts(atlas))
     elif kind == "ranks":
-        drawn = draw_ranks(atlas, prompt, _modules(atlas, module, prompt), is_vector)
-        note = missing_letters(atlas.prompt(prompt)["prompt"].to_pylist(), is_vector)
+        heatmaps = [atlas.heatmap(prompt, name) for name in _modules(atlas, module, prompt)]
+        drawn = draw_ranks(heatmaps, is_vector)
+        note = missing_letters([heatmaps[0].prompt], is_vector)
     else:
-        heatmap = read_heatmap(atlas, prompt, module or _default_module(atlas, prompt))
+        heatmap = atlas.heatmap(prompt, module or default_module(_modules(atlas, None, prompt)))
         drawn = draw_heatmap(heatmap, is_vector, "norms" if kind == "norms" else "tokens")
         note = missing_letters(heatmap.texts, is_vector)
     if note is not None:
@@ -50,10 +54,10 @@ def _modules(atlas: Atlas, module: str | None, prompt: int | None = None) -> lis
     return found
 
 
-def _default_module(atlas: Atlas, prompt: int) -> str:
-    """What an update writes, if it is there."""
-    modules = _modules(atlas, None, prompt)
-    return "mlp.down" if "mlp.down" in modules else modules[0]
+def _prompts(atlas: Atlas) -> str:
+    """The prompts that a figure of the whole run is about."""
+    shards, planned = atlas.snapshot.shards, atlas.snapshot.record.plan.shards
+    return "all prompts of the run" if shards == planned else f"{shards} of {planned} shards of the run"
 
 
 def _name(kind: str, prompt: int | None, module: str | None) -> str:

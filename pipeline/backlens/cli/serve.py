@@ -90,7 +90,7 @@ def export_html(out: str, /, *, prompt: int, to: str | None = None, debug: Debug
         The file; by default prompt-37.html for prompt 37.
     """
     from backlens.atlas import Atlas
-    from backlens.serve.prompt_pages import prompt_document
+    from backlens.serve.pages import prompt_document
 
     target = Path(to or f"prompt-{prompt}.html")
     if not target.parent.is_dir():

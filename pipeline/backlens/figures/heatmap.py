@@ -1,55 +1,32 @@
-"""Layer × token heatmaps: what each layer's gradient says at each position, and how loudly."""
+"""Layer × position heatmaps: the lens tokens of every cell, and the norm of δ as its colour."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from backlens.atlas import Atlas
-from backlens.errors import BacklensError
-from backlens.figures.canvas import check_target, require_matplotlib, save, shown
-from backlens.heatmap import DECADES, Heatmap, make_heatmap
+from backlens.figures import check_target, require_matplotlib, save, shown
+from backlens.heatmap import DECADES, Heatmap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CELL_WIDTH, CELL_HEIGHT = 1.0, 0.38
-"""Inches, however many cells there are: the figure grows, the letters stay readable."""
+"""Inches per cell, however many there are: the figure grows and the letters stay readable."""
 LEFT, RIGHT, TOP, BOTTOM = 0.75, 1.1, 1.0, 0.25
 DARK = 0.6
-"""The share of the colour scale from which letters are white."""
+"""Strength of a cell (0 to 1) from which its letters are white."""
 
 Cells = Literal["tokens", "norms"]
 
 
-def read_heatmap(atlas: Atlas, prompt_id: int, module: str) -> Heatmap:
-    """One prompt and module of a run."""
-    (prompt,) = atlas.prompt(prompt_id).to_pylist()
-    rows = atlas.by_prompt(prompt_id, module=module).to_pylist()
-    if not rows:
-        raise BacklensError(
-            f"plot: {atlas.snapshot.directory} has no rows of prompt {prompt_id} and {module}"
-        )
-    *tokens, target_token = token_texts(atlas, [*prompt["token_ids"], prompt["target_ids"][0]])
-    return make_heatmap(module, tokens, rows, prompt["prompt"], prompt["target"], target_token)
-
-
 def save_heatmap(heatmap: Heatmap, path: str) -> None:
-    """Draw a heatmap to a file; its suffix (.png, .svg, .pdf) says the format. Raises BacklensError for another."""
+    """Draw a heatmap to a file in the format of its suffix: .png, .svg or .pdf. Raises BacklensError for another."""
     require_matplotlib()
     target = check_target(path)
     save(draw_heatmap(heatmap, target.suffix.lower() == ".svg"), target)
 
 
-def token_texts(atlas: Atlas, ids: Sequence[int]) -> list[str]:
-    """The texts of token ids."""
-    listed = ", ".join(str(int(token_id)) for token_id in set(ids))
-    found = atlas.sql(f"SELECT token_id, token FROM vocab WHERE token_id IN ({listed})", limit=len(ids))
-    texts = {row["token_id"]: row["token"] for row in found.to_pylist()}
-    return [texts.get(token_id, f"<{token_id}>") for token_id in ids]
-
-
 def draw_heatmap(heatmap: Heatmap, is_vector: bool, cells: Cells = "tokens") -> "Figure":
-    """Rows are layers, the last at the top; a cell has the top token and under it the bottom one."""
+    """The figure: layers upward, positions to the right; a cell shows its two tokens or the norm of δ."""
     from matplotlib.figure import Figure
 
     columns, rows = len(heatmap.tokens), len(heatmap.layers)
@@ -94,7 +71,7 @@ def _colour(figure: "Figure", axes: "Axes", heatmap: Heatmap, size: tuple[float,
             tall / height,
         )
     )
-    figure.colorbar(image, cax=bar).set_label("‖δ‖ (VJP norm)", fontsize=8)
+    figure.colorbar(image, cax=bar).set_label("norm of δ", fontsize=8)
     bar.tick_params(labelsize=7)
 
 
@@ -108,7 +85,7 @@ def _write_cells(axes: "Axes", heatmap: Heatmap, is_vector: bool, cells: Cells) 
         elif cells == "norms":
             axes.text(x, y, f"{cell.norm:.2g}", va="center", fontsize=8, **style)
         else:
-            for token, height in ((cell.top, 0.24), (cell.bottom, -0.24)):
+            for token, height in zip(heatmap.pair(cell), (0.24, -0.24), strict=True):
                 weight = "bold" if token == heatmap.target_token else "normal"
                 text = shown(token, is_vector)
                 axes.text(x, y + height, text, va="center", fontsize=7, weight=weight, **style)
@@ -121,10 +98,11 @@ def _write_title(
     room = int(width * 11)
     title = shown(f"{heatmap.prompt} → {heatmap.target}", is_vector, longest=room)
     figure.text(0.15 / width, 1 - 0.28 / height, title, fontsize=11, weight="bold", parse_math=False)
-    what = "the norm of δ" if cells == "norms" else "top token, under it the bottom one (bold: the target)"
+    first, second = heatmap.sides
+    what = "norm of δ" if cells == "norms" else f"{first} token, below it the {second} one (bold: the target)"
     of = f"{heatmap.module}, {heatmap.kind}: {what}"
     if heatmap.has_experts:
-        of += "; of the expert with the largest δ"
+        of += "; expert with the largest δ"
     figure.text(
         0.15 / width, 1 - 0.52 / height, f"{of}; grey 0: δ is exactly zero", fontsize=8, color="#555555"
     )

@@ -1,1 +1,1 @@
-"""The explorer: a run's atlas as web pages, one process, nothing but what is on this machine."""
+"""The explorer: the atlas of a run as web pages, from one process that uses only local files."""

@@ -1,12 +1,8 @@
-"""What is served, as it stands: opened once, and again when `backlens atlas` has put another atlas in its place.
+"""The explorer as an ASGI application: addresses, the three forms of each page, and errors in one line.
 
-What every answer of the explorer carries, and which requests get none.
-
-The explorer has no password, so a web page that its user has open elsewhere must neither read it nor steer it. It
-answers only under its own names (else a stranger's domain could be pointed at 127.0.0.1: DNS rebinding), and its
-pages load and run nothing but its own files.
-
-The explorer as an ASGI application: addresses to pages, each in three forms, and refusals to one line.
+The explorer has no password, so a web page that its user has open elsewhere must neither read it nor control it. It
+answers only under its own host names (otherwise a foreign domain could resolve to 127.0.0.1: DNS rebinding), and its
+pages load nothing but its own files. A run is opened once, and again after `backlens atlas` has replaced its atlas.
 """
 
 import threading
@@ -35,25 +31,26 @@ from backlens.errors import BacklensError
 from backlens.serve.page import Missing, Page, Parameters, Served, as_csv, as_html, as_json
 from backlens.serve.pages import (
     about_page,
+    compare_page,
     layers_page,
     neuron_page,
+    prompt_page,
     run_page,
     search_page,
     sql_page,
     token_page,
 )
-from backlens.serve.prompt_pages import compare_page, prompt_page
 
-LOOK_EVERY = 1.0
-"""Seconds between two looks at the atlas's record."""
+CHECK_EVERY = 1.0
+"""Seconds between two checks of the atlas's record."""
 
 
 class NotNow(BacklensError):
-    """The run cannot be asked at the moment."""
+    """The run has no atlas that can be served at the moment."""
 
 
 def require_atlas(atlas: Atlas, out: str) -> None:
-    """Raises NotNow if the run has no atlas of just its rows: what is fast with one would take minutes."""
+    """Raise NotNow if the run has no current atlas: without one a page would take minutes."""
     atlas.snapshot.require_run()
     if not atlas.snapshot.is_current:
         raise NotNow(
@@ -62,29 +59,29 @@ def require_atlas(atlas: Atlas, out: str) -> None:
 
 
 class CurrentRun:
-    """A run in its present state. Requests that began with the state before end with it, if its files last."""
+    """The run in its present state. A request ends with the state that it began with, if the files still exist."""
 
     def __init__(self, served: Served) -> None:
         self.last = served
-        """As it was when it was last looked at."""
-        self._looked = time.monotonic()
-        self._looking = threading.Lock()
+        """The state at the last check."""
+        self._checked = time.monotonic()
+        self._checking = threading.Lock()
 
     def now(self) -> Served:
-        """The run, looked at within the last second. Raises NotNow if it has no atlas any more."""
-        if time.monotonic() - self._looked < LOOK_EVERY:
+        """The run, checked within the last second. Raises NotNow if it has no atlas any more."""
+        if time.monotonic() - self._checked < CHECK_EVERY:
             return self.last
-        return self.looked_at_again()
+        return self.checked_again()
 
-    def looked_at_again(self) -> Served:
-        """As `now`, however long ago the last look was."""
-        with self._looking:
+    def checked_again(self) -> Served:
+        """The run, checked now. Raises NotNow if it has no atlas any more."""
+        with self._checking:
             before = self.last.atlas
             if find_manifest(before.snapshot.directory) != before.snapshot.manifest:
                 atlas = Atlas(before.snapshot.directory, before.seconds, before.memory)
                 require_atlas(atlas, self.last.out)
                 self.last = Served.of(atlas, self.last.out, self.last.has_sql)
-            self._looked = time.monotonic()
+            self._checked = time.monotonic()
             return self.last
 
 
@@ -106,7 +103,7 @@ OWN_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
 class Guard:
-    """Lets reading requests to known hosts through, and adds the headers to every answer."""
+    """Passes GET and HEAD requests to known hosts, refuses all others, and adds the headers to every response."""
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self._app = app
@@ -137,7 +134,7 @@ class Guard:
 
 
 def host_name(given: Sequence[str]) -> str | None:
-    """The host of the one `Host` header, without its port; None if there are none or several."""
+    """The host of the `Host` header without its port; None if the header is missing or repeated."""
     if len(given) != 1:
         return None
     name, _, port = given[0].lower().rpartition(":")
@@ -147,14 +144,14 @@ def host_name(given: Sequence[str]) -> str | None:
 Form = Literal["html", "json", "csv"]
 MEDIA: dict[Form, str] = {"html": "text/html", "json": "application/json", "csv": "text/csv"}
 STATUS: Mapping[type[Exception], int] = {Missing: 404, NotNow: 503}
-TITLES = {404: "Not found", 503: "Not now"}
+TITLES = {404: "Not found", 503: "Not available now"}
 AT_ONCE = 2
-"""Pages that are made at the same time; each takes memory and all cores."""
+"""Pages that are made at a time; each takes memory and all cores."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a page is, what makes it, and the parameters it takes."""
+    """The path of a page, the function that makes it, and its parameters."""
 
     path: str
     make: Callable[[Served, Mapping[str, str], Parameters], Page]
@@ -175,23 +172,23 @@ SQL = Address("/sql", sql_page, ("q", "limit"))
 
 
 def make_app(served: Served, hosts: Sequence[str]) -> Starlette:
-    """The explorer of one run, answering under these host names."""
+    """The explorer of one run, which answers under these host names."""
     addresses = (*ADDRESSES, SQL) if served.has_sql else ADDRESSES
-    standing = CurrentRun(served)
+    current = CurrentRun(served)
     pages, queries = CapacityLimiter(AT_ONCE), CapacityLimiter(1)
     routes: list[Route | Mount] = []
     for address in addresses:
         limiter = queries if address is SQL else pages
-        for form in ("json", "csv", "html"):  # `/neuron/{address}` would match its twins too
-            endpoint = partial(_answer, standing, address, form, limiter)
+        for form in ("json", "csv", "html"):  # HTML last: `/neuron/{address}` matches its twins too
+            endpoint = partial(_answer, current, address, form, limiter)
             routes.append(Route(_path(address, form), endpoint, name=f"{address.path} {form}"))
     routes.append(Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")))
     app = Starlette(
         routes=routes,
         middleware=[Middleware(Guard, hosts=hosts)],
         exception_handlers={
-            BacklensError: partial(_refuse, standing),
-            HTTPException: partial(_refuse, standing),
+            BacklensError: partial(_refuse, current),
+            HTTPException: partial(_refuse, current),
         },
     )
     app.router.redirect_slashes = False
@@ -199,18 +196,18 @@ def make_app(served: Served, hosts: Sequence[str]) -> Starlette:
 
 
 async def _answer(
-    standing: CurrentRun, address: Address, form: Form, limiter: CapacityLimiter, request: Request
+    current: CurrentRun, address: Address, form: Form, limiter: CapacityLimiter, request: Request
 ) -> Response:
-    return await to_thread.run_sync(_answered, standing, address, form, request, limiter=limiter)
+    return await to_thread.run_sync(_answered, current, address, form, request, limiter=limiter)
 
 
-def _answered(standing: CurrentRun, address: Address, form: Form, request: Request) -> Response:
-    served = standing.now()
+def _answered(current: CurrentRun, address: Address, form: Form, request: Request) -> Response:
+    served = current.now()
     try:
         return _make(served, address, form, request)
     except BacklensError:
-        # Its files may have been those of an atlas that has just been replaced.
-        if (again := standing.looked_at_again()) is served:
+        # Perhaps a file was missing because the atlas has just been replaced.
+        if (again := current.checked_again()) is served:
             raise
         return _make(again, address, form, request)
 
@@ -234,8 +231,8 @@ def _make(served: Served, address: Address, form: Form, request: Request) -> Res
     return Response(content, media_type=MEDIA[form])
 
 
-def _refuse(standing: CurrentRun, request: Request, error: Exception) -> Response:
-    """One clear line, as a page or as its twin would say it."""
+def _refuse(current: CurrentRun, request: Request, error: Exception) -> Response:
+    """The error in one line, in the form of the page that was asked for."""
     path = request.scope["path"]
     if isinstance(error, HTTPException):
         status = error.status_code
@@ -244,10 +241,10 @@ def _refuse(standing: CurrentRun, request: Request, error: Exception) -> Respons
         status, line = STATUS.get(type(error), 400), str(error)
     if path.endswith((".json", ".csv")):
         return PlainTextResponse(f"{line}\n", status)
-    page = Page("error.html", TITLES.get(status, "Not understood"), view={"line": line})
+    page = Page("error.html", TITLES.get(status, "Invalid request"), view={"line": line})
     words = request.query_params.get("text") or request.query_params.get("q") or ""
     around = {"path": path, "query": {}, "twins": {}, "words": words}
-    return Response(as_html(page, standing.last, **around), status, media_type=MEDIA["html"])
+    return Response(as_html(page, current.last, **around), status, media_type=MEDIA["html"])
 
 
 def _path(address: Address, form: Form) -> str:

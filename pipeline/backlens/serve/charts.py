@@ -1,23 +1,25 @@
-"""Small charts as inline SVG: the geometry; `templates/_parts.html` draws it."""
+"""The geometry of small charts; `templates/_parts.html` writes them as inline SVG."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from backlens.heatmap import Points
 
 WIDTH, HEIGHT = 330, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 10, 24
 
 Scale = Literal["linear", "log", "rank"]
-Points = Mapping[int, float]
-"""A value by layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dot:
+    """A point of a line, in pixels, with its tooltip."""
+
     x: float
     y: float
-    says: str
+    tooltip: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Series:
 
     label: str
     style: int
-    """Which of the line styles of the page."""
+    """The number of the line style in the style sheet."""
     dots: Sequence[Dot]
 
     @property
@@ -36,13 +38,15 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
+    """A mark on an axis, in pixels."""
+
     at: float
     label: str
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Lines over layers."""
+    """A line chart over layers."""
 
     title: str
     series: Sequence[Series]
@@ -54,11 +58,13 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
+    """A bar of a histogram, in pixels, with its tooltip."""
+
     x: float
     y: float
     width: float
     height: float
-    says: str
+    tooltip: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ class Bars:
 
 
 def line_chart(title: str, lines: Sequence[tuple[str, Points]], scale: Scale) -> Chart:
-    """The lines that have points; a logarithmic scale leaves out what is not above zero, a rank's keeps 0."""
+    """A chart of the lines that have points. The scale `log` leaves out values of 0, the scale `rank` keeps them."""
     drawn = [
         (style, label, {x: y for x, y in points.items() if scale != "log" or y > 0})
         for style, (label, points) in enumerate(lines)
@@ -103,15 +109,15 @@ def line_chart(title: str, lines: Sequence[tuple[str, Points]], scale: Scale) ->
 
 
 def histogram(title: str, counts: Sequence[tuple[float, float, int]]) -> Bars:
-    """Bars from 0 on; each is (from, to, count)."""
+    """A histogram from 0 on; each bar is (from, to, count)."""
     if not counts:
         return Bars(title, [], [], [])
     right, most = max(end for _, end, _ in counts), max(count for *_, count in counts)
     bars = []
     for start, end, count in counts:
         x, y = _across(start, 0.0, right), _up(count, 0, most)
-        says = f"{count} with a norm from {start:.3g} to {end:.3g}"
-        bars.append(Bar(x + 0.5, y, _across(end, 0.0, right) - x - 1, HEIGHT - BOTTOM - y, says))
+        tooltip = f"{count} prompts with a norm from {start:.3g} to {end:.3g}"
+        bars.append(Bar(x + 0.5, y, _across(end, 0.0, right) - x - 1, HEIGHT - BOTTOM - y, tooltip))
     x_ticks = [Tick(_across(right * part / 4, 0.0, right), f"{right * part / 4:.2g}") for part in range(5)]
     return Bars(title, bars, x_ticks, [Tick(_up(y, 0, most), str(y)) for y in sorted({0, most})])
 

@@ -1,13 +1,4 @@
-"""What a page is before it is written as HTML, JSON or CSV.
-
-What a request asks for: the values of its query string, checked; and what is answered when it is not there.
-
-A page's tables as JSON, all of them, and as CSV, one of them.
-
-Numbers and tokens as pages show them.
-
-Pages as HTML: the templates, and what all of them know.
-"""
+"""A page before it is written, the parameters of its request, and its three forms: HTML, JSON and CSV."""
 
 import csv
 import io
@@ -28,41 +19,41 @@ from backlens import __version__
 from backlens.atlas import Atlas
 from backlens.display import visible
 from backlens.errors import BacklensError, nearest
+from backlens.heatmap import shown_rank, shown_side
 from backlens.printable import json_text
-from backlens.serve import page as text
 from backlens.serve.questions import AnsweredQuestion, Row
+from backlens.terms import WRITES
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What is served."""
+    """The run that the explorer serves."""
 
     atlas: Atlas
     out: str
-    """The run directory as its user names it."""
+    """The run directory as the user named it."""
     modules: Sequence[str]
-    """Those that the run has rows of."""
+    """The modules that the run has rows of."""
     vocabulary: int
-    """How many tokens there are."""
+    """Number of tokens that lists and ranks are over."""
     has_sql: bool = False
 
     @classmethod
     def of(cls, atlas: Atlas, out: str, has_sql: bool = False) -> "Served":
-        """The run, with what does not change while it is served."""
+        """The run, with the facts that do not change while it is served."""
         with atlas.question() as opened:
-            ((vocabulary,),) = opened.sql("SELECT count(*) FROM vocab").fetchall()
             named = atlas.snapshot.record.model.get("modules")
             rows = (
                 []
                 if named
                 else opened.sql("SELECT DISTINCT module::VARCHAR FROM layers ORDER BY 1").fetchall()
             )
-        return cls(atlas, out, list(named or (module for (module,) in rows)), vocabulary, has_sql)
+        return cls(atlas, out, list(named or (module for (module,) in rows)), atlas.vocabulary, has_sql)
 
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """The pages before and after this one."""
+    """The addresses of the previous and the next page."""
 
     previous: str | None
     next: str | None
@@ -70,38 +61,38 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page's template and what fills it; `asked` are its tables, of which the first is the CSV twin's."""
+    """A template and its content. `asked` are the tables; the CSV twin has the first unless another is named."""
 
     template: str
     title: str
     asked: Sequence[AnsweredQuestion] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What else the page says, in its JSON twin too."""
+    """Further content, which the JSON twin has too."""
     view: Mapping[str, Any] = field(default_factory=dict)
-    """What the template draws from the tables."""
+    """Content for the template alone, such as charts."""
     beside: Beside = Beside(None, None)
 
     def rows(self, name: str) -> Sequence[Row]:
-        """The rows of one of its tables; none if it was not asked for."""
+        """The rows of a table; empty if the page does not have it."""
         return next((asked.rows for asked in self.asked if asked.name == name), ())
 
     def is_cut(self, name: str) -> bool:
-        """Whether one of its tables has not all rows."""
+        """True if a table lacks some rows."""
         return any(asked.is_cut for asked in self.asked if asked.name == name)
 
 
 MOST_ROWS = 1000
 LONGEST = 10_000
-"""Characters of one value."""
+"""Characters that a parameter may have."""
 
 
 class Missing(BacklensError):
-    """What the address names is not in this run."""
+    """The run does not have what the address names."""
 
 
 @contextmanager
 def is_named_by_the_address() -> Iterator[None]:
-    """What is refused in here is not found, rather than badly asked for."""
+    """Turn a BacklensError into Missing: the address, not a parameter, is wrong."""
     try:
         yield
     except BacklensError as error:
@@ -109,12 +100,12 @@ def is_named_by_the_address() -> Iterator[None]:
 
 
 class Parameters:
-    """A query string's values; a name that the page does not know is refused, an empty value is none."""
+    """The values of a query string. Unknown names raise BacklensError; an empty value counts as none."""
 
     def __init__(
         self, given: Iterable[tuple[str, str]], known: Sequence[str], is_for_programs: bool = False
     ) -> None:
-        """A page `is_for_programs` has every row, but where the request says `limit`."""
+        """`is_for_programs`: tables have all rows unless the request gives `limit`."""
         self._is_for_programs = is_for_programs
         self._values: dict[str, str] = {}
         for name, value in given:
@@ -129,20 +120,20 @@ class Parameters:
                 self._values[name] = value
 
     def text(self, name: str) -> str | None:
-        """The value as it was given."""
+        """The value as given."""
         return self._values.get(name)
 
     def number(self, name: str) -> int | None:
-        """The value as a whole number from 0."""
+        """The value as a whole number from 0. Raises BacklensError if it is none."""
         value = self._values.get(name)
         return None if value is None else whole_number(name, value)
 
     def most(self, number: int) -> int | None:
-        """How many rows a table has whatever the request says: so many for people, all for programs."""
+        """The number of rows of a table that `limit` does not change; None (all) for programs."""
         return None if self._is_for_programs else number
 
     def limit(self, default: int) -> int | None:
-        """How many rows each table may have; None for all."""
+        """The number of rows of each table; None for all."""
         limit = self.number("limit")
         if limit is not None and not 1 <= limit <= MOST_ROWS:
             raise BacklensError(f"limit: {limit} rows; give 1 to {MOST_ROWS:,}")
@@ -150,14 +141,14 @@ class Parameters:
 
 
 def whole_number(name: str, text: str) -> int:
-    """A whole number from 0 that an int64 holds."""
+    """Parse a whole number from 0 that an int64 holds. Raises BacklensError for anything else."""
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise BacklensError(f"{name}: {text[:40]!r} is not a whole number from 0")
     return int(text)
 
 
 def one_of(name: str, value: str | None, known: Sequence[str]) -> str | None:
-    """The value, which must be one of these if there is one."""
+    """The value. Raises BacklensError if it is none of these."""
     if value is not None and value not in known:
         raise BacklensError(
             f"{name}: {value[:40]!r} is none of {', '.join(known)}{nearest(value[:40], known)}"
@@ -166,14 +157,14 @@ def one_of(name: str, value: str | None, known: Sequence[str]) -> str | None:
 
 
 def as_json(page: Page, facts: dict[str, Any]) -> bytes:
-    """One object: what the page is, and its tables by name, a list of rows each."""
+    """The page as one JSON object with its tables by name."""
     tables = {asked.name: [dict(row) for row in asked.rows] for asked in page.asked}
     document = {"title": page.title, **facts, **page.facts, "tables": tables}
     return json_text(document).encode("utf-8", "backslashreplace")
 
 
 def as_csv(page: Page, name: str | None) -> bytes:
-    """The table of that name, or the page's first; lists are JSON."""
+    """The named table of a page, or its first, as CSV; lists are JSON."""
     asked = _table(page, name)
     written = io.StringIO()
     writer = csv.writer(written)
@@ -186,7 +177,7 @@ def as_csv(page: Page, name: str | None) -> bytes:
 def _table(page: Page, name: str | None) -> AnsweredQuestion:
     tables = {asked.name: asked for asked in page.asked}
     if not tables:
-        raise BacklensError("this page has no tables; its JSON twin has what it says")
+        raise BacklensError("this page has no tables; its JSON twin has its content")
     name = name or next(iter(tables))
     if name not in tables:
         raise BacklensError(
@@ -201,13 +192,13 @@ def _in_one_cell(value: Any) -> Any:
 
 
 LONGEST_TOKEN = 160
-"""Letters of a token or cell that a page shows; JSON and CSV have them all."""
+"""Characters of a token or cell that a page shows; JSON and CSV have all."""
 SIGNS = frozenset("␣⏎␍⇥")
-"""What stands for spaces and line breaks."""
+"""Signs for spaces and line breaks."""
 
 
 def number(value: Any) -> str:
-    """Four significant digits; whole numbers with separators; a dash for what is not there."""
+    """A number with four significant digits, a whole number with separators, a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -218,13 +209,13 @@ def number(value: Any) -> str:
 
 
 def token(text: str | None) -> Markup:
-    """A token on one line: spaces and line breaks are signs, what can't be printed is its code."""
+    """A token on one line, with signs for spaces and line breaks and codes for unprintable characters."""
     if text is None:
         return Markup("–")
     shown = visible(text)
     if len(shown) > LONGEST_TOKEN:
         shown = f"{shown[:LONGEST_TOKEN]}…"
-    if shown.isprintable() and SIGNS.isdisjoint(shown):  # nearly all, and a heatmap has thousands
+    if shown.isprintable() and SIGNS.isdisjoint(shown):  # the fast path of nearly all tokens
         return Markup.escape(shown) or Markup('<span class="sign">∅</span>')
     return Markup("").join(map(_letter, shown))
 
@@ -238,7 +229,7 @@ def _letter(letter: str) -> Markup:
 
 
 def cell(value: Any) -> str:
-    """Any value of a table, cut to what a cell has room for."""
+    """Any value of a table, cut to the room of a cell."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -247,9 +238,14 @@ def cell(value: Any) -> str:
     return number(value)
 
 
+def _promoted_rank(rank: int | None, vocabulary: int) -> int | None:
+    """The raw rank of a neuron's list, counted from the promoted end."""
+    return None if rank is None else vocabulary - 1 - rank
+
+
 @cache
 def environment() -> Environment:
-    """The templates; whatever they are given is escaped."""
+    """The templates, which escape every value."""
     made = Environment(
         loader=PackageLoader("backlens.serve"),
         autoescape=True,
@@ -257,25 +253,26 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"number": text.number, "token": text.token, "cell": text.cell}
-    made.globals |= {"assets": assets_version(), "version": __version__}
+    made.filters |= {"number": number, "token": token, "cell": cell, "promoted_rank": _promoted_rank}
+    made.globals |= {"assets": assets_version(), "version": __version__, "writes": WRITES}
+    made.globals |= {"shown_rank": shown_rank, "shown_side": shown_side}
     return made
 
 
 @cache
 def assets_version() -> str:
-    """Changes with the style sheet or the script, so that no browser keeps an old one."""
+    """A digest of the style sheet and the script, so that browsers do not keep old ones."""
     names = ("style.css", "explorer.js")
     return sha256(b"".join(asset(name).encode() for name in names)).hexdigest()[:8]
 
 
 def asset(name: str) -> str:
-    """A file of `static/`."""
+    """The text of a file of `static/`."""
     return (files("backlens.serve") / "static" / name).read_text("utf-8")
 
 
 def as_html(page: Page, served: Served, **around: Any) -> str:
-    """The page as a document of its own."""
+    """The page as an HTML document."""
     return (
         environment()
         .get_template(page.template)
@@ -285,6 +282,7 @@ def as_html(page: Page, served: Served, **around: Any) -> str:
             note=served.atlas.note,
             cut_off=str(served.atlas.cut_off),
             linked=True,
+            vocabulary=served.vocabulary,
             **page.facts,
             **page.view,
             **around,

@@ -1,41 +1,56 @@
-"""The pages of what has a name: search, a token, a neuron.
+"""The pages of the explorer: the run, search, a token, a neuron, a prompt, two prompts, layers, SQL.
 
-The pages of the run as a whole: its card, its layers, and what its tables mean.
-
-The page of free SQL, which is there only if it was asked for (`backlens serve --sql`).
+Each function takes the served run, the parts of the address and the parameters, and returns a `Page`.
+`prompt_document` is a prompt page as an HTML file of its own, with its style inside and without script or network.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
-from backlens.atlas import names, questions
-from backlens.atlas.evidence import PRIOR
+from backlens.atlas import Atlas, names, questions
+from backlens.atlas.definitions import PRIOR
 from backlens.atlas.names import Neuron, parse_neuron
 from backlens.atlas.tables import ATLAS_TABLES
 from backlens.errors import BacklensError
-from backlens.figures.curves import CLASSES
-from backlens.heatmap import kind_of
+from backlens.heatmap import (
+    POSITION_CLASSES,
+    Points,
+    default_module,
+    kind_of,
+    make_heatmap,
+    make_layer_curves,
+)
 from backlens.serve import questions as lookups
-from backlens.serve.charts import Chart, Points, histogram, line_chart
-from backlens.serve.page import Beside, Page, Parameters, Served, is_named_by_the_address, one_of
+from backlens.serve.charts import Chart, histogram, line_chart
+from backlens.serve.page import (
+    Beside,
+    Page,
+    Parameters,
+    Served,
+    asset,
+    environment,
+    is_named_by_the_address,
+    one_of,
+    whole_number,
+)
 from backlens.serve.questions import AnsweredQuestion, Row, ask, look_up, neuron_values, together
 from backlens.serve.sandbox import MOST_BYTES, MOST_ROWS, SECONDS, ask_sandbox
 from backlens.store.tables import SIGN_CONVENTION, TABLES
 from backlens.terms import WRITES
 
-FOUND = 50
-ROWS = 20
-SIMILAR = 10
+FOUND, ROWS, FEW, SIMILAR = 50, 20, 12, 10
+"""Rows that tables show to people who do not ask for more."""
 
 TOKEN_SHOWS = ("neurons", "places")
 NEURON_SHOWS = ("similar",)
 
 
 def search_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
-    """Tokens by their text in all its variants, and prompts; without words, the first prompts."""
+    """Tokens and prompts that contain a text; without a text, the first prompts."""
     q = given.text("q")
     limit = given.limit(FOUND)
     with served.atlas.question() as opened:
@@ -49,7 +64,7 @@ def search_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
 
 
 def token_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
-    """Where gradients push toward a token and away from it; with `show=places` every list that it stands in."""
+    """The neurons whose updates promote or suppress a token; with `show=places` every list that holds it."""
     atlas = served.atlas
     text = given.text("text") or ""
     show = one_of("show", given.text("show"), TOKEN_SHOWS) or "neurons"
@@ -69,15 +84,15 @@ def token_page(served: Served, path: Mapping[str, str], given: Parameters) -> Pa
         {
             "show": show,
             "promoted": sum(row["promoted"] for row in layers.rows),
-            "demoted": sum(row["demoted"] for row in layers.rows),
+            "suppressed": sum(row["suppressed"] for row in layers.rows),
         },
     )
 
 
 def neuron_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
-    """What all prompts say to a neuron and its strongest prompts; with `show=similar` who is told the same.
+    """A neuron's tokens and strongest prompts; with `show=similar` also neurons with similar updates.
 
-    In a large run that takes seconds, so the page does not wait for it.
+    Finding those takes seconds in a large run, so the page leaves them out unless they are asked for.
     """
     atlas = served.atlas
     show = one_of("show", given.text("show"), NEURON_SHOWS)
@@ -111,7 +126,7 @@ def neuron_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
             "show": show,
             "is_known": "neurons" in atlas.snapshot.record.model,
         },
-        Beside(_address(neuron, near["previous"]), _address(neuron, near["next"])),
+        Beside(*(_neuron_address(neuron, near[side]) for side in ("previous", "next"))),
     )
 
 
@@ -124,17 +139,14 @@ def _is_there(served: Served, address: str) -> bool:
     return True
 
 
-def _address(neuron: Neuron, index: int | None) -> str | None:
+def _neuron_address(neuron: Neuron, index: int | None) -> str | None:
     if index is None:
         return None
     return f"/neuron/{Neuron(neuron.layer, neuron.module, index, neuron.expert)}"
 
 
-FEW = 12
-
-
 def run_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
-    """What the run is, and where to begin."""
+    """Facts about the run, with prompts, neurons and tokens to begin with."""
     atlas = served.atlas
     limit = given.limit(FEW)
     with served.atlas.question() as opened:
@@ -153,7 +165,7 @@ def run_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page
 
 
 def layers_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
-    """The curves by layer and kind of position, and means by group."""
+    """Curves by layer and position class, and means by group."""
     atlas = served.atlas
     module = one_of("module", given.text("module"), served.modules)
     by = given.text("by") or "relation"
@@ -168,12 +180,12 @@ def layers_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
         "Layers",
         (curves, groups),
         {"by": by},
-        {"panels": [(name, kind_of(name), _charts(curves.rows, name)) for name in modules]},
+        {"panels": [(name, kind_of(name), _charts(curves.rows, name, atlas.vocabulary)) for name in modules]},
     )
 
 
 def about_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
-    """What signs and columns mean, and what may not be concluded."""
+    """The meaning of signs and columns, and the limits of the lens."""
     columns = [
         {"table": table.name, "column": column.name, "type": str(column.type), "doc": column.doc}
         for table in (*TABLES.values(), *ATLAS_TABLES.values())
@@ -201,27 +213,118 @@ def _facts(served: Served) -> dict[str, Any]:
     }
 
 
-def _charts(rows: Sequence[Row], module: str) -> list[Chart]:
-    of_module = [row for row in rows if row["module"] == module]
-    # An update writes the bottom of δ, so that is the side whose tokens matter there.
-    spoken = "bottom_entropy" if module in WRITES else "top_entropy"
+def _charts(rows: Sequence[Row], module: str, vocabulary: int) -> list[Chart]:
+    curves = make_layer_curves(rows, module, vocabulary)
+    side = "promoted" if module in WRITES else "top"
     return [
-        line_chart("mean ‖δ‖", _lines(of_module, "vjp_norm"), "log"),
-        line_chart("mean rank of the target", _lines(of_module, "target_rank"), "rank"),
-        line_chart(f"entropy of the {spoken.split('_')[0]} token, bits", _lines(of_module, spoken), "linear"),
+        line_chart("mean norm of δ", _labelled(curves.norms), "log"),
+        line_chart("mean rank of the target", _labelled(curves.ranks), "rank"),
+        line_chart(f"entropy of the {side} token, bits", _labelled(curves.entropies), "linear"),
     ]
 
 
-def _lines(rows: Sequence[Row], column: str) -> list[tuple[str, Points]]:
-    """By kind of position; over experts by how many positions each has; what is null is left out."""
+def _labelled(lines: Mapping[str, Points]) -> list[tuple[str, Points]]:
+    """Lines with their labels, in the order of position classes: each class has one style on all charts."""
+    return [(label, lines.get(name, {})) for name, label in POSITION_CLASSES.items()]
+
+
+def prompt_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
+    """One prompt and module: the heatmap, the target's rank by layer, the strongest neurons."""
+    atlas, modules = served.atlas, served.modules
+    module = one_of("module", given.text("module"), modules) or default_module(modules)
+    with is_named_by_the_address():
+        prompt_id = whole_number("prompt", path["prompt_id"])
+        row = the_prompt(atlas, prompt_id)
+    limit = given.limit(ROWS)
+    cells, neurons, tokens = together(
+        partial(ask, "cells", atlas.by_prompt, questions.HEATMAP, prompt_id, None, None, module),
+        partial(
+            ask, "neurons", atlas.prompt_neurons, questions.PROMPT_NEURONS, prompt_id, limit, None, module
+        ),
+        partial(
+            ask,
+            "tokens",
+            atlas.prominent_tokens,
+            questions.PROMINENT_IN_PROMPT,
+            prompt_id,
+            given.most(FEW),
+            None,
+            module,
+        ),
+    )
+    with atlas.question() as opened:
+        near = look_up(opened, "near", lookups.NEAR_PROMPTS, prompt_id=prompt_id).rows[0]
+    *texts, target, predicted = atlas.token_texts(
+        [*row["token_ids"], row["target_ids"][0], row["predicted_id"]]
+    )
+    heatmap = make_heatmap(row, module, cells.rows, texts, target, atlas.vocabulary)
+    points = {line.position_class: line.points for line in heatmap.rank_lines}
+    ranks = line_chart("rank of the target", _labelled(points), "rank")
+    return Page(
+        "prompt.html",
+        f"Prompt {prompt_id}",
+        (cells, neurons, tokens),
+        facts={"prompt": row, "module": module},
+        view={
+            "heatmap": heatmap,
+            "modules": modules,
+            "kinds": {name: kind_of(name) for name in modules},
+            "target": target,
+            "predicted": predicted,
+            "ranks": ranks,
+        },
+        beside=Beside(*(_prompt_address(near[side], module, modules) for side in ("previous", "next"))),
+    )
+
+
+def compare_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
+    """Two prompts by layer and module, and the neurons that are kept for either."""
+    atlas = served.atlas
+    one, two = given.number("one"), given.number("two")
+    if one is None or two is None:
+        return Page("compare.html", "Compare two prompts", view={"one": one, "two": two, "pair": None})
+    with is_named_by_the_address():
+        pair = [the_prompt(atlas, prompt_id) for prompt_id in (one, two)]
+    module = one_of("module", given.text("module"), served.modules)
+    sides = ask("modules", atlas.compare_prompts, questions.COMPARE_PROMPTS, one, two, None, None, module)
+    limit = given.limit(ROWS)
+    values = {"one": one, "two": two, "module": module, "limit": limit}
+    with atlas.question() as opened:
+        neurons = look_up(opened, "neurons", lookups.COMPARE_NEURONS, **values)
+    charts = [
+        line_chart(f"gradient norm of {name}", _norm_lines(sides.rows, name, (one, two)), "log")
+        for name in dict.fromkeys(row["module"] for row in sides.rows)
+    ]
+    return Page(
+        "compare.html",
+        f"Prompts {one} and {two}",
+        (sides, neurons),
+        facts={"prompts": pair},
+        view={"one": one, "two": two, "pair": pair, "charts": charts, "modules": served.modules},
+    )
+
+
+def the_prompt(atlas: Atlas, prompt_id: int) -> Row:
+    """The row of `prompts` of a prompt."""
+    (row,) = atlas.prompt(prompt_id).to_pylist()
+    return row
+
+
+def _prompt_address(prompt_id: int | None, module: str, modules: Sequence[str]) -> str | None:
+    if prompt_id is None:
+        return None
+    return f"/prompt/{prompt_id}" + ("" if module == default_module(modules) else f"?module={module}")
+
+
+def _norm_lines(rows: Sequence[Row], module: str, pair: tuple[int, int]) -> list[tuple[str, Points]]:
+    """The gradient's norm by layer, over all experts."""
     lines: list[tuple[str, Points]] = []
-    for name, (label, _) in CLASSES.items():
-        sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for side, prompt_id in enumerate(pair, start=1):
+        squares: dict[int, float] = defaultdict(float)
         for row in rows:
-            if row["position_class"] == name and row[column] is not None:
-                sums[row["layer"]][0] += row[column] * row["positions"]
-                sums[row["layer"]][1] += row["positions"]
-        lines.append((label, {layer: total / weight for layer, (total, weight) in sums.items()}))
+            if row["module"] == module and row[f"grad_norm_{side}"] is not None:
+                squares[row["layer"]] += row[f"grad_norm_{side}"] ** 2
+        lines.append((f"prompt {prompt_id}", {layer: square**0.5 for layer, square in squares.items()}))
     return lines
 
 
@@ -232,7 +335,7 @@ ORDER BY module, layer"""
 
 
 def sql_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page:
-    """One SELECT over the tables."""
+    """The rows of one SELECT over the tables; served only with `--sql`."""
     statement = given.text("q")
     asked_for = given.limit(100)
     limit = MOST_ROWS if asked_for is None else asked_for
@@ -242,8 +345,8 @@ def sql_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page
     answer = ask_sandbox(served.out, statement, limit)
     if answer.is_cut and asked_for is None:
         raise BacklensError(
-            f"sql: there are more than these {len(answer.rows):,} rows, and this page gives at most {MOST_ROWS:,} "
-            f"and {MOST_BYTES >> 20} MB; narrow the query, or give limit for the first of them"
+            f"sql: the query has more than {len(answer.rows):,} rows; this page gives at most {MOST_ROWS:,} rows "
+            f"and {MOST_BYTES >> 20} MB; narrow the query, or give limit for the first rows"
         )
     rows = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
     asked = AnsweredQuestion(
@@ -251,3 +354,34 @@ def sql_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page
     )
     facts = {"q": statement, "is_cut": answer.is_cut}
     return Page("sql.html", "SQL", (asked,), facts, view)
+
+
+def prompt_document(atlas: Atlas, out: str, prompt_id: int) -> str:
+    """One prompt as an HTML document: heatmap, ranks and strongest neurons of every module."""
+    atlas.prompt(prompt_id)
+    served = Served.of(atlas, out)
+    pages = [
+        prompt_page(
+            served, {"prompt_id": str(prompt_id)}, Parameters([("module", module)], ("module", "limit"))
+        )
+        for module in served.modules
+    ]
+    first = pages[0]
+    return (
+        environment()
+        .get_template("export.html")
+        .render(
+            pages=pages,
+            prompt=first.facts["prompt"],
+            target=first.view["target"],
+            predicted=first.view["predicted"],
+            note=atlas.note,
+            cut_off=str(atlas.cut_off),
+            linked=False,
+            vocabulary=served.vocabulary,
+            style=asset("style.css"),
+            sign_convention=SIGN_CONVENTION,
+            # The last name only: a path says where the user keeps files.
+            model=PurePath(str(atlas.snapshot.record.model.get("name", "a model"))).name,
+        )
+    )

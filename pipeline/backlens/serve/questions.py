@@ -1,6 +1,7 @@
-"""A question that was put to a run, with its answer and with how anyone can put it again in Python or SQL.
+"""Answered questions: the rows of a table with the Python and the SQL that give them again.
 
-The SELECTs that only the explorer needs: search, what lies beside a thing, and what two prompts keep.
+The second half of the file holds the SELECTs that only the explorer needs: search, previous and next, histograms, and
+the neurons of two prompts.
 """
 
 import inspect
@@ -21,7 +22,7 @@ from backlens.errors import BacklensError
 
 Row = Mapping[str, Any]
 MOST_OF_ALL = 250_000
-"""Rows of a table that has no limit; a server has no room for more."""
+"""Rows that a table without a limit may have; more would not fit into the server's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +35,21 @@ class AnsweredQuestion:
     python: str
     """An expression over `atlas`."""
     sql: str
-    """A SELECT with the same rows, by ids where the page has the tokens' texts."""
+    """A SELECT with the same rows, with token ids where the page has texts."""
     is_cut: bool = False
-    """Whether there are more rows than these."""
+    """True if there are more rows."""
 
 
 def ask(
-    name: str, method: Callable[..., Answer], question: str, *values: Any, **bound_too: Any
+    name: str, method: Callable[..., Answer], question: str, *values: Any, **more: Any
 ) -> AnsweredQuestion:
-    """The answer of a method of `Atlas`; its SQL is `question`, where `bound_too` stand besides the arguments."""
+    """The answer of a method of `Atlas`. Its SQL is `question`, with the arguments and `more` as parameters."""
     bound = inspect.signature(method).bind(*values)
     spelled = [f"{key}={value!r}" for key, value in list(bound.arguments.items())[1:]]
     subject = [repr(value) for value in list(bound.arguments.values())[:1]]
     python = f"atlas.{method.__name__}({', '.join([*subject, *spelled])})"
     bound.apply_defaults()
-    given = bound_too | bound.arguments
+    given = more | bound.arguments
     if "neuron" in given:
         given |= neuron_values(parse_neuron(given["neuron"]))
     limit = bound.arguments["limit"]
@@ -57,32 +58,32 @@ def ask(
     return _asked(name, answer.table, limit, python, with_values(question, given))
 
 
-def together(*asking: Callable[[], AnsweredQuestion]) -> list[AnsweredQuestion]:
-    """What these ask, at the same time: a small question keeps one core busy and leaves the others."""
-    with ThreadPoolExecutor(len(asking)) as threads:
-        return [answer.result() for answer in [threads.submit(asks) for asks in asking]]
+def together(*questions: Callable[[], AnsweredQuestion]) -> list[AnsweredQuestion]:
+    """The answers of several questions, asked in parallel: a small question keeps only one core busy."""
+    with ThreadPoolExecutor(len(questions)) as threads:
+        return [answer.result() for answer in [threads.submit(question) for question in questions]]
 
 
 def look_up(opened: duckdb.DuckDBPyConnection, name: str, question: str, **given: Any) -> AnsweredQuestion:
-    """The answer to a SELECT of the explorer's own; values are bound."""
+    """The answer to one of the SELECTs below; values are bound."""
     statement = with_values(question, given)
     limit = given.get("limit")
-    asking = given | ({"limit": _one_more(limit)} if "limit" in given else {})
-    answer = opened.sql(question, params=asking).to_arrow_table()
+    values = given | ({"limit": _one_more(limit)} if "limit" in given else {})
+    answer = opened.sql(question, params=values).to_arrow_table()
     return _asked(name, answer, limit, f"atlas.sql({statement!r})", statement)
 
 
 def _one_more(limit: int | None) -> int:
-    """So many rows show whether there are more than the limit."""
+    """The limit plus one, which shows whether there are more rows."""
     return (MOST_OF_ALL if limit is None else limit) + 1
 
 
 def _asked(name: str, answer: pa.Table, limit: int | None, python: str, sql: str) -> AnsweredQuestion:
-    """The rows within the limit."""
+    """The answer cut to the limit. Raises BacklensError if there is none and the answer is too large for a page."""
     if limit is None and answer.num_rows > MOST_OF_ALL:
         raise BacklensError(
-            f"{name}: more than {MOST_OF_ALL:,} rows, which is more than a page has room for; give limit, or ask "
-            "in Python or with `backlens query --json`"
+            f"{name}: more than {MOST_OF_ALL:,} rows, too many for a page; give limit, or ask in Python or with "
+            "`backlens query --json`"
         )
     kept = answer if limit is None else answer.slice(0, limit)
     return AnsweredQuestion(
@@ -91,7 +92,7 @@ def _asked(name: str, answer: pa.Table, limit: int | None, python: str, sql: str
 
 
 def neuron_values(neuron: Neuron) -> dict[str, Any]:
-    """A neuron's address as SELECTs name its parts."""
+    """The parts of a neuron's address, by their names in SELECTs."""
     return {
         "layer": neuron.layer,
         "module": neuron.module,
@@ -101,7 +102,7 @@ def neuron_values(neuron: Neuron) -> dict[str, Any]:
 
 
 def with_values(question: str, given: Mapping[str, Any]) -> str:
-    """A SELECT with its values written in, to be read and copied; never to be run here."""
+    """A SELECT with its values written in, for people to copy; it is never run here."""
     return re.sub(r"\$(\w+)", lambda match: _literal(given[match[1]]), question).strip()
 
 
@@ -114,6 +115,7 @@ def _literal(value: Any) -> str:
 
 
 BINS = 24
+"""Bars of a histogram."""
 
 SEARCH_TOKENS = """
 WITH found AS (
@@ -132,12 +134,12 @@ WITH found AS (
     LIMIT $limit
 ), counted AS (
     SELECT
-        token_id, sum(promoted)::BIGINT AS promoted, sum(demoted)::BIGINT AS demoted,
+        token_id, sum(promoted)::BIGINT AS promoted, sum(suppressed)::BIGINT AS suppressed,
         count(DISTINCT layer) AS layers
     FROM token_summary WHERE token_id IN (SELECT token_id FROM found)
     GROUP BY token_id
 )
-SELECT token_id, token, match, promoted, demoted, layers
+SELECT token_id, token, match, promoted, suppressed, layers
 FROM found LEFT JOIN counted USING (token_id)
 ORDER BY list_position(['exact', 'spaces', 'case', 'part'], match), length(token), token_id
 """

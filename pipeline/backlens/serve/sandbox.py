@@ -1,8 +1,8 @@
-"""A stranger's SELECT in a process of its own, which is bounded by the operating system.
+"""A visitor's SELECT in a process of its own, within limits of the operating system.
 
-What DuckDB keeps of its limits is not enough for a server: its memory limit does not count the vectors of a query
-(`len(range(200000000))` takes 5 GB under a limit of 256 MB), and a single function cannot be interrupted (it goes on
-for 35 s). So the process may take so much memory and time, write no byte to any file, and is killed when it is late.
+DuckDB's own limits are not enough for a server: its memory limit does not count the vectors of a query
+(`len(range(200000000))` takes 5 GB under a limit of 256 MB), and a single function cannot be interrupted (it runs for
+35 s). So the process has limits on memory and time, cannot write to any file, and is killed when it is late.
 """
 
 import json
@@ -20,27 +20,27 @@ from backlens.printable import json_text, plain
 
 SECONDS = 5.0
 START = 10.0
-"""Seconds for the process to begin, before the query's own."""
+"""Seconds for the process to start, in addition to the query's own."""
 MEMORY = 2 << 30
-"""Bytes of address space, of which an idle process takes about half."""
+"""Bytes of address space; an idle process takes about half of them."""
 MOST_BYTES = 4 << 20
-"""Of the answer."""
+"""Bytes that an answer may have."""
 MOST_ROWS = 1000
 BATCH = 50
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxReply:
-    """What a SELECT gave."""
+    """The rows of a SELECT."""
 
     columns: list[str]
     rows: list[list[Any]]
     is_cut: bool
-    """Whether there were more rows than these."""
+    """True if there are more rows."""
 
 
 def ask_sandbox(out: str, statement: str, limit: int, seconds: float = SECONDS) -> SandboxReply:
-    """The rows of one SELECT over the run `out`."""
+    """The rows of one SELECT over the run `out`. Raises BacklensError if it is refused or exceeds a limit."""
     question = json_text({"out": out, "statement": statement, "limit": limit, "seconds": seconds})
     command = [sys.executable, "-P", "-m", "backlens.serve.sandbox"]
     try:
@@ -48,7 +48,7 @@ def ask_sandbox(out: str, statement: str, limit: int, seconds: float = SECONDS) 
     except subprocess.TimeoutExpired:
         raise BacklensError(f"sql: stopped after {seconds:g} s; narrow it, by layer for example") from None
     if ran.returncode:
-        raise BacklensError("sql: it took more memory or time than is given to a query; narrow it")
+        raise BacklensError("sql: the query exceeds its limit of memory or time; narrow it")
     said = json.loads(ran.stdout)
     if "refused" in said:
         raise BacklensError(said["refused"])
@@ -66,7 +66,7 @@ def _limit_process() -> None:
 
 
 def answer(out: str, statement: str, limit: int, seconds: float) -> dict[str, Any]:
-    """The fields of an `SandboxReply`, asked in this process."""
+    """The fields of a `SandboxReply`, computed in this process."""
     with connection(Atlas(out).snapshot.database(), seconds) as opened:
         query = checked_query(opened, statement)
         columns = text_columns(opened.sql(f"FROM ({query})"))
@@ -82,7 +82,7 @@ def answer(out: str, statement: str, limit: int, seconds: float) -> dict[str, An
 
 
 def main() -> None:
-    """Answers the question on standard input on standard output."""
+    """Read a question from standard input and write its answer to standard output."""
     _limit_process()
     question = json.load(sys.stdin)
     try:
@@ -90,7 +90,7 @@ def main() -> None:
     except BacklensError as error:
         said = {"refused": str(error)}
     except MemoryError:
-        said = {"refused": "sql: it took more memory than is given to a query; narrow it"}
+        said = {"refused": "sql: the query exceeds its limit of memory; narrow it"}
     sys.stdout.write(json_text(said, ascii_only=True))
 
 

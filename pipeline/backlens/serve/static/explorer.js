@@ -1,4 +1,4 @@
-// What the pages can do without: copy buttons, keys, and arrows in a heatmap. Everything else is links and forms.
+// Optional comforts: copy buttons, keys, and arrows in a heatmap. The pages work without them.
 
 for (const block of document.querySelectorAll(".code")) {
   const button = document.createElement("button");
@@ -10,7 +10,7 @@ for (const block of document.querySelectorAll(".code")) {
       button.textContent = "Copied";
     } catch {
       getSelection().selectAllChildren(block.querySelector("code"));
-      button.textContent = "Selected: copy it";
+      button.textContent = "Selected; press Ctrl-C";
     }
   });
   block.append(button);
@@ -44,7 +44,7 @@ addEventListener("keydown", (event) => {
   }
 });
 
-// One stop for Tab in a heatmap, arrows from there.
+// A heatmap is one Tab stop; arrow keys move between its cells.
 const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
 for (const table of document.querySelectorAll(".heat")) {

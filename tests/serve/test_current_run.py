@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from backlens.atlas import Atlas
 from backlens.atlas.build import build_atlas
-from backlens.serve import app as standing
+from backlens.serve import app as explorer
 from backlens.serve.app import make_app
 from backlens.serve.page import Served
 from backlens.store.commit import commit_shard
@@ -23,7 +23,7 @@ AN_HOUR = 3600.0
 
 @contextmanager
 def a_server_of_one_shard(out: Path) -> Iterator[TestClient]:
-    """Of two that the run will have."""
+    """A client of a run that has committed one of its two shards."""
     example_run(Directory.at(out), shards=2, committed=1)
     build_atlas(str(out))
     app = make_app(Served.of(Atlas(str(out)), str(out)), ["testserver"])
@@ -36,13 +36,13 @@ def commit_the_other(out: Path) -> None:
     commit_shard(Directory.at(out), 1, rows, first_prompt=4, prompts=4)
 
 
-@pytest.mark.parametrize("look_every", [0.0, AN_HOUR])
+@pytest.mark.parametrize("check_every", [0.0, AN_HOUR])
 def test_a_server_goes_on_with_an_atlas_that_is_built_while_it_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look_every: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check_every: float
 ):
     """Also if it has just looked, and finds out as the files of the atlas before are gone."""
     with a_server_of_one_shard(tmp_path) as client:
-        monkeypatch.setattr(standing, "LOOK_EVERY", look_every)
+        monkeypatch.setattr(explorer, "CHECK_EVERY", check_every)
         assert client.get("/prompt/6").status_code == 404
         commit_the_other(tmp_path)
         assert client.get("/prompt/1").status_code == 200
@@ -57,7 +57,7 @@ def test_a_server_goes_on_with_an_atlas_that_is_built_while_it_runs(
 def test_a_server_whose_atlas_is_taken_away_says_so_until_there_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(standing, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(explorer, "CHECK_EVERY", 0.0)
     with a_server_of_one_shard(tmp_path) as client:
         shutil.rmtree(tmp_path / "atlas")
         refused = client.get("/prompt/1.json")
