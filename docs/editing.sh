@@ -1,5 +1,5 @@
-# Makes the tables of docs/editing.md in a folder: bash docs/editing.sh FOLDER [--model DIR --edits FILE]
-# About ten minutes on one core. MEND is trained and tried on the demo model, whatever follows FOLDER.
+# Print the tables of docs/editing.md, with a folder for the files: bash docs/editing.sh FOLDER [--model DIR --edits FILE]
+# It takes about ten minutes on one core. MEND is always trained and measured on the demo model.
 set -euo pipefail
 mkdir -p "$1"
 cd "$1"
