@@ -50,7 +50,7 @@ The lens reads any vector of the residual stream's width as if it were the last 
 
 ## Not covered
 
-No module name stands for these matrices. Their gradients are not in the tables; `run.json` lists those of a run's model.
+No module name stands for these matrices. Their gradients are not in the tables; `run.json` lists those of its model.
 
 {not_covered}
 
