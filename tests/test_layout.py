@@ -238,14 +238,25 @@ def test_nothing_else_is_installed_at_top_level():
     ] == ["backlens"]
 
 
-def test_everything_imported_is_declared():
+@cache
+def declared() -> dict[str, set[str]]:
+    """Declared distributions by extra; "" is what every installation has."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    extras = project["optional-dependencies"].values()
-    listed = [*project["dependencies"], *(line for extra in extras for line in extra)]
-    declared = {normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in listed}
+    lines = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {extra: {normal(re.split(r"[^\w.-]", line)[0]) for line in each} for extra, each in lines.items()}
+
+
+def test_everything_imported_is_declared():
     used = {name.partition(".")[0] for module in modules() for name in imports(module)}
     third_party = used - sys.stdlib_module_names - {"backlens"}
-    assert {normal("pyyaml" if name == "yaml" else name) for name in third_party} <= declared
+    known = set().union(*declared().values())
+    assert {normal("pyyaml" if name == "yaml" else name) for name in third_party} <= known
+
+
+def test_everything_that_make_installs_is_pinned():
+    pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    installed = set().union(*(names for extra, names in declared().items() if extra != "bench"))
+    assert installed <= set(map(normal, pins))
 
 
 def normal(name: str) -> str:
