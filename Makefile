@@ -1,5 +1,5 @@
-# Everything lives in .venv, and what stands there is not installed again until pyproject.toml or
-# constraints.txt changes. Another Python: make demo PYTHON=python3.12
+# Everything is installed into .venv, and again only when pyproject.toml or constraints.txt changes.
+# For another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,13 +8,14 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
 
 LOG := $(VENV)/install.log
-EXTRAS := .[dev,plot,quantized,serve,deepspeed,s3]
+DEMO := .[plot,serve]
+EVERYTHING := .[dev,plot,quantized,serve,deepspeed,s3,polars]
 
-# One line for a step; all that its command prints is in a file, which is named if it fails.
-quietly = @echo "$(1) (what pip says is in $(LOG))"; $(2) >$(LOG) 2>&1 \
-  || { tail -n 5 $(LOG) >&2; echo "this failed; all that was said is in $(LOG)" >&2; exit 1; }
+# A step prints one line. The output of its command goes to a file, whose name is printed if the command fails.
+quietly = @echo "$(1) (log: $(LOG))"; $(2) >$(LOG) 2>&1 \
+  || { tail -n 5 $(LOG) >&2; echo "installation failed; the whole log is in $(LOG)" >&2; exit 1; }
 
-# Two files at a time: most tests wait for processes that work on one thread.
+# Two test files run at a time: most tests wait for processes that use one thread.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: demo test quick lint format types docs docs-check check clean browser
@@ -40,30 +41,32 @@ format: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: $(VENV)/.package  ## write docs/tables.md
+docs: $(VENV)/.package  ## write docs/tables.md and schemas/
 	$(BIN)/python -m docs.write_tables
+	$(BIN)/python -m docs.write_schemas
 
-docs-check: $(VENV)/.package
+docs-check: $(VENV)/.package  ## fail if docs/tables.md or schemas/ are not current
 	$(BIN)/python -m docs.write_tables --check
+	$(BIN)/python -m docs.write_schemas --check
 
 check: lint types docs-check
 
 clean:
 	rm -rf $(VENV) demo-run
 
-# The explorer is tested in a real browser: Debian's, if there is none yet and it can be had.
+# Tests drive the explorer in a real browser. Without Chromium, this installs Debian's where that is possible.
 browser:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
 	  || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/dev/null \
-	  || echo "no Chromium could be installed: the tests that need a browser will be skipped" >&2
+	  || echo "cannot install Chromium: tests that need a browser are skipped" >&2
 
-# One pip call each, so that the pins decide which build of torch is taken.
+# One pip call per target: constraints.txt then also decides which build of torch is installed.
 $(VENV)/.package: $(VENV)/.created pyproject.toml constraints.txt
-	$(call quietly,installing backlens: some minutes the first time,$(PIP) -e .)
+	$(call quietly,installing backlens: this takes minutes the first time,$(PIP) -e "$(DEMO)")
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
-	$(call quietly,installing backlens with what its tests need: some minutes the first time,$(PIP) -e "$(EXTRAS)")
+	$(call quietly,installing backlens and what its tests need: this takes minutes the first time,$(PIP) -e "$(EVERYTHING)")
 	@touch $(VENV)/.package $@
 
 $(VENV)/.created:

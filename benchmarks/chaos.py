@@ -1,12 +1,12 @@
-"""Kills at random over one job: workers, ranks of gangs, whole nodes, and drivers.
+"""Kill workers, ZeRO-3 ranks, nodes and drivers of one run at random, and count the prompts that are computed again.
 
     python -m benchmarks.chaos [--kills 30] [--prompts 480] [--seed 0]
 
-A Ray cluster of a head and two nodes on this machine runs a tiny model that naps over each prompt and writes down every
-prompt it computes. Of six kills, in any order, four hit a process, one a node that is not the head, which is replaced,
-and one the driver. Whoever starts that again changes the sharding: workers with a whole copy each, as many as there are
-nodes, and a gang of two ranks take turns over the same run directory. Prints whether the tables equal those of an
-undisturbed run, and how many prompts were computed again for which kills.
+A Ray cluster of a head and two nodes on this machine runs a tiny model that sleeps at each prompt and records every
+prompt that it computes. Of each six kills, in random order, four hit a process, one hits a node other than the head
+(the node is replaced), and one hits the driver. Each new driver uses the other sharding on the same run directory: one
+worker with a whole copy per node, or two ZeRO-3 ranks. Prints whether the tables equal those of an undisturbed run,
+and how many prompts were computed again per kind of kill.
 """
 
 import argparse
@@ -27,7 +27,7 @@ KINDS: tuple[What, ...] = ("process", "process", "process", "process", "node", "
 WORKERS = ("--replicas", "auto")
 GANG = ("--sharding", "zero3", "--ranks", 2, "--gpus-per-replica", 0)
 BATCH = ("--batch-tokens", 64)
-"""Two prompts or three: what is in flight at a kill counts as computed."""
+"""Two or three prompts per batch. The prompts in flight at a kill count as computed."""
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def report(options: argparse.Namespace, folder: Path) -> None:
 
 
 def tell(kills: Sequence[Kill], lost: Sequence[Sequence[int]]) -> None:
-    """What each kind of kill cost, in shards of prompts that were computed again."""
+    """Prompts that were computed again, in shards, per kind of kill."""
     print("killed       computed again   shards a kill   of one replica, at most")
     for what in ("worker", "rank", "node", "driver"):
         line(f"{what}s", [cost for each, cost in zip(kills, lost, strict=True) if each.what == what])

@@ -1,11 +1,11 @@
-"""Our time over the floor, and where it goes.
+"""Compare our time with the floor, the least that any exact method has to compute, and split it into stages.
 
     python -m benchmarks.floor [--rounds 5] [--prompts 256] [--every 4] [--threads 2]
 
-The floor is what any exact method has to compute: forward and backward to activations, and the float32 product of
-every vector that gets a row in `tokens` with the unembedding, by the fastest of the ways that PyTorch offers here.
-One process, GPT-2's 124M-parameter shape with random weights, rounds interleaved, medians. Batches are those of a
-shard of so many prompts, but only every fourth is computed, to fit the time.
+The floor is the forward and backward pass to activations, and the float32 product of the unembedding with every vector
+that gets a row in `tokens`, by the fastest way that PyTorch offers here. One process, GPT-2's 124M-parameter shape with
+random weights, interleaved rounds, medians. Batches are those of a shard of `--prompts` prompts; to save time, only one
+batch in `--every` is computed.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def measure(loaded: LoadedModel, work: Sequence[Sequence[Example]], rounds: int)
 
 
 def products(rows: int, unembedding: Tensor, groups: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The product of as many vectors as there are, in as many groups as they come in, tile by tile."""
+    """The product of the same number of vectors, in the same number of groups, tile by tile."""
     each = rows // (2 * groups)
     vectors = torch.randn(each, unembedding.shape[1])
 
@@ -143,7 +143,7 @@ def report(medians: dict[str, float], stages: dict[str, list[float]], rows: floa
 
 
 def batches(prompts: Path, loaded: LoadedModel) -> list[list[Example]]:
-    """As the engine packs them."""
+    """The batches that the engine makes."""
     records = [
         record
         for record in read_prompts(str(prompts), "jsonl", PromptFields(), None)

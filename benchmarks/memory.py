@@ -1,9 +1,9 @@
-"""Peak memory of a run against the model's own size, and whether it grows with the number of prompts.
+"""Compare a run's peak memory with the size of its model, for several numbers of prompts.
 
     python -m benchmarks.memory [--prompts 200 2000] [--layers all]
 
-Makes a model of GPT-2's 124M-parameter shape with random weights in a temporary folder, runs `backlens run` on
-it in a process of its own, and prints that process's peak resident memory.
+Writes a model of GPT-2's 124M-parameter shape with random weights to a temporary folder, runs `backlens run` on it in a
+process of its own, and prints the peak resident memory of that process.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks.shape import make_model, write_prompts
 
 
 def peak_of(command: list[str]) -> tuple[int, float]:
-    """Peak resident bytes of the command's process, and its seconds."""
+    """Peak resident bytes and seconds of the command's process."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -1,13 +1,14 @@
-"""Our time for a prompt against TransformerLens 4.2.0 and a loop over single vectors, on one model and one machine.
+"""Compare our time per prompt with TransformerLens 4.2.0 and with a loop over single vectors.
 
     pip install -e ".[bench]"
     python -m benchmarks.peers [--rounds 3] [--prompts 256] [--peer-prompts 4]
 
-GPT-2's 124M-parameter shape with random weights, all layers, both feed-forward matrices, all positions, k = 10.
+One model on one machine: GPT-2's 124M-parameter shape with random weights, all layers, both feed-forward matrices, all
+positions, k = 10.
 
-* ours: `backlens run --executor local` with default options, from the start of the process to its end, Parquet written;
-  seconds over prompts.
-* TransformerLens: `BackwardLens.analyze`, a prompt at a time. Its model is loaded before the clock starts.
+* ours: `backlens run --executor local` with default options, from the start of the process to its end, with Parquet
+  files; seconds divided by prompts.
+* TransformerLens: `BackwardLens.analyze`, one prompt at a time. Its model is loaded before the clock starts.
 * the loop: the paper's procedure without batches. One prompt, gradients of the weights by autograd, and for each
   position's vector and kept neuron the model's own norm and head, softmax, and two top-k's. It has no ranks, spectra
   or singular vectors.
@@ -34,7 +35,7 @@ from torch import Tensor
 
 TOP_K, NEURONS = 10, 16
 Ids = dict[str, list[list[int]]]
-"""`layer.module.position` to [top ids, bottom ids] of one prompt."""
+"""[top ids, bottom ids] of one prompt by `layer.module.position`."""
 
 
 def main() -> None:
@@ -103,8 +104,8 @@ def transformerlens(folder: Path, count: int) -> tuple[list[float], list[Ids]]:
     from transformer_lens.tools.analysis import BackwardLens  # pyright: ignore[reportMissingImports]
 
     model = TransformerBridge.boot_transformers(str(folder / "model"), device="cpu", dtype=torch.float32)
-    model.eval()  # else it runs with dropout
-    model.cfg.default_prepend_bos = False  # as our tokenizer has it
+    model.eval()  # otherwise it runs with dropout
+    model.cfg.default_prepend_bos = False  # as our tokenizer does
     lens = BackwardLens(model)
     seconds, found = [], []
     for prompt, target in records(folder, count):
@@ -116,7 +117,7 @@ def transformerlens(folder: Path, count: int) -> tuple[list[float], list[Ids]]:
             for module, matrix in (("mlp.up", layer.input_projection), ("mlp.down", layer.output_projection)):
                 tops, bottoms = matrix.top_ranking.indices, matrix.bottom_ranking.indices
                 for position, zero in enumerate(matrix.zero_norm_mask.tolist()):
-                    if not zero:  # a ranking of the zero vector is the norm's bias
+                    if not zero:  # the zero vector would rank the norm's bias
                         key = f"{layer.layer}.{module}.{position}"
                         ids[key] = [tops[position].tolist(), bottoms[position].tolist()]
         found.append(ids)
@@ -191,7 +192,7 @@ def our_ids(out: Path, count: int) -> list[Ids]:
 
 
 def agreement(ids: dict[str, list[Ids]], name: str) -> str:
-    """How many of the lists are ours, id for id."""
+    """Number of lists that equal ours, id by id."""
     if name == "ours":
         return ""
     pairs = [

@@ -1,11 +1,10 @@
-"""Seconds a prompt against prompts, positions, k, neurons and workers.
+"""Measure seconds per prompt as prompts, positions, k, neurons and workers grow.
 
     python -m benchmarks.scaling [--only prompts positions k neurons workers] [--threads 2]
 
-GPT-2's 124M-parameter shape with random weights, `backlens run` in a process of its own. A run's own report of its
-stages is what is counted, so that start-up and loading are not; workers are Ray actors of one thread each, on a node of
-as many CPUs, timed by the run's wall time from the first to the last commit. Prompts are counted on two layers, to fit
-the time.
+GPT-2's 124M-parameter shape with random weights; `backlens run` is a process of its own. Times are those of the run's
+report by stage, without start-up and loading. Workers are Ray actors of one thread each, on a node with one CPU per
+worker, and are timed from the first to the last commit. The axis of prompts uses two layers, to save time.
 """
 
 import argparse
@@ -41,13 +40,13 @@ def main() -> None:
 
 
 def points(axis: str, threads: int) -> list[tuple[str, int, list[str], int]]:
-    """What is tried of an axis: a label, how many prompts, the options, and threads a process."""
+    """The runs of an axis: label, number of prompts, options, and threads per process."""
     local = ["--executor", "local"]
     if axis == "prompts":
         two_layers = [*local, "--layers", "10-11"]
         return [(str(count), count, two_layers, threads) for count in (256, 1024, 4096)]
     if axis == "workers":
-        # so many shards that it does not matter much who has the last one
+        # with many shards, it matters little which worker has the last one
         ray = ["--executor", "ray", "--shard-prompts", str(SHARD), "--replicas"]
         return [(count, 14 * SHARD, [*ray, count], 1) for count in ("1", "2")]
     values = {"positions": ("last", "all"), "k": ("1", "10", "100"), "neurons": ("0", "16", "256", "-1")}[
@@ -68,7 +67,7 @@ def seconds_a_prompt(folder: Path, count: int, arguments: list[str], threads: in
         with one_node_cluster(cpus=replicas) as (address, _):
             subprocess.run([*command, "--address", address], env=environment, check=True, capture_output=True)
         times = sorted(file.stat().st_mtime for file in (out / "_commits").glob("*.json"))
-        # each has its first shard done at the first commit, or about then
+        # at about the first commit, every worker has its first shard done
         return (times[-1] - times[replicas - 1]) / (count - replicas * SHARD)
     subprocess.run(command, env=environment, check=True, capture_output=True)
     commits = [json.loads(file.read_text()) for file in (out / "_commits").glob("*.json")]

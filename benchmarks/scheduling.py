@@ -1,8 +1,8 @@
-"""What the driver costs: its memory over many prompts, and its processor time against the workers' time.
+"""Measure the driver: its memory over many prompts, and its processor time as a share of the workers' time.
 
     python -m benchmarks.scheduling [--prompts 10000] [--nodes 3]
 
-A Ray cluster of several nodes on this machine, a tiny model and short prompts: the least work for each shard.
+A Ray cluster of several nodes on this machine, a tiny model and short prompts: the least work per shard.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def watched(driver: psutil.Process, out: Path) -> tuple[list[int], float]:
-    """The driver's resident bytes twice a second from the first commit on, and its CPU seconds since then."""
+    """Resident bytes of the driver, twice per second since the first commit, and its CPU seconds since then."""
     memory: list[int] = []
     first = spent = 0.0
     while driver.status() != psutil.STATUS_ZOMBIE:

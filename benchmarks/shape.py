@@ -1,4 +1,4 @@
-"""What is measured: GPT-2's 124M-parameter shape with random weights, and prompts of 8 to 16 random tokens."""
+"""The model and prompts of the benchmarks: GPT-2's 124M-parameter shape, random weights, 8 to 16 random tokens."""
 
 import json
 import random
@@ -22,7 +22,7 @@ def make_model(folder: Path) -> int:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token: w0, w1, …"""
+    """The word of a token: w0, w1, …"""
     backend = Tokenizer(models.WordLevel({word(index): index for index in range(VOCABULARY)}, word(0)))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=word(0))

@@ -1,8 +1,8 @@
-"""Measures a tiny model of every family and writes docs/models.md.
+"""Measure a tiny model of every family and write docs/models.md.
 
 python -m docs.write_models
 
-`tests/test_families.py` holds the same measurements to their limits.
+`tests/test_families.py` compares the same measurements with their limits.
 """
 
 from pathlib import Path
@@ -20,12 +20,12 @@ PAGE = Path(__file__).with_name("models.md")
 HEAD = """\
 # Models
 
-`backlens doctor --model M` makes these checks on your own model. Below they are made on a tiny model of every family
-that is known, with random weights, in float32; `python -m docs.write_models` wrote the page from what it measured.
+`backlens doctor --model M` makes these checks on your own model. This page has them for a tiny model of every known
+family, with random weights, in float32; `python -m docs.write_models` measures them and writes the page.
 
 * **XᵀΔ**: relative error (Frobenius) of the factors' product against autograd's gradient of the weight, the largest
-  over 4 prompts, 2 layers and all experts. Limit 1e-5. Where a gradient vanishes the error is relative to 3 % of the
-  prompt's largest one.
+  over 4 prompts, 2 layers and all experts. Limit 1e-5. Where a gradient vanishes, the error is relative to 3 % of the
+  prompt's largest gradient.
 * **batch**, **left**: relative difference of x and δ between a prompt alone and the same prompt in a batch with longer
   and shorter ones, padded on the right and on the left. Limit 1e-4.
 * **lens**: relative error of the lens of the last block's output against the model's own logits. Limit 1e-5.
@@ -40,8 +40,8 @@ The lens reads any vector of the residual stream's width as if it were the last 
 * **Post-norm** (Gemma 2 and 3, GLM-4: norms on both sides; OLMo 2: behind only): a norm stands between the matrix and
   the residual stream. δ is taken at the matrix's own output, before that norm, so XᵀΔ is still exactly the
   gradient of the weight. It is the stream's gradient seen through the norm: multiplied by the norm's weight, and
-  without the part along the output itself (a norm does not feel its input's length). Its tokens are those of the
-  update to the matrix; the stream sees the norm of that.
+  without the part along the output itself (a norm ignores its input's length). Its tokens are those of the update to
+  the matrix; the stream gets the norm of that.
   In OLMo 2 the inputs x of `up`, `gate`, `q`, `k` and `v` are the residual stream itself, not its norm.
 * **Parallel** (GPT-J, GPT-NeoX, Falcon, Phi, Cohere): attention and MLP read the same vector; their
   projections of x are computed once.
@@ -50,7 +50,7 @@ The lens reads any vector of the residual stream's width as if it were the last 
 
 ## Not covered
 
-Matrices that no module name stands for. Their gradients are not in the tables; `run.json` lists those of a run's model.
+No module name stands for these matrices. Their gradients are not in the tables; `run.json` lists those of its model.
 
 {not_covered}
 

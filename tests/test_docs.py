@@ -1,9 +1,9 @@
-"""The documentation is run: commands are executed, shown output is compared, links lead somewhere.
+"""The documentation is run: commands are executed, shown output is compared, links have targets.
 
-Blocks marked `bash`, `console`, `python` and `sql` are run, in the order of their page, in one scratch directory
-that holds a run of the bundled demo (`demo-run`) and a small model (`my-model`). `console` blocks show commands
-after `$ ` and their output below; a command without output shown only has to succeed. SQL is put to the demo
-run. Other blocks are listings and output, and hold no commands.
+Blocks marked `bash`, `console`, `python` and `sql` are run in a scratch directory that holds a run of the bundled demo
+(`demo-run`) and a small model (`my-model`). `console` blocks show commands after `$ ` and their output below; a command
+without output only has to succeed. SQL is run on the demo run. The `python` blocks of a page are one program: a block
+uses what the blocks above it define. Other blocks are listings and output, and hold no commands.
 """
 
 import math
@@ -24,26 +24,28 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 JOB_SERVER = "needs a cluster; tests/engine/test_jobs.py runs it against a job server of its own"
-GANG = "takes half a minute; tests/engine/test_zero3.py runs the same"
-BROWSER = "goes on until it is stopped, or needs it; tests/serve starts one and looks at it in a browser"
-NODES = "needs machines; tests/test_cluster_files.py checks the file that it is given"
+ZERO3 = "takes half a minute; tests/engine/test_zero3.py runs the same"
+BROWSER = (
+    "runs until it is stopped, or needs a server; tests/serve starts one and opens its pages in a browser"
+)
+NODES = "needs machines; tests/test_cluster_files.py checks its file"
 
 NOT_RUN = {
-    "make demo": "sets up what runs this test; the demo itself is the fixture `scratch`",
-    "make test": "is what runs this test",
-    "bash docs/editing.sh editing": "takes minutes; tests/editing runs sweeps of every kind in it",
+    "make demo": "installs what runs this test; the fixture `scratch` runs the demo",
+    "make test": "runs this test",
+    "bash docs/editing.sh editing": "takes minutes; tests/editing runs a sweep of every kind",
     "backlens edit sweep xl --model openai-community/gpt2-xl --edits counterfact.json "
     "--layers 30-40 --lr 0.24": "needs a model and a data set that are not here",
-    "source .venv/bin/activate": "the environment that runs this test is on PATH already",
+    "source .venv/bin/activate": "the environment of this test is on PATH",
     "backlens submit jobs/project.yaml --address http://127.0.0.1:8265": JOB_SERVER,
     "backlens jobs status --address http://127.0.0.1:8265": JOB_SERVER,
     "backlens jobs logs project-1a2b3c4d --follow --address http://127.0.0.1:8265": JOB_SERVER,
     "backlens jobs stop project-1a2b3c4d --address http://127.0.0.1:8265": JOB_SERVER,
-    "backlens run --model my-model --out zero3-run --limit 5 --sharding zero3 --ranks 2 --gpus-per-replica 0": GANG,
+    "backlens run --model my-model --out zero3-run --limit 5 --sharding zero3 --ranks 2 --gpus-per-replica 0": ZERO3,
     "backlens serve demo-run": BROWSER,
     "chromium --headless --hide-scrollbars --window-size=1240,860 --screenshot=docs/explorer.png "
     "http://127.0.0.1:8050/prompt/37": BROWSER,
-    "ray get-auth-token --generate": "would make a token for whoever runs this test",
+    "ray get-auth-token --generate": "would make a token for the user who runs this test",
     "ray up cluster.yaml": NODES,
     "ray dashboard cluster.yaml": NODES,
     "ray down cluster.yaml": NODES,
@@ -57,7 +59,8 @@ NOT_RUN = {
 }
 """Commands that a page shows and this test leaves out, with the reason."""
 
-RUN_LANGUAGES = {"bash", "console", "python", "sql"}
+COMMAND_LANGUAGES = {"bash", "console", "sql"}
+RUN_LANGUAGES = {*COMMAND_LANGUAGES, "python"}
 LISTINGS = {"", "text", "bibtex", "yaml", "json"}
 COMMAND = re.compile(r"^\s*(\$ |backlens |make |python |pip )", re.MULTILINE)
 
@@ -77,7 +80,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Something to run, and what it is said to print (None: not said)."""
+    """A command, and the output that the page shows (None: it shows none)."""
 
     arguments: Sequence[str]
     shown: str | None = None
@@ -94,11 +97,9 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
 def commands(block: Block) -> Iterator[Command]:
-    """What a block asks for, without the commands that are not run here."""
+    """The commands of a block, without those of NOT_RUN."""
     if block.language == "sql":
         yield Command(["backlens", "query", "demo-run", "--sql", block.content])
-    elif block.language == "python":
-        yield Command([sys.executable, "-c", block.content])
     elif block.language == "console":
         for part in re.split(r"^\$ ", block.content, flags=re.MULTILINE)[1:]:
             script, output = split_command(part)
@@ -111,7 +112,7 @@ def commands(block: Block) -> Iterator[Command]:
 
 
 def split_command(part: str) -> tuple[str, str]:
-    """A command, with the lines it goes on in (after a backslash, or in open quotes), and its output."""
+    """A command with its further lines (after a backslash, or in open quotes), and its output."""
     lines = part.splitlines()
     count = 1
     while count < len(lines) and (lines[count - 1].endswith("\\") or open_quote("\n".join(lines[:count]))):
@@ -153,7 +154,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "block",
-    [block for block in BLOCKS if block.language in RUN_LANGUAGES],
+    [block for block in BLOCKS if block.language in COMMAND_LANGUAGES],
     ids=lambda block: f"{block.page}:{block.line}",
 )
 def test_commands_do_what_the_page_shows(block: Block, scratch: Path):
@@ -161,6 +162,33 @@ def test_commands_do_what_the_page_shows(block: Block, scratch: Path):
         printed = execute(command, scratch)
         if command.shown is not None:
             assert_same_output(printed, command.shown)
+
+
+def python_blocks(page: Path) -> list[Block]:
+    return [block for block in BLOCKS if block.language == "python" and ROOT / block.page == page]
+
+
+def program(page: Path) -> str:
+    """The Python of a page as one program, on the lines that it has in the page."""
+    lines: list[str] = []
+    for block in python_blocks(page):
+        lines += [""] * (block.line - len(lines)) + block.content.splitlines()
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", filter(python_blocks, PAGES), ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(page: Path, scratch: Path):
+    file = scratch / f"{page.name}.py"
+    file.write_text(program(page), encoding="utf-8")
+    execute(Command([sys.executable, str(file)]), scratch)
+
+
+def test_the_readme_begins_with_three_lines_of_python_and_their_picture():
+    first = next(block for block in BLOCKS if block.page == "README.md")
+    assert (first.language, len(first.content.splitlines())) == ("python", 3)
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert text[text.index(first.content) :].splitlines()[5].endswith("(docs/demo-heatmap.svg)")
 
 
 def assert_same_output(printed: str, shown: str) -> None:
@@ -171,7 +199,7 @@ def assert_same_output(printed: str, shown: str) -> None:
 
 
 def words(output: str) -> list[str]:
-    """What a reader reads: without the lines of tables."""
+    """The words of an output, without the lines around table cells."""
     return re.sub(r"[\u2500-\u257f]+", " ", output).split()
 
 
@@ -182,16 +210,21 @@ def same_word(one: str, other: str) -> bool:
         return one == other
 
 
+def texts(picture: Path) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)<", picture.read_text("utf-8"))
+
+
 @pytest.mark.slow
-def test_the_picture_is_of_the_bundled_model(scratch: Path):
-    drawn = "backlens plot demo-run --prompt 37 --module mlp.down --to"
-    execute(Command(shell(f"{drawn} drawn.svg")), scratch)
-    said = [
-        re.findall(r"<text[^>]*>([^<]*)<", picture.read_text("utf-8"))
-        for picture in (scratch / "drawn.svg", ROOT / "docs" / "demo-heatmap.svg")
-    ]
-    assert len(said[0]) > 100
-    assert said[0] == said[1], f"draw it again: {drawn} docs/demo-heatmap.svg"
+def test_the_picture_is_what_the_library_and_the_pipeline_draw(scratch: Path):
+    first = next(block for block in BLOCKS if block.page == "README.md")
+    execute(Command([sys.executable, "-c", first.content.replace("heatmap.svg", "library.svg")]), scratch)
+    execute(Command(shell("backlens plot demo-run --prompt 37 --module mlp.down --to plotted.svg")), scratch)
+    shown = texts(ROOT / "docs" / "demo-heatmap.svg")
+    assert len(shown) > 100
+    assert texts(scratch / "library.svg") == shown, (
+        "make docs/demo-heatmap.svg again, by README's first lines"
+    )
+    assert texts(scratch / "plotted.svg") == shown
 
 
 def test_listings_hide_no_commands():
@@ -201,13 +234,13 @@ def test_listings_hide_no_commands():
     assert not hidden, "mark these blocks bash or console, so that they are run"
 
 
-def test_what_is_not_run_is_still_shown():
+def test_commands_that_are_not_run_are_still_shown():
     lines = {bare(line.removeprefix("$ ")) for block in BLOCKS for line in block.content.splitlines()}
     assert set(NOT_RUN) <= lines
 
 
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path):
+def test_links_have_targets(page: Path):
     targets = [link.partition("#")[0] for link in LINK.findall(page.read_text("utf-8")) if ":" not in link]
     assert not [target for target in targets if target and not (page.parent / target).exists()]
 

@@ -1,11 +1,11 @@
-"""Who may import whom, what things may be called, and what has to be declared to be installed."""
+"""The package's rules: which module imports which, names that are not used, and declared dependencies."""
 
 import ast
 import re
 import subprocess
 import sys
 import tomllib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "pipeline"
 
 LEVELS = (
-    ("errors",),
+    ("__init__", "errors", "printable"),
     ("terms", "config", "demo"),
     ("store",),
     ("models", "prompts"),
@@ -30,70 +30,46 @@ LEVELS = (
     ("figures",),
     ("serve",),
     ("api", "cli"),
-    ("", "__main__"),
+    ("__main__",),
 )
-"""The package's files and folders, lowest first: each imports its own level's and lower ones' alone."""
+"""The package's files and folders, lowest level first. A module imports its own level and lower levels.
+
+`__init__` is at the bottom although it names modules above it: it imports each when its name is first used.
+"""
 
 UPWARD = {
     ("backlens.heatmap", "backlens.figures.heatmap"): "a heatmap that is saved as an image draws itself"
 }
-"""Imports inside functions that point up, and why."""
+"""Imports inside functions that point up, and the reason."""
 
-BARE = {
-    "models": "the numerical core runs in a notebook and on a bare GPU machine",
-    "capture": "the numerical core runs in a notebook and on a bare GPU machine",
-    "projection": "the numerical core runs in a notebook and on a bare GPU machine",
-}
-"""What imports nothing of Ray, DuckDB, Arrow or the command line."""
+CORE = ("models", "capture", "projection")
+"""The numerical core runs in a notebook and on a bare GPU machine, without the packages in HEAVY."""
 HEAVY = ("ray", "duckdb", "pyarrow", "cyclopts", "rich", "starlette", "uvicorn", "matplotlib")
 
 WITHOUT_MODELS = ("backlens.store", "backlens.atlas", "backlens.figures", "backlens.serve")
-ASKED_FOR = ("backlens.atlas.neuron_weights", "backlens.atlas.build")
-"""Tables are written, read and drawn without a model at hand; these two are imported where they are asked for."""
+ON_DEMAND = ("backlens.atlas.neuron_weights", "backlens.atlas.build")
+"""Tables are written, read and drawn without a model. Only these modules need one, and are imported on demand."""
 
-RETIRED_FILES = {
-    *(
-        "sieve",
-        "screening",
-        "selection",
-        "lanes",
-        "kernels",
-        "gang",
-        "fleet",
-        "notes",
-        "faults",
-        "retry",
-        "condemned",
-    ),
-    *(
-        "written",
-        "anatomy",
-        "structure",
-        "draft",
-        "spread",
-        "widths",
-        "asked",
-        "plain",
-        "twins",
-        "standing",
-        "tools",
-    ),
-    *(
-        "values",
-        "drive",
-        "outlook",
-        "pilot",
-        "specimen",
-        "sample",
-        "text",
-        "utils",
-        "util",
-        "helpers",
-        "helper",
-    ),
-    *("common", "misc"),
-}
-"""Words that are metaphors, or that name nothing; a file is named by a noun of the field."""
+# fmt: off
+METAPHORS = (
+    "sieve", "screening", "selection", "lanes", "kernels", "gang", "fleet", "member", "notes",
+    "faults", "retry", "condemned", "written", "anatomy", "structure", "draft", "spread", "widths",
+    "asked", "plain", "twins", "standing", "tools", "values", "drive", "outlook", "pilot",
+    "specimen", "sample",
+)
+# fmt: on
+"""Metaphors, and second words for one idea: retired as names of files and of classes."""
+
+EMPTY = ("text", "util", "utils", "helper", "helpers", "common", "misc")
+"""File names that say nothing about the content."""
+
+RETIRED_CLASSES = {"work", "question", "plan", "job", "extraction", *METAPHORS}
+"""Class names that stood for several ideas at once, and metaphors. Compared in lower case, without underscores.
+
+`Answer`, `Block` and `Trial` were such names too. Each now has one meaning, and no two classes share a name.
+"""
+
+MOST_FILES = 130
 
 
 @cache
@@ -139,8 +115,10 @@ def own_imports(module: str) -> set[str]:
 
 
 def level(module: str) -> int:
-    group = module.removeprefix("backlens").removeprefix(".").partition(".")[0]
-    return next(number for number, groups in enumerate(LEVELS) if group in groups)
+    group = module.removeprefix("backlens").removeprefix(".").partition(".")[0] or "__init__"
+    (found,) = [number for number, groups in enumerate(LEVELS) if group in groups] or [None]
+    assert found is not None, f"{modules()[module]}: add {group!r} to LEVELS"
+    return found
 
 
 def test_imports_point_down():
@@ -164,7 +142,7 @@ def test_no_modules_import_each_other_in_a_circle():
     assert not left
 
 
-@pytest.mark.parametrize("package", BARE)
+@pytest.mark.parametrize("package", CORE)
 def test_the_numerical_core_imports_nothing_heavy(package: str):
     broken = [
         f"{module} imports {name}"
@@ -173,14 +151,14 @@ def test_the_numerical_core_imports_nothing_heavy(package: str):
         for name in imports(module)
         if name.partition(".")[0] in HEAVY
     ]
-    assert not broken, BARE[package]
+    assert not broken
 
 
 def test_tables_are_written_and_read_without_a_model():
     broken = [
         f"{module} imports {name}"
         for module in modules()
-        if module.startswith(WITHOUT_MODELS) and module not in ASKED_FOR
+        if module.startswith(WITHOUT_MODELS) and module not in ON_DEMAND
         for name in imports(module)
         if name.partition(".")[0] in ("torch", "transformers", "ray")
     ]
@@ -188,7 +166,7 @@ def test_tables_are_written_and_read_without_a_model():
 
 
 def loaded_by(code: str, heavy: tuple[str, ...]) -> list[str]:
-    """Which of `heavy` a fresh interpreter has loaded once it has run `code`."""
+    """The modules of `heavy` that a fresh interpreter has loaded after `code`."""
     code = f"import sys; {code}; print(*(name for name in {heavy} if name in sys.modules))"
     ran = subprocess.run(
         [sys.executable, "-c", code],
@@ -215,30 +193,43 @@ def test_the_command_line_starts_without_torch_or_ray():
 
 
 def test_there_are_at_most_130_files():
-    assert len(modules()) <= 130
+    found = len(modules())
+    assert found <= MOST_FILES
 
 
-def test_a_file_is_named_by_a_noun_of_the_field():
-    assert not [module for module in modules() if module.rpartition(".")[2] in RETIRED_FILES]
+def test_no_file_has_a_retired_name():
+    retired = {*METAPHORS, *EMPTY}
+    assert not [module for module in modules() if module.rpartition(".")[2].strip("_") in retired]
+
+
+def classes() -> Iterator[tuple[str, str]]:
+    """Module and name of every class, without the underscore of private ones."""
+    for module in modules():
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.ClassDef):
+                yield module, node.name.lstrip("_")
+
+
+def test_no_class_has_a_retired_name():
+    assert not [f"{module}.{name}" for module, name in classes() if name.lower() in RETIRED_CLASSES]
 
 
 def test_no_two_classes_share_a_name():
-    places: defaultdict[str, list[str]] = defaultdict(list)
-    for module in modules():
-        for node in tree(module).body:
-            if isinstance(node, ast.ClassDef):
-                places[node.name.lstrip("_")].append(module)
-    assert not {name: where for name, where in places.items() if len(where) > 1}
+    homes: defaultdict[str, list[str]] = defaultdict(list)
+    for module, name in classes():
+        homes[name].append(module)
+    assert not {name: where for name, where in homes.items() if len(where) > 1}
 
 
 def test_no_docstring_begins_with_a_fragment():
-    fragments = Counter(
-        module
-        for module in modules()
-        for text in re.findall(r'"""(?:Of|What|Whether|As)\b', modules()[module].read_text("utf-8"))
-        if text
-    )
-    assert not fragments
+    """A docstring is a sentence: "Share of memory", not "Of the memory there is, what …"."""
+    fragment = re.compile(r'"""(?:Of|What|Whether|As)\b.*')
+    found = [
+        f"{module}: {text}"
+        for module, file in modules().items()
+        for text in fragment.findall(file.read_text("utf-8"))
+    ]
+    assert not found
 
 
 def test_nothing_else_is_installed_at_top_level():
@@ -247,14 +238,25 @@ def test_nothing_else_is_installed_at_top_level():
     ] == ["backlens"]
 
 
-def test_everything_imported_is_declared():
+@cache
+def declared() -> dict[str, set[str]]:
+    """Declared distributions by extra; "" is what every installation has."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    extras = project["optional-dependencies"].values()
-    listed = [*project["dependencies"], *(line for extra in extras for line in extra)]
-    declared = {normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in listed}
+    lines = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {extra: {normal(re.split(r"[^\w.-]", line)[0]) for line in each} for extra, each in lines.items()}
+
+
+def test_everything_imported_is_declared():
     used = {name.partition(".")[0] for module in modules() for name in imports(module)}
     third_party = used - sys.stdlib_module_names - {"backlens"}
-    assert {normal("pyyaml" if name == "yaml" else name) for name in third_party} <= declared
+    known = set().union(*declared().values())
+    assert {normal("pyyaml" if name == "yaml" else name) for name in third_party} <= known
+
+
+def test_everything_that_make_installs_is_pinned():
+    pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    installed = set().union(*(names for extra, names in declared().items() if extra != "bench"))
+    assert installed <= set(map(normal, pins))
 
 
 def normal(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What `make` prints while it installs: a line, and where the rest is; no package is fetched for it."""
+"""`make` prints one line while it installs, and names its log. The tests put a script in the place of pip."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 
 def made(target: str, folder: Path, pip: str) -> "subprocess.CompletedProcess[str]":
-    """`make` of a target that installs, with something else as pip."""
+    """Run `make` on a target that installs, with the shell commands `pip` in the place of pip."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
     (folder / ".venv").mkdir()
@@ -23,8 +23,10 @@ def made(target: str, folder: Path, pip: str) -> "subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize(("target", "asked"), [(".package", "-e ."), (".dev", "-e .[dev,plot,quantized,")])
-def test_an_installation_is_a_line_and_its_log_a_file(target: str, asked: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "asked"), [(".package", "-e .[plot,serve]"), (".dev", "-e .[dev,plot,quantized,")]
+)
+def test_an_installation_prints_one_line_and_writes_a_log(target: str, asked: str, tmp_path: Path) -> None:
     done = made(target, tmp_path, "exit 0")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
