@@ -11,7 +11,8 @@ from rich.table import Table
 from backlens.atlas.build import BuildOptions, build_atlas
 from backlens.atlas.build import BuildProgress as ProgressProtocol
 from backlens.atlas.manifest import ATLAS, Manifest
-from backlens.cli.console import WIDE, console, human_bytes, say
+from backlens.cli.console import WIDE, console, say
+from backlens.printable import human_bytes
 from backlens.store.directory import Directory
 
 
