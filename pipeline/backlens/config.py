@@ -149,10 +149,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raise BacklensError, with the flag and the values that it takes, for options that cannot be right."""
-        _require(
-            _LAYERS.fullmatch(self.layers) is not None,
-            f'--layers "{self.layers}": write "all" or numbers and ranges, e.g. "0-5,11"',
-        )
+        check_layers(self.layers)
         parse_modules(self.modules, MODULES)
         _require(self.top_k >= 1, f"--top-k {self.top_k}: keep at least one token")
         _require(
@@ -289,6 +286,14 @@ def read_yaml(path: str) -> dict[str, Any]:
         if value is not None:
             options[name] = value
     return options
+
+
+def check_layers(text: str) -> None:
+    """Raise BacklensError unless the text is `all`, or numbers and ranges; needs no model."""
+    _require(
+        _LAYERS.fullmatch(text) is not None,
+        f'--layers "{text}": write "all" or numbers and ranges, e.g. "0-5,11"',
+    )
 
 
 def _require(condition: bool, message: str) -> None:

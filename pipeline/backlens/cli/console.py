@@ -13,12 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from io import TextIOWrapper
-from typing import Any, Literal, TextIO, get_args, get_origin
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, get_args, get_origin
 
 from cyclopts import (
     App,
     CoercionError,
     CycloptsError,
+    Parameter,
     UnknownCommandError,
     UnknownOptionError,
     UnusedCliTokensError,
@@ -28,8 +30,13 @@ from rich.segment import Segment
 from rich.text import Text
 
 from backlens.engine.events import LOGGER, emit
-from backlens.errors import nearest
+from backlens.errors import BacklensError, nearest
 from backlens.printable import is_text, json_text, printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
+Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
 
 WIDE = 400
 """Columns of a table that is not printed to a terminal: a narrow default would fold every cell."""
@@ -51,6 +58,26 @@ def console(*, stderr: bool = False, wide: int = WIDE) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else wide
     return _SafeConsole(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+
+@contextmanager
+def progress_bar(*columns: "ProgressColumn") -> Iterator["Progress | None"]:
+    """Show a bar with these columns on standard error; give None if that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    first = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*first, *columns, console=console(stderr=True)) as bar:
+        yield bar
+
+
+def require_folder(path: str, option: str) -> None:
+    """Raise BacklensError if the folder of a file to write does not exist."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise BacklensError(f"{option} {path}: there is no folder {Path(path).parent}; make it first")
 
 
 def say(text: object = "", *, stderr: bool = False, end: str = "\n") -> None:

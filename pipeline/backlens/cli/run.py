@@ -1,17 +1,16 @@
 """The output of `backlens run`, `status` and `verify`: progress on standard error, and reports."""
 
 import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import Progress, TextColumn
 from rich.table import Table
 
-from backlens.cli.console import LogFormat, console, say, say_json
+from backlens.cli.console import LogFormat, console, progress_bar, say, say_json
 from backlens.engine.executors.base import ReplicaCounts
 from backlens.engine.plan import RunPlan
 from backlens.engine.run import NoProgress, Report
@@ -31,12 +30,8 @@ def shown_progress(format: LogFormat) -> Iterator[ProgressProtocol]:
     if format == "json":
         yield NoProgress()
         return
-    if not sys.stderr.isatty():
-        yield PlainProgress()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
-    with Progress(*columns, TextColumn("{task.fields[pace]}"), console=console(stderr=True)) as bar:
-        yield BarProgress(bar)
+    with progress_bar(TextColumn("prompts"), TextColumn("{task.fields[pace]}")) as bar:
+        yield PlainProgress() if bar is None else BarProgress(bar)
 
 
 class BarProgress:

@@ -25,7 +25,6 @@ import yaml
 
 import backlens
 from backlens.config import flag
-from backlens.engine.executors.ray_address import job_server
 from backlens.errors import BacklensError, nearest
 from backlens.printable import human_bytes
 
@@ -329,6 +328,8 @@ def stop_job(identity: str, address: str | None) -> "JobDetails":
 
 @contextmanager
 def _server(address: str | None) -> Iterator["JobSubmissionClient"]:
+    from backlens.engine.executors.ray_address import job_server
+
     url = job_server(address)
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
