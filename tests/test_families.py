@@ -110,12 +110,12 @@ def test_a_head_that_is_not_affine_is_refused() -> None:
 def test_the_length_below_which_a_bias_leads_the_lists_is_read_off_the_structure(model: PreTrainedModel):
     """Against the final norm as it is probed: sqrt(ε d) if there is any bias behind the blocks, 0 if there is none."""
     model = copy.deepcopy(model)
-    blocks = anatomy(model).blocks
+    blocks = find_parts(model).blocks
     inside = {id(p) for block in blocks for p in block.module.parameters()}
     for name, parameter in model.named_parameters():
         if name.endswith("bias") and id(parameter) not in inside:
             nn.init.normal_(parameter)
-    lens = make_lens(anatomy(model), "raw")
+    lens = make_lens(find_parts(model), "raw")
     has_bias = bool(lens.constant.abs().max() > 0) and lens.norm.normalizing
     expected = math.sqrt(lens.norm.eps * lens.d_model) if has_bias else 0.0
     assert norm_floor(model, blocks) == pytest.approx(expected, rel=1e-3)

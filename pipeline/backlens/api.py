@@ -1,7 +1,4 @@
-"""A run directory opened in Python: its tables with texts, SQL over them, and its atlas.
-
-Runs from Python: the commands `run` and `plan` with their options as keywords, and a run directory opened.
-"""
+"""Runs from Python: `run` and `plan` with their options as keywords, and `open` for the tables of a run directory."""
 
 from dataclasses import fields
 from functools import cached_property
@@ -10,24 +7,24 @@ from typing import Any
 import pyarrow as pa
 
 from backlens.atlas.atlas import Atlas
-from backlens.config import PlanOptions, RunConfig, nearest
+from backlens.config import PlanOptions, RunConfig
 from backlens.display import Answer, with_texts_beside
 from backlens.engine.run import NoProgress
 from backlens.engine.run import run as run_config
-from backlens.errors import BacklensError
+from backlens.errors import BacklensError, nearest
 from backlens.forecast.forecast import Forecast, make_forecast
 from backlens.store.tables import TABLES
 
 
 class Run:
-    """The shards of a run that were committed when it was opened.
+    """A run directory, with the shards that were committed when it was opened.
 
     Every method gives an Arrow table (`Answer`) with the texts of tokens beside their ids; nothing is cut unless
     `limit` is given.
     """
 
     def __init__(self, out: str) -> None:
-        """Raises BacklensError if `out` is no run directory."""
+        """Open the run at `out`; raises BacklensError if `out` is no run directory."""
         self.atlas = Atlas(out)
 
     @property
@@ -36,11 +33,11 @@ class Run:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What `run.json` says of the model: name, family, layers, width, vocabulary, weight hash."""
+        """Facts about the model in `run.json`: name, family, layers, width, vocabulary, weight hash."""
         return dict(self.atlas.snapshot.record.model)
 
     def sql(self, statement: str, limit: int | None = None) -> Answer:
-        """The rows of one SELECT over the run's tables and those of its atlas."""
+        """Run one SELECT over the tables of the run and of its atlas."""
         return self.atlas.sql(statement, limit=limit)
 
     def prompts(self, limit: int | None = None) -> Answer:
@@ -110,14 +107,14 @@ def run(**options: Any) -> Run:
     """Run the pipeline and open its directory; the same call resumes a stopped run.
 
     The options are those of `backlens run`, as keywords: `run(model="gpt2", prompts="facts.jsonl", out="run")`.
-    Raises BacklensError for what the user can mend, Interrupted when the run stops halfway.
+    Raises BacklensError for a wrong option or input, and Interrupted if the run stops halfway.
     """
     _check("run", options, RunConfig)
     return Run(run_config(RunConfig(**options), NoProgress()).out)
 
 
 def plan(**options: Any) -> Forecast:
-    """Say what a run would take: rows, bytes, devices, time and cost. The options are those of `backlens plan`."""
+    """Estimate a run: rows, bytes, devices, time and cost. The options are those of `backlens plan`."""
     _check("plan", options, RunConfig, PlanOptions)
     planning = {field.name: options.pop(field.name) for field in fields(PlanOptions) if field.name in options}
     return make_forecast(RunConfig(**options), PlanOptions(**planning))

@@ -1,19 +1,15 @@
-"""Everything a run is told. One frozen dataclass is the command line, the YAML file and the replay file.
-
-What `backlens plan` is told beside a run's options.
-
-What `backlens doctor` is told: some of a run's options, in the same words.
-"""
+"""The options of `run`, `plan` and `doctor`: one frozen dataclass is the flags, the YAML keys and the replay file."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from cyclopts import Group, Parameter, Token
 
 from backlens.errors import BacklensError, nearest
+from backlens.terms import MODULES, parse_modules
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PromptFormat = Literal["auto", "jsonl", "json", "csv", "parquet", "counterfact", "zsre", "dataset"]
@@ -22,7 +18,7 @@ Vocabulary = Literal["tokenizer", "model"]
 
 @dataclass(frozen=True, slots=True)
 class PromptFields:
-    """Which columns of the input hold what. None means the format's own default name."""
+    """Names of the input's columns; None stands for the format's default name."""
 
     prompt: str | None = None
     target: str | None = None
@@ -43,7 +39,7 @@ def _whole_number(_type: type, tokens: Sequence[Token]) -> int:
 
 
 WHOLE = Parameter(converter=_whole_number)
-"""A number as it is written: cyclopts would round 1.5 to 2."""
+"""Parse a whole number; cyclopts would round 1.5 to 2."""
 
 
 def _whole_number_or_auto(_type: type, tokens: Sequence[Token]) -> int | str:
@@ -53,10 +49,13 @@ def _whole_number_or_auto(_type: type, tokens: Sequence[Token]) -> int | str:
 WHOLE_OR_AUTO = Parameter(converter=_whole_number_or_auto)
 
 
+_LAYERS = re.compile(r"\s*(all|\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*)\s*")
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """A run's options; the same words are flags and YAML keys."""
+    """The options of a run, under the words of the flags and of the YAML keys."""
 
     model: Annotated[str | None, MODEL] = None
     """A model directory or hub id. Default: the bundled demo model."""
@@ -72,12 +71,12 @@ class RunConfig:
     """Read pickle weights (pytorch_model.bin) where there are no safetensors; pickles can run code."""
 
     anatomy: Annotated[str | None, MODEL] = None
-    """A YAML description of the model's blocks, for an architecture that is not known here (see doctor)."""
+    """A YAML description of the model's blocks, for an architecture that is not recognised (see doctor)."""
 
     prompts: Annotated[str | None, PROMPTS] = None
     """A file or URL, a saved dataset's folder, or a hub dataset id. Default: the demo's facts."""
     format: Annotated[PromptFormat, PROMPTS] = "auto"
-    """How to read it; auto goes by the file's name and content."""
+    """The format of the prompts; auto decides by the file's name and content."""
     limit: Annotated[int | None, PROMPTS, WHOLE] = None
     """Only the first N prompts."""
     prompt_field: Annotated[str | None, PROMPTS] = None
@@ -87,15 +86,15 @@ class RunConfig:
     subject_field: Annotated[str | None, PROMPTS] = None
     """The column of the subject."""
     id_field: Annotated[str | None, PROMPTS] = None
-    """The column of the prompt's own id."""
+    """The column of the prompt's id."""
     prepend_bos: Annotated[Literal["auto", "true", "false"], PROMPTS] = "auto"
-    """Begin with the tokenizer's beginning-of-sequence token; auto does as the tokenizer or template does."""
+    """Begin with the tokenizer's beginning-of-sequence token; auto does what the tokenizer or template does."""
     chat_template: Annotated[bool, PROMPTS] = False
-    """Put the prompt as a user's message in the tokenizer's chat template; the target begins the answer."""
+    """Put the prompt as a user's message into the tokenizer's chat template; the target begins the answer."""
     target_mode: Annotated[Literal["first", "all"], PROMPTS] = "first"
-    """The loss is over the target's first token, or teacher-forced over all of them."""
+    """first: the loss of the target's first token. all: the loss of all its tokens, teacher-forced."""
     on_error: Annotated[Literal["record", "fail"], PROMPTS] = "record"
-    """What a bad prompt does: go to the `failures` table, or stop the run."""
+    """record: a bad prompt goes to the table `failures`. fail: it stops the run."""
 
     out: Annotated[str | None, WHAT] = None
     """The run directory, a path or URL. Default for the demo: ./demo-run."""
@@ -104,52 +103,54 @@ class RunConfig:
     modules: Annotated[str, WHAT] = "mlp"
     """mlp, attn, all, or names such as "mlp.down,attn.o"."""
     positions: Annotated[Literal["all", "last", "subject+last"], WHAT] = "all"
-    """Which positions get a row in `tokens`."""
+    """The positions that get a row in `tokens`."""
     top_k: Annotated[int, WHAT, WHOLE] = 10
     """Tokens in each top and bottom list."""
     neurons: Annotated[int, WHAT, WHOLE] = 16
-    """Neurons kept per prompt, layer and module, strongest first; 0 none, -1 all."""
+    """Neurons kept per prompt, layer and module, strongest first; 0 for none, -1 for all."""
     save_factors: Annotated[bool, WHAT] = False
-    """Also write x and δ of every position (large)."""
+    """Also write x and δ of every position (a large table)."""
 
     scaling: Annotated[Literal["raw", "unit"], LENS] = "raw"
     """raw: the final norm as it is. unit: vectors are divided by their length first."""
     vocabulary: Annotated[Vocabulary, LENS] = "tokenizer"
-    """Which rows of the unembedding are in lists and ranks. tokenizer: those that are tokens. model: every row."""
+    """Rows of the unembedding in lists and ranks. tokenizer: those that are tokens. model: every row."""
     screening: Annotated[Literal["float32", "bfloat16"], LENS] = "float32"
-    """The products that pick tokens to be scored exactly; lists and ranks are the same. bfloat16 is for GPUs."""
+    """Precision of the products that pick tokens to score exactly; results are equal. bfloat16 is for GPUs."""
 
     batch_tokens: Annotated[int | Literal["auto"], BATCH, WHOLE_OR_AUTO] = "auto"
-    """Tokens in a batch, padding included. auto: what keeps the device busy, if the first batches show that it fits."""
+    """Tokens per batch, padding included. auto: enough to keep the device busy, if the first batches fit."""
     activation_checkpointing: Annotated[bool, BATCH] = False
-    """Keep one block's activations at a time and compute them twice: for long prompts and large models."""
+    """Keep the activations of one block at a time and compute them twice: for long prompts and large models."""
     shard_prompts: Annotated[int | None, BATCH, WHOLE] = None
-    """Prompts in a shard, the unit of commit. Default: by the rows they make, at most 256."""
+    """Prompts per shard, the unit of commit. Default: by the rows that they make, at most 256."""
 
     executor: Annotated[Literal["local", "ray"], ENGINE] = "ray"
-    """local: this process. ray: one actor per replica."""
+    """local: this process. ray: one Ray actor per copy of the model."""
     replicas: Annotated[int | Literal["auto"], ENGINE, WHOLE_OR_AUTO] = 1
-    """Copies of the model that work side by side (ray). auto: as many as fit on the nodes, as these come and go."""
+    """Copies of the model that work in parallel (ray). auto: as many as fit on the nodes, which may come and go."""
     sharding: Annotated[Literal["none", "accelerate", "zero3"], ENGINE] = "none"
-    """How one copy is spread over devices. accelerate: whole blocks over its GPUs, and over what offloading adds.
-    zero3: a part of every weight on each of several actors (DeepSpeed), which compute side by side."""
+    """How one copy is divided over devices. accelerate: whole blocks, over its GPUs, main memory and disk.
+    zero3: a part of every weight on each of several actors (DeepSpeed), which compute in parallel."""
     max_memory: Annotated[str | None, ENGINE] = None
-    """With accelerate, the devices and how much of each, e.g. "0:20GiB,1:20GiB,cpu:50GiB". Default: its GPUs."""
+    """With accelerate, the memory to use per device, e.g. "0:20GiB,1:20GiB,cpu:50GiB". Default: its GPUs."""
     offload: Annotated[str | None, ENGINE] = None
-    """With accelerate, a local folder from which blocks are read that fit on no device."""
+    """With accelerate, a local folder for the blocks that fit on no device."""
     ranks: Annotated[int | None, ENGINE, WHOLE] = None
-    """With zero3, the actors that share one copy, a GPU each if the cluster has any. Default: gpus-per-replica."""
+    """With zero3, actors per copy, one GPU each if the cluster has any. Default: gpus-per-replica."""
     offload_to_cpu: Annotated[bool, ENGINE] = False
-    """With zero3, keep each actor's part of the weights in main memory."""
+    """With zero3, keep the weights in main memory."""
     gpus_per_replica: Annotated[int | None, ENGINE, WHOLE] = None
-    """GPUs that one copy asks for (ray). Default: 1 if the cluster has any."""
+    """GPUs per copy (ray). Default: 1 if the cluster has any."""
     address: Annotated[str | None, ENGINE] = None
-    """A running Ray cluster. Default: $RAY_ADDRESS, else one on this machine for the length of the run."""
+    """A running Ray cluster. Default: $RAY_ADDRESS, else a cluster on this machine that ends with the run."""
     placement_timeout: Annotated[int, ENGINE, WHOLE] = 300
-    """Seconds to wait while the cluster has no place for any copy: nodes may have to be started first (ray)."""
+    """Seconds to wait while the cluster has no place for any copy, for instance until nodes start (ray)."""
 
     def __post_init__(self) -> None:
-        """Raises BacklensError naming the flag and the values it takes."""
+        """Raise BacklensError, with the flag and the values that it takes, for options that cannot be right."""
+        check_layers(self.layers)
+        parse_modules(self.modules, MODULES)
         _require(self.top_k >= 1, f"--top-k {self.top_k}: keep at least one token")
         _require(
             self.neurons >= -1, f"--neurons {self.neurons}: give a number of neurons, 0 for none, -1 for all"
@@ -161,13 +162,13 @@ class RunConfig:
         _require(shard is None or shard >= 1, f"--shard-prompts {shard}: give 1 or more")
         copies = self.replicas
         _require(copies == "auto" or copies >= 1, f"--replicas {copies}: give 1 or more, or auto")
-        patience = self.placement_timeout
-        _require(patience >= 0, f"--placement-timeout {patience}: give 0 or more seconds")
+        timeout = self.placement_timeout
+        _require(timeout >= 0, f"--placement-timeout {timeout}: give 0 or more seconds")
         gpus = self.gpus_per_replica
         _require(gpus is None or gpus >= 0, f"--gpus-per-replica {gpus}: give 0 or more")
-        spread = self.sharding == "accelerate"
         for name, value in (("max-memory", self.max_memory), ("offload", self.offload)):
-            _require(value is None or spread, f"--{name} {value}: is for --sharding accelerate")
+            is_for_it = value is None or self.sharding == "accelerate"
+            _require(is_for_it, f"--{name} {value}: is for --sharding accelerate")
         parse_max_memory(self.max_memory)
         self._require_ranks()
         _require(
@@ -194,7 +195,7 @@ class RunConfig:
 
     @property
     def ranks_per_replica(self) -> int:
-        """Processes that share one copy of the model; 0 where it is not said."""
+        """Processes that share one copy of the model; 0 if no option gives the number."""
         if self.sharding != "zero3":
             return 1
         return self.ranks if self.ranks is not None else self.gpus_per_replica or 0
@@ -203,29 +204,46 @@ class RunConfig:
     def prompt_fields(self) -> PromptFields:
         return PromptFields(self.prompt_field, self.target_field, self.subject_field, self.id_field)
 
-    def with_demo_defaults(self) -> "RunConfig":
-        """The same, with the bundled model, its facts and ./demo-run where nothing else is named."""
+    def with_demo_defaults(self) -> "ResolvedConfig":
+        """Put the bundled model, its facts and ./demo-run where no other is named.
+
+        Raises BacklensError if the results have no directory: only the whole demo has a default.
+        """
         from backlens.demo import FACTS, MODEL
 
         is_demo = self.model is None and self.prompts is None
         out = self.out or ("./demo-run" if is_demo else None)
         if out is None:
             raise BacklensError("--out: name the directory for the results, e.g. --out ./run")
-        return replace(self, model=self.model or str(MODEL), prompts=self.prompts or str(FACTS), out=out)
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
+        named = {"model": self.model or str(MODEL), "prompts": self.prompts or str(FACTS), "out": out}
+        return ResolvedConfig(**values | named)
 
     def to_yaml(self) -> str:
-        """The options as `backlens run` reads them back, defaults included."""
+        """Write all options, defaults included, as YAML that `backlens run` reads."""
         values = {flag(field.name): getattr(self, field.name) for field in fields(self)}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedConfig(RunConfig):
+    """The options of a run whose model, prompts and directory are named; `RunConfig.with_demo_defaults` makes it."""
+
+    model: str = ""
+    prompts: str = ""
+    out: str = ""
+
+    def with_demo_defaults(self) -> Self:
+        return self
 
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_max_memory(text: str | None) -> dict[int | str, int]:
-    """Bytes by device (a GPU's index among the copy's own, or "cpu"), in the order of the devices.
+    """Bytes per device, in the order of the devices: a GPU's index among those of the copy, or "cpu".
 
-    Raises BacklensError for anything that is not written like `0:20GiB,cpu:50GiB`.
+    Raises BacklensError for a text that is not like `0:20GiB,cpu:50GiB`.
     """
     limits: dict[int | str, int] = {}
     for part in text.split(",") if text is not None else ():
@@ -240,14 +258,14 @@ def parse_max_memory(text: str | None) -> dict[int | str, int]:
 
 
 def flag(name: str) -> str:
-    """A field's word on the command line and in YAML, without dashes in front."""
+    """The word of a field on the command line and in YAML, without dashes in front."""
     return name.replace("_", "-")
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The options of a YAML file, by field name; options set to null are left to their defaults.
+    """Read options from a YAML file, by field name; an option set to null keeps its default.
 
-    Raises BacklensError for a file that is not a mapping, and for an unknown key, naming the nearest known one.
+    Raises BacklensError for a file that is not a mapping, and for an unknown key, with the nearest known one.
     """
     try:
         with open(path, encoding="utf-8") as stream:
@@ -270,6 +288,14 @@ def read_yaml(path: str) -> dict[str, Any]:
     return options
 
 
+def check_layers(text: str) -> None:
+    """Raise BacklensError unless the text is `all`, or numbers and ranges; needs no model."""
+    _require(
+        _LAYERS.fullmatch(text) is not None,
+        f'--layers "{text}": write "all" or numbers and ranges, e.g. "0-5,11"',
+    )
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise BacklensError(message)
@@ -281,29 +307,41 @@ PLAN = Parameter(group=Group("Plan", sort_key=0))
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """The machines, and prompts that are not there yet."""
+    """The options that only `plan` has: the machines, and prompts that do not exist yet."""
 
     cluster: Annotated[str | None, PLAN] = None
-    """A YAML description of the machines, such as docs/h100.yaml. Default: this one."""
+    """A YAML description of the machines, such as docs/h100.yaml. Default: this machine."""
     prompt_count: Annotated[int | None, PLAN, WHOLE] = None
-    """Plan for so many prompts instead of reading any; needs no tokenizer."""
+    """Plan for this many prompts instead of reading any; needs no tokenizer."""
     prompt_tokens: Annotated[str, PLAN] = "12"
-    """With --prompt-count, a prompt's tokens: a number, or a range such as "8-16"."""
+    """With --prompt-count, the tokens per prompt: a number, or a range such as "8-16"."""
     calibrate: Annotated[bool, PLAN] = False
-    """Time a few blocks with random weights on this machine instead of reckoning with its speed."""
+    """Time a few blocks with random weights on this machine instead of estimating from its speed."""
 
     def __post_init__(self) -> None:
-        """Raises BacklensError naming the flag and the values it takes."""
+        """Raise BacklensError, with the flag and the values that it takes, for options that cannot be right."""
         if self.prompt_count is not None and self.prompt_count < 1:
             raise BacklensError(f"--prompt-count {self.prompt_count}: give 1 or more")
         if self.calibrate and self.cluster is not None:
-            raise BacklensError("--calibrate is of this machine: leave out --cluster")
+            raise BacklensError("--calibrate measures this machine: leave out --cluster")
+        _ = self.prompt_lengths
+
+    @property
+    def prompt_lengths(self) -> tuple[int, int]:
+        """The least and the most tokens per prompt; raises BacklensError unless they are like `12` or `8-16`."""
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", self.prompt_tokens)
+        shortest, longest = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= shortest <= longest:
+            raise BacklensError(
+                f'--prompt-tokens "{self.prompt_tokens}": give a length such as 12, or a range such as 8-16'
+            )
+        return shortest, longest
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoctorOptions:
-    """A model, how to load it, and prompts to try it on."""
+    """The options of `doctor`: a model, how to load it, and prompts to try it with."""
 
     model: Annotated[str | None, MODEL] = None
     """A model directory or hub id. Default: the bundled demo model."""
@@ -318,24 +356,24 @@ class DoctorOptions:
     allow_pickle: Annotated[bool, MODEL] = False
     """Read pickle weights (pytorch_model.bin) where there are no safetensors; pickles can run code."""
     anatomy: Annotated[str | None, MODEL] = None
-    """A YAML description of the model's blocks, for an architecture that is not known here."""
+    """A YAML description of the model's blocks, for an architecture that is not recognised."""
 
     prompts: Annotated[str | None, PROMPTS] = None
-    """A file or URL, a saved dataset's folder, or a hub dataset id; the first few are tried. Default: short texts."""
+    """A file or URL, a saved dataset's folder, or a hub dataset id; the first few are used. Default: short texts."""
     format: Annotated[PromptFormat, PROMPTS] = "auto"
-    """How to read it; auto goes by the file's name and content."""
+    """The format of the prompts; auto decides by the file's name and content."""
     prompt_field: Annotated[str | None, PROMPTS] = None
     """The column of the prompt."""
     target_field: Annotated[str | None, PROMPTS] = None
     """The column of the target (CounterFact: target_new or target_true)."""
     prepend_bos: Annotated[Literal["auto", "true", "false"], PROMPTS] = "auto"
-    """Begin with the tokenizer's beginning-of-sequence token; auto does as the tokenizer or template does."""
+    """Begin with the tokenizer's beginning-of-sequence token; auto does what the tokenizer or template does."""
     chat_template: Annotated[bool, PROMPTS] = False
-    """Put the prompt as a user's message in the tokenizer's chat template; the target begins the answer."""
+    """Put the prompt as a user's message into the tokenizer's chat template; the target begins the answer."""
 
     vocabulary: Annotated[Vocabulary, LENS] = "tokenizer"
-    """Which rows of the unembedding are in lists and ranks. tokenizer: those that are tokens. model: every row."""
+    """Rows of the unembedding in lists and ranks. tokenizer: those that are tokens. model: every row."""
 
     def as_run(self) -> RunConfig:
-        """The run that would be told the same."""
+        """Return a run's options with these values."""
         return RunConfig(**{field.name: getattr(self, field.name) for field in fields(self)})

@@ -1,7 +1,7 @@
-"""The errors a user can act on.
+"""Errors that a user can act on, and the search for the word that a user meant.
 
-Each is one line: what is wrong, where, and what to do. The command line prints the line and leaves with the
-error's exit status; anything else is a defect of ours and keeps its traceback.
+Each error is one line: what is wrong, where, and what to do. The command line prints the line and ends with the exit
+status of the error; any other error is a bug of this package and keeps its traceback.
 """
 
 import difflib
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 class BacklensError(Exception):
-    """A usage or configuration problem (exit status 2)."""
+    """A wrong command, option or input (exit status 2)."""
 
     status = 2
 
@@ -21,10 +21,10 @@ class Interrupted(BacklensError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: which known one it may have been.
+    """Return the end of a message about an unknown word: the most similar known word, or nothing.
 
-    difflib finds what is alike, and takes "modle" for "modules", which shares more letters than "model"; of what it
-    finds, the one that fewest slips of a finger lead to is meant. A beginning stands for the shortest word.
+    difflib finds similar words, but prefers "modules" to "model" for "modle", because more letters are equal; among its
+    words the one with the fewest typing errors is chosen. The beginning of a word stands for the shortest such word.
     """
     plain = {each.lower(): each for each in known}
     typed = word.lower()
@@ -37,7 +37,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _slips(typed: str, word: str) -> int:
-    """How many letters were left out, added, replaced, or swapped with the next one."""
+    """Count the letters that were left out, added, replaced, or swapped with the next one."""
     before: list[int] = []
     row = list(range(len(word) + 1))
     for i, a in enumerate(typed):

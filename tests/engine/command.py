@@ -62,9 +62,9 @@ class Finished:
     stderr: str
 
 
-def backlens(*arguments: object, timeout: float = TIMEOUT) -> Finished:
+def backlens(*arguments: object, timeout: float = TIMEOUT, folder: Path | None = None) -> Finished:
     """Run `backlens …` to its end."""
-    return finish(start(*arguments), timeout)
+    return finish(start(*arguments, folder=folder), timeout)
 
 
 def called(*arguments: object) -> Finished:
@@ -81,10 +81,11 @@ def called(*arguments: object) -> Finished:
     return Finished(status, stdout.getvalue(), stderr.getvalue())
 
 
-def start(*arguments: object) -> "subprocess.Popen[str]":
-    """Start `backlens …` and leave it running."""
+def start(*arguments: object, folder: Path | None = None) -> "subprocess.Popen[str]":
+    """Start `backlens …`, in a folder, and leave it running."""
     return subprocess.Popen(
         [BACKLENS, *map(str, arguments)],
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -144,6 +145,26 @@ def wait_for(condition: Callable[[], Any], timeout: float = 120, every: float = 
             return value
         time.sleep(every)
     raise TimeoutError(f"not within {timeout} s: {condition}")
+
+
+# A folder whose files have names of ours, of the standard library's, and of what a user may well write
+
+HIDING = ("pipeline.py", "schemas.py", "pipeline/__init__.py", "test.py", "jobs.py")
+
+
+def beside_hiding_files(folder: Path) -> Path:
+    """A folder below `folder` with such files; one that is imported leaves a mark in `folder`/imported."""
+    marks, beside = folder / "imported", folder / "beside"
+    marks.mkdir()
+    for name in HIDING:
+        (beside / name).parent.mkdir(parents=True, exist_ok=True)
+        mark = marks / name.replace("/", "-")
+        (beside / name).write_text(f"open({str(mark)!r}, 'w').close()\n", encoding="utf-8")
+    return beside
+
+
+def imported_beside(folder: Path) -> list[str]:
+    return sorted(mark.name for mark in (folder / "imported").iterdir())
 
 
 # Prompt files

@@ -1,4 +1,4 @@
-"""What `backlens submit` sends of a working directory, as a job server receives it."""
+"""The files that `backlens submit` sends: this package, and part of a working directory; a job server receives them."""
 
 import http.server
 import io
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+import backlens
 from tests.engine.command import Finished, called, error_line
 
 MIB = 2**20
@@ -24,6 +25,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.takes = 100 * MIB
+        self.package: list[str] = []
         self.received: list[str] = []
         self.bytes = 0
         self.jobs: list[dict[str, Any]] = []
@@ -43,8 +45,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if len(content) > self.server.takes:
             self._answer(413, {})
             return
-        self.server.bytes = len(content)
-        self.server.received = zipfile.ZipFile(io.BytesIO(content)).namelist()
+        names = zipfile.ZipFile(io.BytesIO(content)).namelist()
+        if "backlens/__init__.py" in names:
+            self.server.package = names
+        else:
+            self.server.bytes, self.server.received = len(content), names
         self._answer(200, {})
 
     def do_POST(self) -> None:
@@ -78,7 +83,7 @@ def checkout(tmp_path: Path) -> Path:
         folder,
         "pipeline/__init__.py",
         "pipeline/code.py",
-        "jobs/entry.py",
+        "jobs/steps.py",
         "README.md",
         "notes/a.csv",
         "notes/b.txt",
@@ -110,7 +115,7 @@ CODE = {
     *(
         "pipeline/__init__.py",
         "pipeline/code.py",
-        "jobs/entry.py",
+        "jobs/steps.py",
         "README.md",
         "runs/notes.txt",
         ".gitignore",
@@ -151,6 +156,23 @@ def test_runs_models_and_caches_are_not_sent_and_code_is(server: Server, checkou
     assert len(server.jobs) == 1
 
 
+def test_the_package_is_sent_whole_with_any_working_directory_or_none(server: Server, checkout: Path) -> None:
+    folder = Path(backlens.__file__).parent
+    code = {f"backlens/{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file()}
+    code = {name for name in code if "__pycache__" not in name}
+    assert submitted(server, checkout, excludes=["prompts", "demo", "*.py"]).status == 0
+    assert {name for name in server.package if not name.endswith("/")} == code
+    server.package = []
+    path = checkout / "job.yaml"
+    path.write_text(yaml.safe_dump({"command": "run"}))
+    assert called("submit", path, "--address", f"http://127.0.0.1:{server.server_port}").status == 0
+    assert "backlens/__main__.py" in server.package
+    for job in server.jobs:
+        assert job["entrypoint"] == "python -m backlens run"
+        (uri,) = job["runtime_env"]["py_modules"]
+        assert uri.startswith("gcs://")
+
+
 def test_excludes_of_the_job_file_are_not_sent(server: Server, checkout: Path) -> None:
     assert submitted(server, checkout, excludes=["*.csv"]).status == 0
     assert files(server) == CODE | {"notes/b.txt"}
@@ -179,10 +201,10 @@ def test_too_much_is_refused_before_it_is_sent_and_the_large_folders_are_named(
     assert refused.status == 2
     line = error_line(refused)
     for words in (
-        "130 MiB",
-        "100 MiB",
-        "data/raw/deep/ 90 MiB",
-        "big.jsonl 40 MiB",
+        "130.0 MiB",
+        "100.0 MiB",
+        "data/raw/deep/ 90.0 MiB",
+        "big.jsonl 40.0 MiB",
         "excludes:",
         str(checkout),
     ):
@@ -207,8 +229,8 @@ def test_what_is_measured_is_what_is_sent(
 def test_a_smaller_limit_on_the_way_is_not_blamed_on_the_address_alone(
     server: Server, checkout: Path
 ) -> None:
-    server.takes = 1000
-    write(checkout, "notes/c.txt", size=5000)
+    server.takes = 20 * MIB
+    write(checkout, "notes/c.txt", size=30 * MIB)
     refused = submitted(server, checkout)
     assert refused.status == 2
     assert "413" in error_line(refused)

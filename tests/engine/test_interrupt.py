@@ -117,6 +117,9 @@ def test_ctrl_c_is_an_event_where_standard_error_is_json(tmp_path: Path) -> None
         ("run --batch 100", "did you mean --batch-tokens?"),
         ("plan --modle gpt2", "did you mean --model?"),
         ("plan --prompt-count 0", "--prompt-count 0"),
+        ("plan --prompt-count 5 --prompt-tokens 8-", "--prompt-tokens"),
+        ("run --layers first", '--layers "first"'),
+        ("run --modules mlp.dwon", "no module 'mlp.dwon'"),
         ("rnu", 'unknown command "rnu"; did you mean run?'),
         ("xyzzy", "; there are run, plan, doctor,"),
         ("jobs stats", "did you mean status?"),
@@ -129,15 +132,24 @@ def test_ctrl_c_is_an_event_where_standard_error_is_json(tmp_path: Path) -> None
         ("edit sweep out", "--lr: forward-shift needs rates"),
         ("edit explain --against fientune", "did you mean finetune?"),
         ("edit train-mend out --model gpt2", "--edits: name a file of edits"),
+        ("edit sweep out --lr 1 --layers 3-", '--layers "3-"'),
+        ("edit --save-delta nowhere/edit.safetensors", "there is no folder nowhere"),
         ("plot run --figure heatmpa", "did you mean heatmap?"),
+        ("plot run --figure heatmap", "give --prompt"),
+        ("query run", "give exactly one of"),
+        ("query run --token a --show neuron", "did you mean neurons?"),
+        ("query run --prompt 1 --compare b", "--compare b"),
+        ("serve run --port 70000", "--port 70000"),
+        ("export-html run --prompt 1 --to nowhere/a.html", "there is no folder nowhere"),
         ("submit", "JOB_FILE"),
+        ("submit none.yaml", "none.yaml: cannot be read"),
     ],
 )
 def test_a_usage_error_comes_before_anything_heavy_is_imported(
     arguments: str, expected: str, tmp_path: Path
 ) -> None:
     """An import of torch or Ray would be an interrupt, and no usage error."""
-    heavy = ("torch", "transformers", "ray", "datasets")
+    heavy = ("torch", "transformers", "ray", "datasets", "duckdb", "pyarrow")
     code = f"import sys; sys.modules |= dict.fromkeys({heavy})"  # of which an import raises
     (tmp_path / "sitecustomize.py").write_text(code)
     refused = subprocess.run(

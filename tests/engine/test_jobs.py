@@ -16,10 +16,12 @@ from tests.engine.cluster import free_ports, one_node_cluster
 from tests.engine.command import (
     assert_complete,
     assert_same_run,
+    beside_hiding_files,
     called,
     commits,
     count_commits,
     error_line,
+    imported_beside,
     wait_for,
     write_jsonl,
 )
@@ -39,10 +41,10 @@ def test_a_bundled_job_is_a_command_line_that_backlens_takes(path: Path) -> None
     job = read_job(str(path))
     assert job.command[0] in list(app)
     app.parse_args(job.words)
-    assert job.entrypoint.startswith(f"python jobs/entry.py {job.command[0]}")
+    assert job.entrypoint.startswith(f"python -m backlens {job.command[0]}")
     assert job.out is not None
     assert job.out.startswith("s3://")
-    assert job.runtime_env["working_dir"] == str(ROOT)
+    assert "working_dir" not in job.runtime_env
 
 
 def _write(folder: Path, **content: Any) -> Path:
@@ -55,7 +57,10 @@ def test_options_are_the_flags_of_the_command(tmp_path: Path) -> None:
     options = {"out": "/runs/a b", "save-factors": True, "prepend-bos": True, "limit": 5, "layers": None}
     job = read_job(str(_write(tmp_path, command="run", options=options, env={"N": 1}, image="registry/a:1")))
     assert job.words == ["run", "--out=/runs/a b", "--save-factors=true", "--prepend-bos=true", "--limit=5"]
-    assert job.entrypoint == "backlens run '--out=/runs/a b' --save-factors=true --prepend-bos=true --limit=5"
+    assert (
+        job.entrypoint
+        == "python -m backlens run '--out=/runs/a b' --save-factors=true --prepend-bos=true --limit=5"
+    )
     assert job.runtime_env == {"env_vars": {"N": "1"}, "image_uri": "registry/a:1"}
     config = app.parse_args(job.words)[1].arguments["options"]
     assert (config.out, config.save_factors, config.prepend_bos, config.limit) == (
@@ -66,9 +71,9 @@ def test_options_are_the_flags_of_the_command(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_of_ones_own_runs_the_installed_command(tmp_path: Path) -> None:
+def test_a_working_directory_starts_at_the_folder_of_the_job_file(tmp_path: Path) -> None:
     job = read_job(str(_write(tmp_path, command="run", **{"working-dir": "."})))
-    assert job.entrypoint == "backlens run"
+    assert job.entrypoint == "python -m backlens run"
     assert job.runtime_env["working_dir"] == str(tmp_path)
 
 
@@ -152,14 +157,14 @@ def _ended(server: str, identity: str) -> dict[str, Any]:
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(
     server: str, gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Submit, status, logs, stop, submit again: through Ray's job server, with the code of this checkout."""
+    """Submit, status, logs, stop, submit again: through Ray's job server, from a folder whose files hide nothing."""
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", server)
     prompts, out = write_jsonl(tmp_path / "prompts.jsonl", some_prompts(PROMPTS)), tmp_path / "out"
     common = {"model": str(gpt2), "prompts": str(prompts), "modules": "all", "shard-prompts": 6, "neurons": 8}
     content = yaml.safe_load((ROOT / "jobs" / "project.yaml").read_text("utf-8"))
     content["options"] = common | {"out": str(out), "executor": "ray", "replicas": 2}
-    content["working-dir"] = str(ROOT)
-    path = _write(tmp_path, **content)
+    folder = beside_hiding_files(tmp_path)
+    path = _write(folder, **content, **{"working-dir": "."})
 
     submitted = called("submit", path, "--address", server)
     assert submitted.status == 0, submitted.stderr
@@ -194,13 +199,14 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(
     flags = [f"--{name}={value}" for name, value in common.items()]
     assert called("run", *flags, *here).status == 0
     assert_same_run(out, tmp_path / "here")
+    assert imported_beside(tmp_path) == []
 
 
 @pytest.mark.slow
 def test_a_job_that_fails_says_so(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", server)
     options = {"model": "/no/such/model", "prompts": "/no/such/prompts", "out": str(tmp_path / "out")}
-    path = _write(tmp_path, command="run", options=options, **{"working-dir": str(ROOT)})
+    path = _write(tmp_path, command="run", options=options)
     identity = called("submit", path, "--address", server).stdout.strip()
     ended = _ended(server, identity)
     assert (ended["state"], ended["exit_status"]) == ("failed", 2)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from backlens.engine.events import LOGGER, RayMetrics, emit
+from backlens.engine.events import LOGGER, emit
+from backlens.engine.executors.ray import RayMetrics
 from tests.engine.command import wait_for
 
 NAME = re.compile(r"^ray_backlens_(\w+?)\{(.*)\} (\S+)$", re.MULTILINE)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from backlens.engine.blame import note
+from backlens.engine.executors.base import note
 from backlens.store.directory import Directory
 from tests.engine.cluster import alive, descendants, is_agent, kill, workers
 from tests.engine.command import (

@@ -1,14 +1,8 @@
-"""How every command prints. What comes from data controls no terminal, and what a terminal cannot show is escaped.
+"""The output of all commands: text, tables, JSON and errors, on standard output and standard error.
 
-Nothing else in the command line calls `print` or makes a `Console`; ruff (T201) and tests/test_layout.py hold that.
-
-Durations in words.
-
-Sizes as a reader takes them in.
-
-What a command says on standard error: text for people, or one JSON object a line for programs.
-
-A mistyped command line, as one line that names the word which was meant.
+Texts from data never control a terminal, and letters that a stream's encoding lacks are escaped. Nothing else in the
+command line calls `print` or makes a `Console`. Standard error has text for people, or one JSON object per line for
+programs. An error in the command line becomes one line that proposes the nearest known word.
 """
 
 import codecs
@@ -19,12 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from io import TextIOWrapper
-from typing import Any, Literal, TextIO, get_args, get_origin
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, get_args, get_origin
 
 from cyclopts import (
     App,
     CoercionError,
     CycloptsError,
+    Parameter,
     UnknownCommandError,
     UnknownOptionError,
     UnusedCliTokensError,
@@ -34,15 +30,20 @@ from rich.segment import Segment
 from rich.text import Text
 
 from backlens.engine.events import LOGGER, emit
-from backlens.errors import nearest
+from backlens.errors import BacklensError, nearest
 from backlens.printable import is_text, json_text, printable
 
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
+Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
+
 WIDE = 400
-"""Columns off a terminal, where there is no width to fit into: a narrow default folds every cell."""
+"""Columns of a table that is not printed to a terminal: a narrow default would fold every cell."""
 
 
 class _SafeConsole(Console):
-    """Escapes control characters in what it is given; its own colours and cursor movements are its own."""
+    """A console that escapes control characters in texts, and keeps its own colours and cursor movements."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -52,18 +53,35 @@ class _SafeConsole(Console):
         return super().render_str(printable(text), **options)  # before widths are measured
 
 
-def console(*, stderr: bool = False, wide: int | None = None) -> Console:
-    """A console for texts that come from data: nothing in them is read as markup, emoji or numbers.
-
-    `wide` is its width off a terminal.
-    """
+def console(*, stderr: bool = False, wide: int = WIDE) -> Console:
+    """Make a console that reads no markup, emoji or numbers in texts; `wide` is its width without a terminal."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if wide is None or stream.isatty() else wide
+    width = None if stream.isatty() else wide
     return _SafeConsole(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
+@contextmanager
+def progress_bar(*columns: "ProgressColumn") -> Iterator["Progress | None"]:
+    """Show a bar with these columns on standard error; give None if that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    first = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*first, *columns, console=console(stderr=True)) as bar:
+        yield bar
+
+
+def require_folder(path: str, option: str) -> None:
+    """Raise BacklensError if the folder of a file to write does not exist."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise BacklensError(f"{option} {path}: there is no folder {Path(path).parent}; make it first")
+
+
 def say(text: object = "", *, stderr: bool = False, end: str = "\n") -> None:
-    """Print one text for people, at once."""
+    """Print one text for people, without buffering."""
     stream = sys.stderr if stderr else sys.stdout
     _write(stream, printable(str(text)) + end)
 
@@ -74,13 +92,13 @@ def say_json(value: Any, indent: int | None = None) -> None:
 
 
 def json_for(stream: TextIO, value: Any, indent: int | None = None) -> str:
-    """`value` as JSON: in UTF-8, or in ASCII alone where the stream has another encoding."""
+    """Write `value` as JSON: in UTF-8, or in ASCII if the stream has another encoding."""
     text = json_text(value, indent)
     return text if _is_utf8(stream) and is_text(text) else json_text(value, indent, ascii_only=True)
 
 
 def escape_what_cannot_be_shown() -> None:
-    """Letters that the encoding of a standard stream does not have are printed as `\\u03b4`, and end no command."""
+    """Print letters that a standard stream cannot encode as `\\u03b4`, instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -95,35 +113,11 @@ def _write(stream: TextIO, text: str) -> None:
     stream.flush()
 
 
-def duration(seconds: float) -> str:
-    """Rounded to seconds, or from an hour on to minutes: `3 min 20 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def human_bytes(size: float) -> str:
-    """1536 → 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
-
-
-def human_seconds(seconds: float) -> str:
-    """5400 → 1.5 h."""
-    for unit, size in (("days", 48 * 3600.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= size:
-            return f"{seconds / (86400 if unit == 'days' else size):,.1f} {unit}"
-    return f"{seconds:,.1f} s"
-
-
 LogFormat = Literal["text", "json"]
 
 
 class JsonFormatter(logging.Formatter):
-    """time (ISO 8601, UTC), level, event, then the event's fields; of other libraries' records, their message."""
+    """Writes time (ISO 8601, UTC), level, event and its fields; for records of other libraries, their message."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
@@ -138,7 +132,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class NoteHandler(logging.Handler):
-    """The text of `note` events, a line each; whoever shows a run's progress tells the other events."""
+    """Prints the text of `note` events, one per line; a run's progress shows the other events."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.getMessage() == "note":
@@ -146,14 +140,14 @@ class NoteHandler(logging.Handler):
 
 
 def log_format(tokens: Sequence[str]) -> LogFormat:
-    """What a command line asks for, before it is parsed: its mistakes are told in the same format."""
+    """Find --log-format before the command line is parsed, so that its errors have the same format."""
     given = " ".join(tokens).replace("--log-format=", "--log-format ")
     return "json" if "--log-format json" in given else "text"
 
 
 @contextmanager
 def logging_as(format: LogFormat) -> Iterator[None]:
-    """Write every record, of other libraries too, and Python's warnings; in text, only what is waited for."""
+    """Log as JSON every record, those of other libraries too, and Python's warnings; log as text only notes."""
     if format == "text":
         notes = NoteHandler()
         LOGGER.addHandler(notes)
@@ -189,13 +183,13 @@ PROPOSAL = re.compile(r' Did you mean "[^"]*"\?')
 
 
 def explained(error: CycloptsError) -> str:
-    """What is wrong, what may have been meant, and where to read more."""
-    said = _said(error)
+    """Say what is wrong, which word was probably meant, and where to read more."""
+    said = _text_of(error)
     return f"{said}{'' if said.endswith(('.', '?')) else '.'} See `backlens --help`."
 
 
-def _said(error: CycloptsError) -> str:
-    """cyclopts' own words, but of an unknown word ours: it finds --modules where --modle should be --model."""
+def _text_of(error: CycloptsError) -> str:
+    """Return cyclopts' text, with our proposal for an unknown word: for --modle cyclopts proposes --modules."""
     said = " ".join(str(error).split())
     if isinstance(error, UnknownOptionError):
         word = (error.token.keyword or error.token.value).partition("=")[0]

@@ -1,17 +1,16 @@
-"""`backlens edit`: one edit or a file of them, sweeps, and what an edit is made of."""
+"""`backlens edit`: one edit or a file of edits, sweeps, and the explanation of an edit."""
 
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from backlens.cli.console import say
-from backlens.config import WHOLE, WHOLE_OR_AUTO
+from backlens.cli.console import Debug, require_folder, say
+from backlens.config import WHOLE, WHOLE_OR_AUTO, check_layers
 from backlens.editing.options import EditOptions, MendOptions, MethodName, parse_method
 from backlens.errors import BacklensError
 
 app = App(name="edit", help="Change facts in a model's weights, and judge the change.")
-Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
 DEFAULTS = EditOptions()
 MEND_DEFAULTS = MendOptions()
 
@@ -31,7 +30,7 @@ def edit(
     options: EditOptions = DEFAULTS,
     debug: Debug = False,
 ) -> int:
-    """Write one fact, or a file of them at once, into a model; print it before and after, and save the change.
+    """Write one fact, or a file of facts at once, into a model; print the effect, and save the change.
 
     Example: backlens edit --limit 1 --layer 5 --lr 1.6 --save-delta edit.safetensors
 
@@ -40,23 +39,26 @@ def edit(
     method
         forward-shift, gradient-shift, finetune, rome, memit or mend.
     layer
-        The layer to edit. Default: at 7/10 of the model's depth; of mend the last that its editor changes.
+        The layer to edit. Default: at 7/10 of the model's depth; for mend, the last layer that its editor changes.
     lr
         The learning rate η; forward-shift and gradient-shift need one (see `backlens edit sweep`).
     prompt
-        Instead of a file: the prompt, {} standing for the subject.
+        The prompt, instead of a file; {} stands for the subject.
     subject
         With --prompt: the subject.
     target_new
-        With --prompt: what the model should say.
+        With --prompt: the text that the model should say.
     target_true
-        With --prompt: what it says now.
+        With --prompt: the text that it says now.
     save_delta
-        A safetensors file for the low-rank change.
+        Write the low-rank change to this safetensors file.
     save_model
-        A folder for the edited model.
+        Write the edited model to this folder.
     """
     name = parse_method(method)
+    for option, path in (("--save-delta", save_delta), ("--save-model", save_model)):
+        if path is not None:
+            require_folder(path, option)
     typed = prompt is not None or target_new is not None
     if typed:
         _check_typed(prompt, subject, target_new)
@@ -73,10 +75,10 @@ def edit(
     else:
         loaded, requests = load(options, _noted)
     chosen = default_layer(len(loaded.parts.blocks)) if layer is None else layer
-    tools = measure_shared(options, loaded, [name], [chosen])
-    if layer is None and tools.editor is not None:
-        chosen = tools.editor.layers[-1]
-    made = make_method(options, tools, name, chosen, lr)
+    shared = measure_shared(options, loaded, [name], [chosen])
+    if layer is None and shared.editor is not None:
+        chosen = shared.editor.layers[-1]
+    made = make_method(options, shared, name, chosen, lr)
     about = {"method": name, "layer": chosen, "lr": lr, "model": options.model or "demo"}
     print_edit(loaded, requests, made, about, save_delta, save_model)
     return 0
@@ -84,7 +86,7 @@ def edit(
 
 @app.command
 def apply(delta: str, /, *, save_model: str, options: EditOptions = DEFAULTS, debug: Debug = False) -> int:
-    """Add a saved delta to its model and save the result.
+    """Add a saved change to its model and save the result.
 
     Example: backlens edit apply edit.safetensors --save-model ./edited
     """
@@ -120,7 +122,7 @@ def sweep(
 ) -> int:
     """Try every method at every layer with every rate on every case; the same command resumes a stopped sweep.
 
-    Results are the table `edits` of the directory OUT (see `backlens query` and `backlens plot edits`).
+    The results are the table `edits` in the directory OUT (see `backlens query` and `backlens plot edits`).
 
     Example: backlens edit sweep ./sweep --layers 3-6 --lr 0.8,1.6,3.2 --limit 100
 
@@ -131,33 +133,34 @@ def sweep(
     methods
         Names of methods, separated by commas.
     layers
-        all, or layers such as "3-6,8"; each is tried by itself (with --span, as the last of several).
+        all, or layers such as "3-6,8"; each is tried alone (with --span, as the last of several).
     lr
-        Learning rates, separated by commas; none for the method's own default.
+        Learning rates, separated by commas. Default: the method's own.
     at_once
-        How many cases are edited into the model together, e.g. "1,10,100".
+        Numbers of cases to edit into the model together, e.g. "1,10,100".
     untouched
-        A file of prompts and targets that no case edits (any format of `backlens run`): their accuracy with several
-        cases at once.
+        A file of prompts and targets that no case edits, in any format of `backlens run`: measure their accuracy with
+        several cases at once.
     held_out
-        A file of texts, one a line: their perplexity with several cases at once.
+        A file of texts, one per line: measure their perplexity with several cases at once.
     generate
-        Let the edited model write, for the n-gram entropy and the reference score.
+        Let the edited model write texts, for the n-gram entropy and the reference score.
     executor
-        local: this process. ray: workers on a cluster, which read --model, --text, --statistics and --editor by
-        themselves.
+        local: this process. ray: workers on a cluster, each of which reads --model, --text, --statistics and
+        --editor.
     workers
-        Copies of the model that work side by side (ray); auto: as many as the cluster holds.
+        Copies of the model that work in parallel (ray); auto: as many as fit on the cluster.
     gpus_per_replica
-        GPUs that each asks for (ray). Default: 1 if the cluster has any.
+        GPUs per copy (ray). Default: 1 if the cluster has any.
     address
-        A running Ray cluster. Default: $RAY_ADDRESS, else one on this machine for the length of the sweep.
+        A running Ray cluster. Default: $RAY_ADDRESS, else a cluster on this machine that ends with the sweep.
     """
     names: tuple[MethodName, ...] = tuple(parse_method(each.strip()) for each in methods.split(","))
     rates: tuple[float | None, ...] = (None,) if lr is None else _numbers("lr", lr)
     for name in names:
         if lr is None and name in ("forward-shift", "gradient-shift"):
             raise BacklensError(f"--lr: {name} needs rates to try, e.g. --lr 0.4,0.8,1.6")
+    check_layers(layers)
     counts = tuple(int(each) for each in _numbers("at-once", at_once))
     if any(each < 1 for each in counts):
         raise BacklensError(f"--at-once {at_once}: give numbers of 1 or more")
@@ -171,8 +174,8 @@ def sweep(
     from backlens.editing.sweep import Grid, Reports, Side
     from backlens.editing.sweep import sweep as run_sweep
     from backlens.engine.executors.base import RayOptions
-    from backlens.engine.plan import parse_layers
     from backlens.models.load import load_config
+    from backlens.terms import parse_layers
 
     depth = int(load_config(model_source(replace(options, model=options.model or _demo()))).num_hidden_layers)
     grid = Grid(names, parse_layers(layers, depth), rates, counts)
@@ -187,15 +190,17 @@ def sweep(
 def train_mend(editor: str, /, *, training: MendOptions = MEND_DEFAULTS, debug: Debug = False) -> int:
     """Train MEND's editor on a file of edits and save it, for --method mend --editor FILE.
 
-    Keep some edits out of that file to judge it by.
+    Keep some edits out of that file to test the editor with.
 
     Example: backlens edit train-mend editor.safetensors --edits train.json --text texts.txt --layers 5-7
     """
     training = training.with_demo_defaults()
+    if training.layers is not None:
+        check_layers(training.layers)
     from backlens.editing.activations import model_digest, read_texts
     from backlens.editing.methods.mend_training import Training, train
     from backlens.editing.request import load
-    from backlens.engine.plan import parse_layers
+    from backlens.terms import parse_layers
 
     loaded, requests = load(training, _noted)
     depth = len(loaded.parts.blocks)
@@ -211,7 +216,7 @@ def train_mend(editor: str, /, *, training: MendOptions = MEND_DEFAULTS, debug: 
 
 
 class _TrainingProgress:
-    """Says how the training goes, ten times."""
+    """Prints the losses of the training ten times."""
 
     def __init__(self, steps: int) -> None:
         self._every, self._steps = max(1, steps // 10), steps
@@ -228,7 +233,7 @@ class _TrainingProgress:
 
 @app.command
 def plot(out: str, /, *, to: str = "edits.png", debug: Debug = False) -> int:
-    """Draw a sweep: S by layer and learning rate, methods with bootstrap intervals, many edits at once.
+    """Draw a sweep: S by layer and learning rate, methods with bootstrap intervals, and many edits at once.
 
     Example: backlens plot edits ./sweep --to edits.svg
 
@@ -262,7 +267,7 @@ def explain(
     options: EditOptions = DEFAULTS,
     debug: Debug = False,
 ) -> int:
-    """Show what an edit adds: its tokens through the lens, its norms, and how it lies to the true gradient.
+    """Show what an edit adds: its tokens through the lens, its norms, and its cosines with the true gradient.
 
     Example: backlens edit explain --case 0 --layer 5 --lr 1.6 --against finetune
 
@@ -275,9 +280,9 @@ def explain(
     lr
         Its learning rate.
     against
-        Other methods, separated by commas, whose change is compared.
+        Other methods, separated by commas, to compare.
     case
-        The case's ordinal in the file of edits, from 0.
+        The number of the case in the file of edits, from 0.
     """
     names: list[MethodName] = [
         parse_method(method),
@@ -292,17 +297,17 @@ def explain(
     if not 0 <= case < len(requests):
         raise BacklensError(f"--case {case}: there are cases 0 to {len(requests) - 1}")
     chosen = default_layer(len(loaded.parts.blocks)) if layer is None else layer
-    tools = measure_shared(options, loaded, names, [chosen])
+    shared = measure_shared(options, loaded, names, [chosen])
     made = {}
     for name in names:
         rate = lr if name == names[0] or name in ("forward-shift", "gradient-shift") else None
-        made[name] = make_method(options, tools, name, chosen, rate)
+        made[name] = make_method(options, shared, name, chosen, rate)
     print_explanation(loaded, requests[case], made)
     return 0
 
 
 def default_layer(depth: int) -> int:
-    """The paper's best layers of GPT-2-XL, 30 to 40 of 48, in any model."""
+    """Return the layer at the relative depth of the paper's best ones: 30 to 40 of 48 in GPT-2-XL."""
     return round(0.7 * (depth - 1))
 
 

@@ -1,10 +1,8 @@
-"""What `backlens edit` prints and saves."""
+"""The output of `backlens edit`: tables on standard output, and the files that it saves."""
 
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from backlens.cli.console import console, say
@@ -20,11 +18,7 @@ from backlens.errors import BacklensError
 from backlens.models.load import LoadedModel
 
 CONTINUATION = 24
-"""Tokens of a shown text, its prompt included."""
-
-
-def _console() -> Console:
-    return console(wide=200)
+"""Tokens of a printed text, its prompt included."""
 
 
 def print_edit(
@@ -35,10 +29,7 @@ def print_edit(
     save_delta: str | None,
     save_model: str | None,
 ) -> None:
-    """Edit, show before and after, and save what is asked for; the model is left as it was."""
-    for path in (save_delta, save_model):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise BacklensError(f"{path}: there is no folder {Path(path).parent}; make it first")
+    """Edit the model, print it before and after, save what the options name, and restore the model."""
     evaluations = [prepare(loaded, request) for request in requests]
     before, text_before = evaluate(loaded, evaluations), _continued(loaded, requests[0])
     deltas = merged(method(loaded, *requests))
@@ -49,7 +40,7 @@ def print_edit(
     if save_delta is not None:
         facts = [{"prompt": r.prompt, "target_new": r.target_new} for r in requests]
         save_deltas(save_delta, deltas, described({**about, "edits": facts}))
-    shown = _console()
+    shown = console()
     where = ", ".join(f"{d.layer}.{d.module} (rank {len(d.u)}, norm {d.norm():.3g})" for d in deltas)
     shown.print(f"{about['method']}: {where}")
     shown.print(_table(requests, before, after))
@@ -57,7 +48,7 @@ def print_edit(
 
 
 def save_edited(loaded: LoadedModel, folder: str) -> None:
-    """The model as it is now, and its tokenizer, as `from_pretrained` reads them."""
+    """Save the model as it is now, and its tokenizer, for `from_pretrained`."""
     try:
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
@@ -96,7 +87,7 @@ def _percent(share: float | None) -> str:
 
 
 def print_sweep(swept: SweepReport) -> None:
-    shown = _console()
+    shown = console()
     if swept.before:
         shown.print(f"{swept.before:,} shards were done before")
     shown.print(f"{swept.cases:,} cases in {swept.shards:,} shards")
@@ -111,9 +102,9 @@ def print_sweep(swept: SweepReport) -> None:
 
 
 def _trials_table(scores: Sequence[TrialScore]) -> Table:
-    """Each method's best trial."""
+    """Show the best trial of each method."""
     table = Table("method", "layer", "η", "at once", "cases", "S", "efficacy", "paraphrase", "neighbourhood")
-    for name in ("untouched", "perplexity", "ms a case"):
+    for name in ("untouched", "perplexity", "ms per case"):
         table.add_column(name)
     for each in scores:
         table.add_row(
@@ -134,7 +125,7 @@ def print_explanation(loaded: LoadedModel, request: Request, methods: Mapping[st
     deltas: dict[str, tuple[Delta, ...]] = {name: method(loaded, request) for name, method in methods.items()}
     places: dict[str, Place] = {name: getattr(method, "place", "last") for name, method in methods.items()}
     found = explain(loaded, request, deltas, places)
-    shown = _console()
+    shown = console()
     shown.print(f"{request.prompt!r} → {request.target_new!r} (was {request.target_true!r})")
     shown.print(_added_table(found.added))
     norms = Table("position", "token", "‖x D‖ by layer: " + ", ".join(map(str, found.layers)))
@@ -148,7 +139,7 @@ def print_explanation(loaded: LoadedModel, request: Request, methods: Mapping[st
 
 
 def _added_table(added: Sequence[Added]) -> Table:
-    table = Table("method", "layer", "module", "norm", "most added", "most taken away")
+    table = Table("method", "layer", "module", "norm", "most added", "most removed")
     for each in added:
         table.add_row(
             each.method,

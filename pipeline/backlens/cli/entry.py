@@ -1,8 +1,8 @@
-"""Where `backlens` starts: Ctrl-C and SIGTERM mean the same from the first import to the last line.
+"""The entry point of `backlens`: Ctrl-C and SIGTERM have one meaning from the first import to the last line.
 
-Python raises KeyboardInterrupt wherever it happens to be. Before the command runs nobody would catch it; in a
+Python raises KeyboardInterrupt wherever the program is. Before the command runs nothing would catch it; in a
 destructor, or in the callback of an import's lock, Python drops it with a traceback; and a C extension that is being
-loaded turns it into an ImportError. So this module, which imports next to nothing, sets the handlers first.
+loaded turns it into an ImportError. So this module, which imports very little, sets the handlers first.
 """
 
 import os
@@ -12,7 +12,7 @@ from types import FrameType
 
 INTERRUPTED = 3
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""A scheduler's SIGTERM ends a run as Ctrl-C does: resumable, and with Ray's processes stopped."""
+"""The signals that end a run so that it can be resumed, with Ray's processes stopped; schedulers send SIGTERM."""
 
 _received: list[int] = []
 
@@ -29,7 +29,7 @@ def main() -> None:
         if not _received:
             raise
         status = _say_interrupted()
-    # All is said and done: what comes while the interpreter ends its threads only makes it quicker.
+    # The command is done: a signal while the interpreter ends its threads only ends it sooner.
     _handle(lambda _number, _frame: os._exit(status))
     sys.exit(status)
 
@@ -47,7 +47,7 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
     if issubclass(dropped.exc_type, KeyboardInterrupt):
-        # Not now: raised in here it would be dropped as well.
+        # Later, because an error raised in here would be dropped as well.
         signal.signal(signal.SIGALRM, _interrupt)
         signal.setitimer(signal.ITIMER_REAL, 0.01)
     else:
@@ -55,7 +55,7 @@ def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
 
 
 def _say_interrupted() -> int:
-    """What `call` says where it is reached."""
+    """Print the line that `call` prints when it is interrupted."""
     _handle(signal.SIG_IGN)
     from backlens.cli.console import log_format, logging_as, say_interrupted
 

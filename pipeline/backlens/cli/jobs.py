@@ -1,4 +1,4 @@
-"""`backlens submit` and `backlens jobs`: commands that run on a Ray cluster, driver and all."""
+"""`backlens submit` and `backlens jobs`: commands whose driver runs on a Ray cluster."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 from rich.table import Column, Table
 
-from backlens.cli.console import console, say, say_json
+from backlens.cli.console import Debug, console, say, say_json
 from backlens.errors import BacklensError
 
 if TYPE_CHECKING:
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 Address = Annotated[
     str | None,
-    Parameter(help="The job server, e.g. http://head:8265. Default: $RAY_API_SERVER_ADDRESS, else here."),
+    Parameter(
+        help="The job server, e.g. http://head:8265. Default: $RAY_API_SERVER_ADDRESS, else the one here."
+    ),
 ]
-Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
 
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
-"""What Ray colours the lines of workers with."""
+"""The escape codes with which Ray colours the lines of workers."""
 
-app = App(name="jobs", help="Jobs that were submitted to a Ray cluster: status, logs, stop.")
+app = App(name="jobs", help="Show, read and stop jobs that were submitted to a Ray cluster.")
 
 
 @app.command
@@ -36,13 +37,13 @@ def status(
     json: Annotated[bool, Parameter(negative=(), help="JSON lines instead of a table.")] = False,
     debug: Debug = False,
 ) -> int:
-    """What has become of one job, or of all.
+    """Show the state of one job, or of all.
 
     Example: backlens jobs status --address http://head:8265
     """
     from backlens.engine.jobs import job_details
 
-    found = [_Line.of(job) for job in job_details(identity, address)]
+    found = [_JobLine.of(job) for job in job_details(identity, address)]
     if json:
         for line in found:
             say_json(line.as_json())
@@ -65,11 +66,11 @@ def logs(
     identity: Annotated[str, Parameter(help="A job's id.")],
     /,
     *,
-    follow: Annotated[bool, Parameter(negative=(), help="Go on until the job ends.")] = False,
+    follow: Annotated[bool, Parameter(negative=(), help="Continue until the job ends.")] = False,
     address: Address = None,
     debug: Debug = False,
 ) -> int:
-    """What a job has printed.
+    """Print the output of a job.
 
     Example: backlens jobs logs project-1a2b3c4d --follow --address http://head:8265
     """
@@ -88,7 +89,7 @@ def stop(
     address: Address = None,
     debug: Debug = False,
 ) -> int:
-    """Stop a job. What it has committed stays; submitting it again goes on from there.
+    """Stop a job. Its commits stay; the same job, submitted again, goes on from there.
 
     Example: backlens jobs stop project-1a2b3c4d --address http://head:8265
     """
@@ -99,7 +100,7 @@ def stop(
 
 
 def submit_file(path: str, address: str | None, parse: Callable[[list[str]], Any]) -> int:
-    """Check the job's command line with `parse` as if it were typed here, submit it, and say how to follow it."""
+    """Check the job's command line with `parse`, submit it, and print its id and how to follow it."""
     from backlens.engine.jobs import read_job, submit
 
     job = read_job(path)
@@ -117,19 +118,21 @@ def submit_file(path: str, address: str | None, parse: Callable[[list[str]], Any
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class _JobLine:
+    """One job as a row of the table and as a JSON line."""
+
     id: str
     state: str
     started: str | None
     ended: str | None
     exit_status: int | None
-    """Of the `backlens` command; 3 is a run to be resumed."""
+    """Exit status of the `backlens` command; 3 means that the run can be resumed."""
     out: str | None
     entrypoint: str
     message: str | None
 
     @classmethod
-    def of(cls, job: "JobDetails") -> "_Line":
+    def of(cls, job: "JobDetails") -> "_JobLine":
         return cls(
             id=str(job.submission_id),
             state=job.status.value.lower(),

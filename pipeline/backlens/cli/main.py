@@ -1,6 +1,6 @@
-"""The `backlens` command: options to functions, errors to one line and an exit status.
+"""The `backlens` command: it passes options to functions, and turns errors into one line and an exit status.
 
-Everything heavy is imported inside the commands, so that `backlens --help` answers at once.
+The commands import what is heavy, so that `backlens --help` and a mistyped option answer at once.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,6 +10,7 @@ from cyclopts.config import Dict
 
 from backlens import __version__
 from backlens.cli.console import (
+    Debug,
     LogFormat,
     escape_what_cannot_be_shown,
     explained,
@@ -32,11 +33,12 @@ app = App(
     exit_on_error=False,
     suppress_keyboard_interrupt=False,
     version=__version__,
-    help="Gradients of language models, projected to the vocabulary, as Parquet tables.",
+    help="Write the gradients of language models, projected to the vocabulary, as Parquet tables.",
 )
 
-ConfigFile = Annotated[str | None, Parameter(help="A YAML file of options; the command line overrides it.")]
-Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
+ConfigFile = Annotated[
+    str | None, Parameter(help="A YAML file of options, which the command line overrides.")
+]
 DEFAULTS = RunConfig()
 PLAN_DEFAULTS = PlanOptions()
 DOCTOR_DEFAULTS = DoctorOptions()
@@ -49,17 +51,17 @@ def run(
     *,
     options: RunConfig = DEFAULTS,
     log_format: Annotated[
-        LogFormat, Parameter(help="Standard error as text, or as one JSON object per event and line.")
+        LogFormat, Parameter(help="Write standard error as text, or as one JSON object per event and line.")
     ] = "text",
     debug: Debug = False,
 ) -> int:
     """Project the gradients of every prompt and write the tables. The same command resumes a stopped run.
 
-    Without arguments it runs the bundled demo into ./demo-run.
+    Without arguments the bundled demo runs and writes ./demo-run.
 
     Example: backlens run --model gpt2 --prompts facts.jsonl --out ./run --modules all
     """
-    options = options.with_demo_defaults()
+    options.with_demo_defaults()  # raises for a missing option before anything heavy is imported
     from backlens.cli.run import print_report, shown_progress
     from backlens.engine.run import run as run_pipeline
 
@@ -78,10 +80,10 @@ def plan(
     options: RunConfig = DEFAULTS,
     debug: Debug = False,
 ) -> int:
-    """Say what a run would take: rows and bytes, work, memory and devices, time and cost.
+    """Estimate a run: rows and bytes, work, memory and devices, time and cost.
 
-    The model's folder needs no more than its config.json if --prompt-count stands in for prompts. If a small model's
-    weights are there, some prompts are computed with them, so that the sizes are the model's own.
+    With --prompt-count instead of prompts, the model's folder needs only its config.json. If the weights of a small
+    model are at hand, some prompts are computed with them to measure the sizes.
 
     Example: backlens plan --model gpt2 --prompt-count 100000 --cluster docs/h100.yaml
     """
@@ -101,8 +103,8 @@ def doctor(
 ) -> int:
     """Find the matrices of a model, and check its numbers on this machine.
 
-    Gradients against autograd, the lens against the logits, rows alone and in batches; the exit status is 1 if
-    something failed. For an unknown architecture: what its blocks hold, and a description to edit for --anatomy.
+    Compares gradients with autograd, the lens with the logits, and rows alone with rows in batches; the exit status is
+    1 if a check fails. For an unknown architecture it prints the blocks, and a description to edit for --anatomy.
 
     Example: backlens doctor --model gpt2 --prompts facts.jsonl
     """
@@ -123,10 +125,10 @@ def atlas(
     json: Annotated[bool, Parameter(negative=())] = False,
     debug: Debug = False,
 ) -> int:
-    """Build the index and summary tables of a run under OUT/atlas/; the same command goes on with a stopped build.
+    """Build the index and summary tables of a run under OUT/atlas/; the same command resumes a stopped build.
 
-    Neurons by their tokens and tokens by their neurons, summaries of both, curves by layer, and what the neurons' own
-    weights say, for which the run's model is read. An atlas of fewer shards than the run has by now is built again.
+    The tables are neurons by token and tokens by neuron, summaries of both, curves by layer, and the logit lens of the
+    neurons' weights, which needs the run's model. An atlas of fewer shards than the run has now is built again.
 
     Example: backlens atlas ./demo-run
 
@@ -135,18 +137,18 @@ def atlas(
     out
         The run directory.
     memory
-        What DuckDB may use, in each process; the rest is spilled to a folder beside the atlas.
+        Memory of DuckDB per process; what exceeds it goes to a folder beside the atlas.
     weights
-        Where the run's model is, if not where the run found it; "none" leaves out what its weights say.
+        Folder of the run's model, if it has moved; "none" leaves out the table of the weights.
     executor
-        local: this process. ray: a task per layer and range of tokens, each on one core.
+        local: this process. ray: one task per layer and range of tokens, on one core each.
     address
         A running Ray cluster, as for run; without it, --executor ray starts one on this machine.
     json
-        The manifest as JSON instead of a table.
+        Print the manifest as JSON instead of a table.
     """
     from backlens.atlas.build import BuildOptions
-    from backlens.cli.atlas import print_atlas
+    from backlens.cli.query import print_atlas
 
     return print_atlas(out, BuildOptions(memory, weights, executor, address), json)
 
@@ -173,10 +175,10 @@ def query(
     csv: Annotated[bool, Parameter(negative=())] = False,
     debug: Debug = False,
 ) -> int:
-    """Ask a run's tables: one of --token, --neuron, --prompt and --sql, or of the whole run --show or --compare.
+    """Query a run with one of --token, --neuron, --prompt and --sql, or the whole run with --show or --compare.
 
-    "promoted" counts bottom lists (an update subtracts gradients), "suppressed" top lists. `backlens atlas`
-    makes the answers about tokens and neurons fast; they are the same without it.
+    "promoted" tokens are those that an update raises (bottom lists), "suppressed" those that it lowers (top lists).
+    `backlens atlas` makes queries about tokens and neurons fast; the answers are the same without it.
 
     Example: backlens query ./demo-run --neuron 5.mlp.down.123 --show tokens
 
@@ -185,43 +187,43 @@ def query(
     out
         The run directory.
     token
-        A vocabulary token, its leading space included: where does it stand in a top or bottom list?
+        A vocabulary token with its leading space: show the top and bottom lists that hold it.
     neuron
-        layer.module.neuron such as 5.mlp.down.123, in expert 3 5.mlp.down.e3.123: what do gradients write into it?
+        layer.module.neuron such as 5.mlp.down.123, or 5.mlp.down.e3.123 in expert 3: show its gradients.
     prompt
-        A prompt_id: its top and bottom tokens by layer, module and position.
+        A prompt_id: show its top and bottom tokens by layer, module and position.
     sql
         One SELECT over the tables vocab, prompts, layers, neurons, tokens, failures and those of the atlas.
     show
-        Of a token places, neurons or layers; of a neuron prompts, tokens, summary or similar (neurons); of a prompt
-        positions, neurons, ranks (the target's, by layer) or tokens; of the run specific (neurons), tokens,
+        For a token: places, neurons or layers. For a neuron: prompts, tokens, summary or similar (neurons). For a
+        prompt: positions, neurons, ranks (of the target, by layer) or tokens. For the run: specific (neurons), tokens,
         curves, groups or coverage.
     compare
-        With --prompt another prompt_id; without, another run directory of the same prompts.
+        With --prompt, another prompt_id; otherwise another run directory of the same prompts.
     by
-        For groups: relation, subject, target, or a key of the prompts' meta.
+        For groups: relation, subject, target, or a key in the meta data of the prompts.
     layer
         Only this layer.
     module
         Only this module, e.g. mlp.down.
     position
-        For ranks: the position, from 0; by default the prompt's last.
+        For ranks: the position, from 0. Default: the last one of the prompt.
     min_prompts
-        For specific: neurons that are kept for fewer prompts are left out.
+        For specific: leave out neurons that are kept for fewer prompts.
     limit
-        Rows at most. By default a table shows 20 and says of how many; --json and --csv have all.
+        Print at most this many rows. Default: a table shows 20 and their total; --json and --csv print all.
     memory
-        What the question may take: a query of --sql that takes more is stopped.
+        Memory of the query; a query of --sql that needs more is stopped.
     json
-        JSON lines instead of a table. NaN and infinities, for which JSON has no word, are null.
+        Print JSON lines instead of a table. NaN and infinities, which JSON lacks, are null.
     csv
-        CSV, in UTF-8, instead of a table; lists and structs are JSON in it.
+        Print CSV in UTF-8 instead of a table; lists and structs are JSON in it.
     """
-    from backlens.cli.query import QueryOptions, print_answer
-
-    style: Literal["json", "csv", "table"] = "json" if json else "csv" if csv else "table"
     if json and csv:
         raise BacklensError("query: choose one of --json and --csv")
+    from backlens.cli.query import QueryOptions, Style, print_answer
+
+    style: Style = "json" if json else "csv" if csv else "table"
     question = QueryOptions(
         token, neuron, prompt, sql, show, compare, by, layer, module, position, min_prompts, limit, memory
     )
@@ -236,7 +238,7 @@ def status(
     json: Annotated[bool, Parameter(negative=(), help="One JSON object instead of a table.")] = False,
     debug: Debug = False,
 ) -> int:
-    """Say how far a run is, from its directory alone: shards, prompts, rows, rate, time left, who is at work.
+    """Show the state of a run from its directory alone: shards, prompts, rows, rate, time left, driver.
 
     Example: backlens status ./run
     """
@@ -251,12 +253,12 @@ def verify(
     /,
     *,
     every: Annotated[
-        bool, Parameter(negative=(), help="Go on after the first loss and list them all.")
+        bool, Parameter(negative=(), help="Continue after the first loss and list all.")
     ] = False,
     json: Annotated[bool, Parameter(negative=(), help="One JSON object instead of lines.")] = False,
     debug: Debug = False,
 ) -> int:
-    """Compare every committed file of a run with what was written: sizes, checksums, rows.
+    """Compare every committed file of a run with its record: size, checksum, rows.
 
     The exit status is 1 if a file is missing or has changed.
 
@@ -269,9 +271,9 @@ def verify(
 
 @app.command
 def submit(job_file: str, /, *, address: Address = None, debug: Debug = False) -> int:
-    """Run a command on a Ray cluster: a YAML file of `jobs/`. Submitted again, a stopped run goes on.
+    """Run the command of a job file on a Ray cluster, as in `jobs/`. Submitted again, a stopped run goes on.
 
-    Prints the job's id, for `backlens jobs`.
+    The package itself is sent along. Prints the job's id, for `backlens jobs`.
 
     Example: backlens submit jobs/project.yaml --address http://head:8265
     """
@@ -302,7 +304,7 @@ def plot(
 ) -> int:
     """Draw the paper's figures (needs the extra: pip install "backlens[plot]").
 
-    A heatmap has the top token of each layer and position over the bottom one, its colour is the VJP's norm:
+    A heatmap shows the top token of each layer and position above the bottom one, with the VJP's norm as colour:
     imprint with --module mlp.up (x), shift with --module mlp.down (δ). `backlens plot edits OUT` draws an edit sweep.
 
     Example: backlens plot ./demo-run --prompt 37 --module mlp.down --to heatmap.svg
@@ -312,16 +314,16 @@ def plot(
     out
         The run directory.
     figure
-        heatmap (the default with --prompt), norms (the same with numbers), ranks (the target's, by layer), or curves
+        heatmap (the default with --prompt), norms (a heatmap with numbers), ranks (of the target, by layer), or curves
         (over all prompts; the default without --prompt).
     prompt
         A prompt_id.
     module
-        Only this module; a heatmap is of one, mlp.down by default.
+        Only this module; a heatmap shows one, mlp.down by default.
     to
-        The file; its suffix (.png, .svg, .pdf) says the format. Named after the figure by default.
+        The file; its suffix (.png, .svg, .pdf) gives the format. Default: the name of the figure.
     """
-    from backlens.cli.plot import draw
+    from backlens.cli.serve import draw
 
     return draw(out, figure, prompt, module, to)
 
@@ -357,7 +359,7 @@ def call(tokens: list[str]) -> int:
 
 
 def _use_config_file(tokens: list[str]) -> None:
-    """If a command is given a YAML file, make its options the defaults of this call."""
+    """Make the options of the command's YAML file, if it has one, the defaults of this call."""
     _, bound, *_ = app.parse_args(tokens)
     path = bound.arguments.get("config_file")
     if path is not None:
@@ -366,7 +368,7 @@ def _use_config_file(tokens: list[str]) -> None:
 
 
 def _replayed(path: str) -> dict[str, Any]:
-    """The options of a YAML file; of a run directory's own file, those of that run in that directory."""
+    """Read the options of a YAML file; those in a run directory's own file name that directory."""
     from backlens.store.input_paths import located, replayed_run
 
     replayed = replayed_run(path)

@@ -1,27 +1,33 @@
-"""`backlens query`: one question, answered as a table, JSON lines or CSV."""
+"""`backlens atlas` and `backlens query`: build a run's index, and answer one question as a table, JSON lines or CSV."""
 
+import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pyarrow as pa
-import pyarrow.csv
 from rich.table import Table
 
-from backlens.atlas.atlas import Atlas
-from backlens.atlas.database import MEMORY_LIMIT, TooLarge
-from backlens.atlas.names import Neuron, parse_neuron
-from backlens.atlas.untrusted_sql import bounded_memory, bytes_of
-from backlens.cli.console import WIDE, console, say, say_json
-from backlens.display import Answer, cell_text, shown_columns, visible
+from backlens.cli.console import console, progress_bar, say, say_json
 from backlens.errors import BacklensError, nearest
-from backlens.printable import json_text
+from backlens.printable import human_bytes, json_text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from rich.progress import Progress
+
+    from backlens.atlas.atlas import Atlas
+    from backlens.atlas.build import BuildOptions, BuildProgress
+    from backlens.atlas.manifest import Manifest
+    from backlens.atlas.names import Neuron
+    from backlens.display import Answer
+    from backlens.store.directory import Directory
 
 Style = Literal["table", "json", "csv"]
 ROWS = 20
-"""Of a table, where no --limit is given; JSON and CSV have all."""
+"""Rows of a printed table without --limit; JSON and CSV have all rows."""
 BATCH = 8192
 
 
@@ -29,19 +35,19 @@ BATCH = 8192
 class QueryOptions:
     """The options of `backlens query`."""
 
-    token: str | None = None
-    neuron: str | None = None
-    prompt: int | None = None
-    sql: str | None = None
-    show: str | None = None
-    compare: str | None = None
-    by: str = "relation"
-    layer: int | None = None
-    module: str | None = None
-    position: int | None = None
-    min_prompts: int = 5
-    limit: int | None = None
-    memory: str = MEMORY_LIMIT
+    token: str | None
+    neuron: str | None
+    prompt: int | None
+    sql: str | None
+    show: str | None
+    compare: str | None
+    by: str
+    layer: int | None
+    module: str | None
+    position: int | None
+    min_prompts: int
+    limit: int | None
+    memory: str
 
 
 SHOWS = {
@@ -50,19 +56,25 @@ SHOWS = {
     "prompt": ("positions", "neurons", "ranks", "tokens"),
     "run": ("specific", "tokens", "curves", "groups", "coverage"),
 }
-"""What `--show` can ask of each kind of thing; the first is what is shown without it."""
+"""The values of --show per kind of question; the first one is the default."""
 
 
 def print_answer(out: str, question: QueryOptions, style: Style) -> int:
-    """Answer the one question that is asked and return the exit status."""
+    """Print the answer to the one question that the options ask, and return the exit status."""
     kind = _kind(question)
+    show = _show(question, kind)
+    if question.compare is not None and kind == "prompt":
+        _prompt_number(question.compare)
+    from backlens.atlas.atlas import Atlas
+    from backlens.atlas.database import TooLarge
+    from backlens.atlas.untrusted_sql import bytes_of
+
     if style == "table" and question.limit is None:
         question = replace(question, limit=ROWS)
     bytes_of(question.memory)
     atlas = Atlas(out, memory=question.memory)
     if atlas.note:
         say(atlas.note, stderr=True)
-    show = _show(question, kind)
     try:
         answer = _answer(atlas, question, kind, show)  # first, so that nothing is printed before a refusal
     except TooLarge as error:
@@ -71,7 +83,7 @@ def print_answer(out: str, question: QueryOptions, style: Style) -> int:
         _print_prompt(atlas.prompt(question.prompt).to_pylist()[0])
         if question.compare is not None:
             _print_prompt(atlas.prompt(_prompt_number(question.compare)).to_pylist()[0])
-    _print(answer, style)
+    _print_rows(answer, style)
     if style == "table" and _is_of_neurons(kind, show):
         say(atlas.cut_off)
     if style == "table" and show == "summary" and atlas.weights_note:
@@ -80,19 +92,19 @@ def print_answer(out: str, question: QueryOptions, style: Style) -> int:
 
 
 def _kind(question: QueryOptions) -> str:
-    """What is asked about: a token, a neuron, a prompt, SQL's tables, or the run."""
-    asked = {
+    """Return the subject of the question: token, neuron, prompt, sql, or run."""
+    subjects = {
         "--token": question.token,
         "--neuron": question.neuron,
         "--prompt": question.prompt,
         "--sql": question.sql,
     }
-    named = [flag for flag, value in asked.items() if value is not None]
+    named = [flag for flag, value in subjects.items() if value is not None]
     of_run = not named and (question.show is not None or question.compare is not None)
     if len(named) != 1 and not of_run:
         found = " and ".join(named) or "none of them"
         raise BacklensError(
-            f"query: give exactly one of {', '.join(asked)} (given: {found}), or of the whole run --show "
+            f"query: give exactly one of {', '.join(subjects)} (given: {found}), or of the whole run --show "
             f"{', '.join(SHOWS['run'])}"
         )
     if question.sql is not None and (question.layer is not None or question.module is not None):
@@ -123,14 +135,18 @@ def _show(question: QueryOptions, kind: str) -> str:
     return question.show
 
 
-def _answer(atlas: Atlas, question: QueryOptions, kind: str, show: str) -> Answer:
+def _answer(atlas: "Atlas", question: QueryOptions, kind: str, show: str) -> "Answer":
     within = {"limit": question.limit, "layer": question.layer, "module": question.module}
     if question.sql is not None:
+        from backlens.atlas.untrusted_sql import bounded_memory
+
         with bounded_memory(question.memory):
             return atlas.sql(question.sql, question.limit, as_text=True)
     if question.token is not None:
         return _of_token(atlas, question.token, show, within)
     if question.neuron is not None:
+        from backlens.atlas.names import parse_neuron
+
         _refuse_contradiction(question, parse_neuron(question.neuron))
         return _of_neuron(atlas, question.neuron, show, question.limit)
     if question.prompt is not None:
@@ -146,14 +162,14 @@ def _answer(atlas: Atlas, question: QueryOptions, kind: str, show: str) -> Answe
     return atlas.coverage(**within) if show == "coverage" else atlas.layer_curves(**within)
 
 
-def _of_token(atlas: Atlas, token: str, show: str, within: dict[str, Any]) -> Answer:
+def _of_token(atlas: "Atlas", token: str, show: str, within: dict[str, Any]) -> "Answer":
     if show == "neurons":
         return atlas.token_neurons(token, **within)
     return atlas.token_layers(token, **within) if show == "layers" else atlas.by_token(token, **within)
 
 
-def _refuse_contradiction(question: QueryOptions, neuron: Neuron) -> None:
-    """The address says where the neuron is; an option that says otherwise would be ignored."""
+def _refuse_contradiction(question: QueryOptions, neuron: "Neuron") -> None:
+    """Refuse a --layer or --module that differs from the neuron's address, which alone counts."""
     said = (("layer", question.layer, neuron.layer), ("module", question.module, neuron.module))
     for flag, given, own in said:
         if given is not None and given != own:
@@ -162,7 +178,7 @@ def _refuse_contradiction(question: QueryOptions, neuron: Neuron) -> None:
             )
 
 
-def _of_neuron(atlas: Atlas, neuron: str, show: str, limit: int | None) -> Answer:
+def _of_neuron(atlas: "Atlas", neuron: str, show: str, limit: int | None) -> "Answer":
     if show == "tokens":
         return atlas.neuron_tokens(neuron, limit)
     if show == "summary":
@@ -171,8 +187,8 @@ def _of_neuron(atlas: Atlas, neuron: str, show: str, limit: int | None) -> Answe
 
 
 def _of_prompt(
-    atlas: Atlas, question: QueryOptions, prompt: int, show: str, within: dict[str, Any]
-) -> Answer:
+    atlas: "Atlas", question: QueryOptions, prompt: int, show: str, within: dict[str, Any]
+) -> "Answer":
     if question.compare is not None:
         return atlas.compare_prompts(prompt, _prompt_number(question.compare), **within)
     if show == "neurons":
@@ -190,11 +206,11 @@ def _prompt_number(text: str) -> int:
 
 
 def _is_of_neurons(kind: str, show: str) -> bool:
-    """Whether an answer is about neurons, of which only the strongest are there."""
+    """Tell whether the answer is about neurons, of which a run keeps only the strongest."""
     return kind == "neuron" or show in ("neurons", "layers", "specific") or (kind, show) == ("run", "tokens")
 
 
-def _print(answer: Answer, style: Style) -> None:
+def _print_rows(answer: "Answer", style: Style) -> None:
     if style == "json":
         for batch in answer.table.to_batches(max_chunksize=BATCH):
             for row in batch.to_pylist(maps_as_pydicts="strict"):
@@ -205,8 +221,11 @@ def _print(answer: Answer, style: Style) -> None:
         _print_table(answer)
 
 
-def _print_csv(answer: pa.Table) -> None:
-    """In UTF-8, as it is in the tables; on a terminal, with its control characters escaped."""
+def _print_csv(answer: "pa.Table") -> None:
+    """Print CSV in UTF-8; on a terminal, with control characters escaped."""
+    import pyarrow as pa
+    import pyarrow.csv
+
     written = BytesIO() if sys.stdout.isatty() else sys.stdout.buffer
     flat = pa.schema([(field.name, _in_one_cell(field.type)) for field in answer.schema])
     with pyarrow.csv.CSVWriter(written, flat) as writer:
@@ -217,12 +236,16 @@ def _print_csv(answer: pa.Table) -> None:
         say(written.getvalue().decode(), end="")
 
 
-def _in_one_cell(of: pa.DataType) -> pa.DataType:
+def _in_one_cell(of: "pa.DataType") -> "pa.DataType":
+    import pyarrow as pa
+
     return pa.string() if pa.types.is_nested(of) or pa.types.is_dictionary(of) else of
 
 
-def _flattened(batch: pa.RecordBatch) -> Iterator[pa.Array]:
-    """The columns, those of lists and structs as JSON."""
+def _flattened(batch: "pa.RecordBatch") -> Iterator["pa.Array"]:
+    """Yield the columns, with lists and structs as JSON."""
+    import pyarrow as pa
+
     for column in batch.columns:
         if pa.types.is_nested(column.type):
             values = column.to_pylist(maps_as_pydicts="strict")
@@ -231,20 +254,92 @@ def _flattened(batch: pa.RecordBatch) -> Iterator[pa.Array]:
             yield column.cast(_in_one_cell(column.type))
 
 
-def _print_table(answer: Answer) -> None:
+def _print_table(answer: "Answer") -> None:
+    from backlens.display import cell_text, shown_columns
+
     names = shown_columns(answer.table)
     table = Table(*names)
     for column in table.columns:
         column.overflow = "fold"
     for row in answer.table.select(names).to_pylist():
         table.add_row(*(cell_text(value) for value in row.values()))
-    console(wide=WIDE).print(table)
+    console().print(table)
     rows, total = answer.table.num_rows, answer.total
     say(f"{rows:,} rows" if rows >= total else f"{rows:,} of {total:,} rows (--limit)")
 
 
 def _print_prompt(row: dict[str, Any]) -> None:
+    from backlens.display import visible
+
     say(f"prompt {row['prompt_id']}: {visible(row['prompt'])} → {visible(row['target'])}")
     say(
         f"loss {row['loss']:.3f}, target probability {row['target_prob']:.3g}, target rank {row['target_rank']}"
     )
+
+
+def print_atlas(out: str, options: "BuildOptions", as_json: bool) -> int:
+    """Build the atlas, print its tables, and return the exit status."""
+    from backlens.atlas.build import build_atlas
+    from backlens.store.directory import Directory
+
+    directory = Directory.at(out)
+    with _shown_progress() as progress:
+        manifest = build_atlas(directory, progress, options)
+    if as_json:
+        say(manifest.to_json().decode(), end="")
+    else:
+        _print_manifest(directory, manifest)
+    return 0
+
+
+@contextmanager
+def _shown_progress() -> Iterator["BuildProgress"]:
+    """Show a bar on a terminal, and lines elsewhere."""
+    from rich.progress import TimeElapsedColumn
+
+    with progress_bar(TimeElapsedColumn()) as bar:
+        yield _BuildLines() if bar is None else _BuildBar(bar)
+
+
+class _BuildBar:
+    def __init__(self, bar: "Progress") -> None:
+        self._bar = bar
+
+    def planned(self, text: str, pieces: int) -> None:
+        self._bar.console.print(text, highlight=False)
+        self._task = self._bar.add_task("layers", total=pieces)
+
+    def finished(self, piece: str, pieces: int, kept: bool) -> None:
+        self._bar.update(self._task, advance=1, total=pieces, description=piece)
+
+
+class _BuildLines:
+    def planned(self, text: str, pieces: int) -> None:
+        self._done = 0
+        say(text, stderr=True)
+
+    def finished(self, piece: str, pieces: int, kept: bool) -> None:
+        self._done += 1
+        before = " (done before)" if kept else ""
+        say(f"{self._done} of {pieces} pieces: {piece}{before}", stderr=True)
+
+
+def _print_manifest(directory: "Directory", manifest: "Manifest") -> None:
+    from backlens.atlas.manifest import ATLAS
+
+    shown = console()
+    shown.print(f"{directory}/{ATLAS}: {manifest.shards:,} shards, built in {manifest.seconds:.1f} s")
+    table = Table("table", "rows", "size", "files")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    sizes = manifest.sizes
+    for name, rows in manifest.rows.items():
+        table.add_row(name, f"{rows:,}", human_bytes(sizes[name]), str(len(manifest.files[name])))
+    table.add_row("all", f"{sum(manifest.rows.values()):,}", human_bytes(sum(sizes.values())), "")
+    shown.print(table)
+    shown.print(str(manifest.cut_off))
+    shown.print(str(manifest.weights), soft_wrap=True)
+    shown.print("Next:")
+    out = shlex.quote(str(directory))
+    shown.print(f"  backlens query {out} --show specific", soft_wrap=True)
+    shown.print(f"  backlens query {out} --show curves --module mlp.down", soft_wrap=True)

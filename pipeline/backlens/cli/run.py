@@ -1,26 +1,21 @@
-"""Progress of a run: a bar on a terminal, plain lines elsewhere. Both go to standard error.
-
-What a command prints when it is done.
-
-`backlens status` and `verify`: how far a run is, and whether its files are whole.
-"""
+"""The output of `backlens run`, `status` and `verify`: progress on standard error, and reports."""
 
 import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import Progress, TextColumn
 from rich.table import Table
 
-from backlens.cli.console import LogFormat, console, duration, say, say_json
+from backlens.cli.console import LogFormat, console, progress_bar, say, say_json
 from backlens.engine.executors.base import ReplicaCounts
 from backlens.engine.plan import RunPlan
 from backlens.engine.run import NoProgress, Report
 from backlens.engine.run import RunProgress as ProgressProtocol
+from backlens.printable import human_bytes, human_seconds
 from backlens.prompts.prompt import subject_lines
 from backlens.store.commit import ShardCommit
 from backlens.store.status import RunStatus, run_status, verify
@@ -30,16 +25,12 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def shown_progress(format: LogFormat) -> Iterator[ProgressProtocol]:
-    """What suits standard error."""
+    """Choose the progress for standard error: events, lines, or a bar on a terminal."""
     if format == "json":
         yield NoProgress()
         return
-    if not sys.stderr.isatty():
-        yield PlainProgress()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
-    with Progress(*columns, TextColumn("{task.fields[pace]}"), console=console(stderr=True)) as bar:
-        yield BarProgress(bar)
+    with progress_bar(TextColumn("prompts"), TextColumn("{task.fields[pace]}")) as bar:
+        yield PlainProgress() if bar is None else BarProgress(bar)
 
 
 class BarProgress:
@@ -58,8 +49,8 @@ class BarProgress:
         self._bar.update(self._task, description="projecting")
         self._pace.begin()
 
-    def committed(self, commit: ShardCommit, standing: ReplicaCounts) -> None:
-        self._bar.update(self._task, advance=commit.prompts, pace=self._pace.after(commit, standing))
+    def committed(self, commit: ShardCommit, counts: ReplicaCounts) -> None:
+        self._bar.update(self._task, advance=commit.prompts, pace=self._pace.after(commit, counts))
 
     def note(self, text: str) -> None:
         self._bar.console.print(text)
@@ -77,8 +68,8 @@ class PlainProgress:
         self._shown_at = time.monotonic()
         self.note(_start_line(workers, devices, seconds))
 
-    def committed(self, commit: ShardCommit, standing: ReplicaCounts) -> None:
-        pace, now = self._pace.after(commit, standing), time.monotonic()
+    def committed(self, commit: ShardCommit, counts: ReplicaCounts) -> None:
+        pace, now = self._pace.after(commit, counts), time.monotonic()
         if not self._pace.left or now - self._shown_at >= SECONDS_BETWEEN_LINES:
             self._shown_at = now
             self.note(f"{self._pace.done:,} of {self._pace.total:,} prompts, {pace}")
@@ -88,7 +79,7 @@ class PlainProgress:
 
 
 class _Pace:
-    """How fast a run goes, how long it will take, and what has gone wrong so far."""
+    """The speed of a run, its time left, and its failures and retries so far."""
 
     def __init__(self, total: int, done: int) -> None:
         self.total = total
@@ -104,7 +95,7 @@ class _Pace:
     def begin(self) -> None:
         self._started = time.monotonic()
 
-    def after(self, commit: ShardCommit, standing: ReplicaCounts) -> str:
+    def after(self, commit: ShardCommit, counts: ReplicaCounts) -> str:
         self.done += commit.prompts
         self._prompts += commit.prompts
         self._failures += commit.rows.get("failures", 0)
@@ -113,10 +104,10 @@ class _Pace:
         rate = self._prompts / seconds
         parts = [f"{rate:,.1f} prompts/s", f"{self._tokens / seconds:,.0f} tokens/s"]
         if self.left:
-            parts.append(f"{duration(self.left / rate)} left")
-        parts.append(_counted(standing.replicas, "replica"))
-        if standing.retries:
-            parts.append(_counted(standing.retries, "retry", "retries"))
+            parts.append(f"{human_seconds(self.left / rate)} left")
+        parts.append(_counted(counts.replicas, "replica"))
+        if counts.retries:
+            parts.append(_counted(counts.retries, "retry", "retries"))
         if self._failures:
             parts.append(_counted(self._failures, "failure"))
         return ", ".join(parts)
@@ -152,7 +143,7 @@ STAGES = {
 
 
 def print_report(report: Report) -> None:
-    """Prompts, rows, speed, where the time went, and what to do next."""
+    """Print prompts, rows, speed, the time per stage, and what to do next."""
     shown = console()
     none_done = _none_done(report)
     if none_done:
@@ -181,7 +172,7 @@ def print_report(report: Report) -> None:
 
 
 def _none_done(report: Report) -> bool:
-    """Whether every prompt failed: then there is nothing to ask the run, and that is the first thing to say."""
+    """Tell whether every prompt failed: the report then begins with that, and proposes no queries."""
     return bool(report.rows.get("failures")) and not report.rows.get("prompts")
 
 
@@ -198,11 +189,11 @@ def _print_failures(shown: Console, report: Report) -> None:
 
 
 def _troubles(report: Report) -> Iterator[str]:
-    """What went wrong and was mended, and what the prompts do not say."""
-    standing = report.standing
-    if standing.deaths:
-        yield f"workers that died and were replaced: {standing.deaths} ({standing.replicas} at work at the end)"
-        yield f"shards that were given out again: {standing.retries}"
+    """Say what failed and was repaired, and which prompts lack their subject."""
+    counts = report.replicas
+    if counts.deaths:
+        yield f"workers that died and were replaced: {counts.deaths} ({counts.replicas} at work at the end)"
+        yield f"shards that were given out again: {counts.retries}"
     if report.out_of_memory:
         yield (
             f"batches that did not fit into memory and were made smaller: {report.out_of_memory} "
@@ -212,7 +203,7 @@ def _troubles(report: Report) -> Iterator[str]:
 
 
 def next_commands(out: str, prompt: int) -> tuple[str, str, str]:
-    """Three questions worth asking of any run; `prompt` is one that it holds."""
+    """Return three useful queries for any run; `prompt` is a prompt_id that has rows."""
     out = shlex.quote(out)
     return (
         f"backlens query {out} --prompt {prompt}",
@@ -232,7 +223,7 @@ def _rows_table(report: Report) -> Table:
 
 
 def _stages_table(report: Report) -> Table:
-    """Worker seconds; writing overlaps computing, so the sum can exceed the wall time."""
+    """Show worker seconds; writing overlaps computing, so their sum can exceed the wall time."""
     table = Table("stage", "seconds", "share")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -260,7 +251,7 @@ def print_status(out: str, as_json: bool) -> int:
 
 
 def print_verified(out: str, every: bool, as_json: bool) -> int:
-    """Compare the files at `out` with their records; the exit status is 1 if one differs."""
+    """Compare the files at `out` with their records, and return exit status 1 if one differs."""
     found = verify(out, stop_at_first=not every)
     if as_json:
         say_json(asdict(found))
@@ -285,12 +276,12 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
         f"{status.prompts_done:,} of {status.prompts:,} done{failed}",
     )
     yield "rows", ", ".join(f"{table} {rows:,}" for table, rows in status.rows.items()) or "none yet"
-    yield "size", f"{status.bytes / 1e6:,.1f} MB"
+    yield "size", human_bytes(status.bytes)
     if status.last_commit_at is not None:
         yield "last commit", status.last_commit_at
     if status.prompts_per_second is not None and status.seconds_left is not None:
         yield "rate", f"{status.prompts_per_second:,.2f} prompts/s"
-        yield "time left", f"about {duration(status.seconds_left)}"
+        yield "time left", f"about {human_seconds(status.seconds_left)}"
 
 
 def _state(status: RunStatus) -> str:

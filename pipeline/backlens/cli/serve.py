@@ -1,22 +1,25 @@
-"""`backlens serve` and `backlens export-html`: a run in a browser."""
+"""`backlens serve`, `export-html` and `plot`: a run in a browser, in one HTML file, and as a figure."""
 
 import contextlib
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from backlens.cli.console import say
-from backlens.errors import BacklensError
+from backlens.cli.console import Debug, require_folder, say
+from backlens.errors import BacklensError, nearest
 from backlens.store.directory import replacing
 
-Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
+if TYPE_CHECKING:
+    from backlens.atlas import Atlas
+
 SECONDS = 10.0
-"""A page may take."""
+"""Longest time for a page."""
 MEMORY = "400MB"
-"""For DuckDB: all questions that are asked at a time, together."""
+"""Memory of DuckDB, for all pages at a time together."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
+FIGURES = ("heatmap", "norms", "ranks", "curves")
 
 
 def serve(
@@ -31,8 +34,8 @@ def serve(
 ) -> int:
     """Explore a run in a browser, on this machine only (needs the extra: pip install "backlens[serve]").
 
-    Tokens, neurons, prompts and layers; every page has an address to keep, and twins in JSON and CSV. Needs the
-    atlas (`backlens atlas OUT`), never writes, and has no password. Ctrl-C stops it.
+    Shows tokens, neurons, prompts and layers; every page has a permanent address, and JSON and CSV under similar ones.
+    Needs the atlas (`backlens atlas OUT`), never writes, and has no password. Ctrl-C stops it.
 
     Example: backlens serve ./demo-run
 
@@ -41,14 +44,15 @@ def serve(
     out
         The run directory.
     host
-        The address to listen on. Other than 127.0.0.1, whoever reaches it can read the run.
+        The address to listen on. At any other than 127.0.0.1, everybody who reaches it can read the run.
     port
-        0 for any that is free.
+        The port; 0 for any free one.
     allow_host
-        Another name under which browsers reach it, such as that of a proxy; may be repeated.
+        Another host name that browsers use for it, such as that of a proxy; may be repeated.
     sql
-        Also a page that runs a visitor's SELECT, with limits on time, memory and rows.
+        Add a page that runs a visitor's SELECT, with limits on time, memory and rows.
     """
+    _check_port(port)
     _require_extra()
     import uvicorn
 
@@ -69,7 +73,7 @@ def serve(
         config = uvicorn.Config(
             app, log_level="warning", server_header=False, lifespan="off", timeout_graceful_shutdown=2
         )
-        # Ctrl-C is how a server is meant to end: uvicorn ends, and raises it once more.
+        # Ctrl-C is the usual end of a server: uvicorn ends, and raises it again.
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
     return 0
@@ -89,12 +93,11 @@ def export_html(out: str, /, *, prompt: int, to: str | None = None, debug: Debug
     to
         The file; by default prompt-37.html for prompt 37.
     """
+    target = Path(to or f"prompt-{prompt}.html")
+    require_folder(str(target), "--to")
     from backlens.atlas import Atlas
     from backlens.serve.pages import prompt_document
 
-    target = Path(to or f"prompt-{prompt}.html")
-    if not target.parent.is_dir():
-        raise BacklensError(f"--to {target}: there is no folder {target.parent}; make it first")
     atlas = Atlas(out, seconds=SECONDS, memory=MEMORY)
     if atlas.note:
         say(atlas.note, stderr=True)
@@ -104,7 +107,7 @@ def export_html(out: str, /, *, prompt: int, to: str | None = None, debug: Debug
 
 
 def _write(target: Path, document: str) -> None:
-    """Whole or not at all."""
+    """Write the file whole or not at all."""
     try:
         with replacing(target) as temporary:
             Path(temporary).write_text(document, "utf-8")
@@ -123,12 +126,10 @@ def _require_extra() -> None:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket whose answers leave at once.
+    """Open a socket that sends small answers at once.
 
-    asyncio sees to that for sockets of its own making; without it small pages wait 40 ms for the client's ACK.
+    asyncio does this for the sockets that it makes; otherwise small pages wait 40 ms for the client's ACK.
     """
-    if not 0 <= port <= 65535:
-        raise BacklensError(f"--port {port}: give 1 to 65535, or 0 for any that is free")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family)
@@ -141,5 +142,71 @@ def listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def _check_port(port: int) -> None:
+    if not 0 <= port <= 65535:
+        raise BacklensError(f"--port {port}: give 1 to 65535, or 0 for any that is free")
+
+
 def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
+
+
+def draw(out: str, figure: str | None, prompt: int | None, module: str | None, to: str | None) -> int:
+    """Draw one figure of a run to a file, and return the exit status."""
+    kind = figure or ("curves" if prompt is None else "heatmap")
+    if kind not in FIGURES:
+        raise BacklensError(f"--figure {kind}: there are {', '.join(FIGURES)}{nearest(kind, FIGURES)}")
+    if prompt is None and kind != "curves":
+        raise BacklensError(f"plot: the figure {kind} shows one prompt; give --prompt")
+    if prompt is not None and kind == "curves":
+        raise BacklensError("plot: curves show all prompts; leave out --prompt, or use --figure ranks")
+    from backlens.figures import check_target, missing_letters, require_matplotlib, save
+
+    require_matplotlib()
+    target = check_target(to or _file_name(kind, prompt, module))
+    is_vector = target.suffix.lower() == ".svg"
+    from backlens.atlas import Atlas
+
+    atlas = Atlas(out)
+    if atlas.note:
+        say(atlas.note, stderr=True)
+    from backlens.figures.curves import draw_curves, draw_ranks
+    from backlens.figures.heatmap import draw_heatmap
+    from backlens.heatmap import default_module, make_layer_curves
+
+    note = None
+    if prompt is None:
+        rows, vocabulary = atlas.layer_curves().to_pylist(), atlas.vocabulary
+        curves = {name: make_layer_curves(rows, name, vocabulary) for name in _modules(atlas, module)}
+        drawn = draw_curves(curves, _prompts(atlas))
+    elif kind == "ranks":
+        heatmaps = [atlas.heatmap(prompt, name) for name in _modules(atlas, module, prompt)]
+        drawn = draw_ranks(heatmaps, is_vector)
+        note = missing_letters([heatmaps[0].prompt], is_vector)
+    else:
+        heatmap = atlas.heatmap(prompt, module or default_module(_modules(atlas, None, prompt)))
+        drawn = draw_heatmap(heatmap, is_vector, "norms" if kind == "norms" else "tokens")
+        note = missing_letters(heatmap.texts, is_vector)
+    if note is not None:
+        say(note, stderr=True)
+    save(drawn, target)
+    say(target)
+    return 0
+
+
+def _modules(atlas: "Atlas", module: str | None, prompt: int | None = None) -> list[str]:
+    found = atlas.modules(module, prompt)
+    if not found:
+        raise BacklensError(f"plot: {atlas.snapshot.directory} has no rows to draw")
+    return found
+
+
+def _prompts(atlas: "Atlas") -> str:
+    """The prompts that a figure of the whole run is about."""
+    shards, planned = atlas.snapshot.shards, atlas.snapshot.record.plan.shards
+    return "all prompts of the run" if shards == planned else f"{shards} of {planned} shards of the run"
+
+
+def _file_name(kind: str, prompt: int | None, module: str | None) -> str:
+    parts = [kind, *([] if prompt is None else [str(prompt)]), *([] if module is None else [module])]
+    return f"{'-'.join(parts)}.png"

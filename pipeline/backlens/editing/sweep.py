@@ -319,7 +319,7 @@ def sweep(
             with executing(ray, reports.note) as executor:
                 executor.start(job)
                 for number, commit in enumerate(executor.run(iter(left)), start=1):
-                    cases, deaths = cases + commit.prompts, executor.standing().deaths
+                    cases, deaths = cases + commit.prompts, executor.counts().deaths
                     reports.done(len(done) + number, len(work))
                     lock.confirm()
             directory.remove_leftovers()  # files of workers that died

@@ -1,11 +1,9 @@
-"""What of a job's working directory is sent to the cluster: the code, not what has come to lie beside it.
+"""Job files and their submission to Ray's job server: a `backlens` command whose driver runs on the cluster.
 
-Ray sends the whole folder but for what .gitignore and .rayignore name, and its job server takes 100 MiB.
-
-Job files, and Ray's job server: a `backlens` command whose driver runs on the cluster.
-
-A job is a command line and where its code and its environment come from. Nothing about it is kept here: the run
-directory is the state, so a job that was stopped or lost its head node is resumed by submitting it again.
+A job is a command line and its environment. This package goes with it (Ray's `py_modules`), so driver and workers run
+the code that submitted the job, whatever the nodes have installed. A folder of the user may go too: without caches,
+run directories and models, because a job server takes 100 MiB. Nothing else about a job is kept here: the run
+directory is the state, so a job that was stopped or lost its head node goes on when it is submitted again.
 """
 
 import asyncio
@@ -21,45 +19,50 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from ray.exceptions import RayError
-from ray.job_submission import JobDetails, JobSubmissionClient
 
+import backlens
 from backlens.config import flag
-from backlens.engine.executors.ray_address import job_server
 from backlens.errors import BacklensError, nearest
+from backlens.printable import human_bytes
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 RUN = "run.json"
 MODEL = "config.json"
 WEIGHTS = re.compile(r".*\.safetensors|pytorch_model.*\.bin|.*\.safetensors\.index\.json|.*\.gguf")
-PACKAGE = "__init__.py"
+IN_PACKAGE = "__init__.py"
 MARKED = ("pyvenv.cfg", "CACHEDIR.TAG")
-"""Files that say of their folder: a virtual environment, a cache."""
+"""Files that mark their folder as a virtual environment or a cache."""
 CACHES = frozenset(
     (".git", ".venv", "venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis")
 ) | {".tox", ".nox", ".ipynb_checkpoints", "node_modules", ".cache"}
 PER_FILE = 80
-"""Bytes of a zip file's own for each, beside its name, twice."""
+"""Bytes that a zip file adds per file, besides its name twice."""
 MOSTLY = 0.8
+"""Share of a folder's bytes below which its largest entry is not named instead of it."""
+PACKAGE = Path(backlens.__file__).parent
+STOPPING_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A folder, and what of it stays here."""
+    """The part of a working directory that is sent."""
 
     excludes: tuple[str, ...]
-    """Patterns as in .gitignore; the last that fits a path says whether it stays."""
+    """Patterns of files that are not sent, as in .gitignore; the last one that matches a path decides."""
     left_out: tuple[str, ...]
-    """The run directories and models among it."""
+    """Run directories and models that are not sent."""
     bytes: int
 
 
 def bundle(folder: Path, excludes: Sequence[str], named: Collection[str]) -> Bundle:
-    """Caches, run directories and models stay here, but for models inside a Python package and what the job names.
+    """Choose the files to send: no caches, run directories or models, except those in `named` or in a Python package.
 
-    Raises BacklensError for more than the job server takes, with the largest folders.
+    Raises BacklensError, with the largest folders, if they are more than the job server takes.
     """
     from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 
@@ -70,11 +73,11 @@ def bundle(folder: Path, excludes: Sequence[str], named: Collection[str]) -> Bun
     sizes = _sizes(folder, patterns)
     total = sum(sizes.values())
     if total > DASHBOARD_CLIENT_MAX_SIZE:
-        largest = ", ".join(f"{path} {_mb(size)}" for path, size in _largest(sizes))
+        largest = ", ".join(f"{path} {human_bytes(size)}" for path, size in _largest(sizes))
         raise BacklensError(
-            f"working-dir: {folder}: {_mb(total)} would be sent, and a job server takes "
-            f"{_mb(DASHBOARD_CLIENT_MAX_SIZE)}; name under `excludes:` in the job file what the job does not need of "
-            f"{largest}"
+            f"working-dir: {folder}: {human_bytes(total)} would be sent, and a job server takes "
+            f"{human_bytes(DASHBOARD_CLIENT_MAX_SIZE)}; name under `excludes:` in the job file what the job does not "
+            f"need of {largest}"
         )
     return Bundle(patterns, tuple(path for path, is_data in leftovers.items() if is_data), total)
 
@@ -84,7 +87,7 @@ def _is_wanted(path: str, wanted: Sequence[str]) -> bool:
 
 
 def _leftovers(folder: Path, below: str, seen: set[str]) -> Iterator[tuple[str, bool]]:
-    """Folders that are no code, by their path, and whether somebody made them: a run directory, or a model."""
+    """Find the folders that are no code: their paths, and True for a run directory or a model, False for a cache."""
     real = os.path.realpath(folder)
     if real in seen:  # a link to a folder above
         return
@@ -93,7 +96,7 @@ def _leftovers(folder: Path, below: str, seen: set[str]) -> Iterator[tuple[str, 
         inside = sorted(os.scandir(folder), key=lambda each: each.name)
     except OSError:
         return
-    is_package = any(each.name == PACKAGE for each in inside)
+    is_package = any(each.name == IN_PACKAGE for each in inside)
     for each in inside:
         path = f"{below}{each.name}"
         if not each.is_dir():
@@ -121,7 +124,7 @@ def _escaped(path: str) -> str:
 
 
 def _sizes(folder: Path, excludes: Sequence[str]) -> Counter[str]:
-    """The bytes that each file takes in what Ray would send, found as Ray finds them."""
+    """Return the bytes per file in the archive that Ray would send, by Ray's own rules."""
     from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE, get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
@@ -139,21 +142,21 @@ def _sizes(folder: Path, excludes: Sequence[str]) -> Counter[str]:
 
 
 def _largest(sizes: Counter[str], most: int = 3) -> list[tuple[str, int]]:
-    """The heaviest of the folder's entries, each as deep as nearly all of it lies."""
-    found = [(_heart(sizes, name), size) for name, size in _inside(sizes, "").most_common(most)]
+    """Return the largest entries, each narrowed to the folder that holds nearly all of its bytes."""
+    found = [(_narrowed(sizes, name), size) for name, size in _inside(sizes, "").most_common(most)]
     return [(path, size) for path, size in found if size > sum(sizes.values()) / 20]
 
 
-def _heart(sizes: Counter[str], path: str) -> str:
+def _narrowed(sizes: Counter[str], path: str) -> str:
     inside = _inside(sizes, f"{path}/")
     if not inside:
         return path
     (name, size), *_ = inside.most_common(1)
-    return _heart(sizes, f"{path}/{name}") if size > MOSTLY * sum(inside.values()) else f"{path}/"
+    return _narrowed(sizes, f"{path}/{name}") if size > MOSTLY * sum(inside.values()) else f"{path}/"
 
 
 def _inside(sizes: Counter[str], prefix: str) -> Counter[str]:
-    """The bytes of what lies directly below."""
+    """Return the bytes of the entries directly below `prefix`."""
     inside: Counter[str] = Counter()
     for path, size in sizes.items():
         if path.startswith(prefix):
@@ -161,32 +164,22 @@ def _inside(sizes: Counter[str], prefix: str) -> Counter[str]:
     return inside
 
 
-def _mb(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
-
-
-ENTRY = Path("jobs", "entry.py")
-"""What a job runs in a working directory that brings the code with it."""
-
-STOPPING_SECONDS = 30.0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFile:
     """The content of a job file; its keys are these words, with dashes."""
 
     name: str
-    """What its submissions' ids begin with."""
+    """Prefix of the ids of its submissions."""
     command: tuple[str, ...]
     """The words after `backlens`."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """The command's options, under the same words as its flags."""
+    """The options of the command, under the words of its flags."""
     working_dir: Path | None = None
-    """A folder that is uploaded, and in which the job runs; a checkout of this project brings its own code."""
+    """A folder of the user that is uploaded, and in which the job runs; the package itself is always sent."""
     excludes: tuple[str, ...] = ()
-    """What of the working directory is not uploaded, as in .gitignore; `!name` takes along what else would not be."""
+    """Patterns of files that are not uploaded, as in .gitignore; `!name` uploads a folder that would stay."""
     image: str | None = None
-    """A container image with backlens in it, in place of a working directory."""
+    """A container image with backlens in it; Ray then takes neither a package nor a working directory."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the driver and of every worker."""
 
@@ -197,18 +190,17 @@ class JobFile:
 
     @property
     def entrypoint(self) -> str:
-        own_code = self.working_dir is not None and (self.working_dir / ENTRY).is_file()
-        return shlex.join([*(["python", str(ENTRY)] if own_code else ["backlens"]), *self.words])
+        return shlex.join(["python", "-m", "backlens", *self.words])
 
     @property
     def out(self) -> str | None:
-        """The run directory it writes to."""
+        """The run directory of the job."""
         named = self.options.get("out") or next(iter(self.command[1:]), None)
         return None if named is None else str(named)
 
     @property
     def values(self) -> list[str]:
-        """The words that may name a file or folder."""
+        """The words of the command line that may name a file or folder."""
         return [*self.command[1:], *map(str, self.options.values())]
 
     @property
@@ -222,9 +214,9 @@ class JobFile:
 
 
 def read_job(path: str) -> JobFile:
-    """Read a job file; a relative working directory is taken from where the file is.
+    """Read a job file; a relative working directory starts at the folder of the file.
 
-    Raises BacklensError for what is no job: unknown keys, no command, a run directory that the job would lose.
+    Raises BacklensError for unknown keys, a missing command, or a run directory that the job would lose.
     """
     content = _mapping(path)
     known = [flag(each.name) for each in fields(JobFile)]
@@ -263,16 +255,18 @@ def read_job(path: str) -> JobFile:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A job that the server has."""
+    """A job that the server has taken."""
 
     identity: str
     left_out: tuple[str, ...] = ()
-    """Run directories and models that lie in the working directory and were not sent."""
+    """Run directories and models in the working directory that were not sent."""
 
 
 def submit(job: JobFile, address: str | None) -> Submitted:
-    """Hand the job to the cluster's job server."""
-    for handler in logging.getLogger("ray").handlers:  # it tells of every file that it does not upload
+    """Send the job, this package and the working directory to the cluster's job server."""
+    import ray  # noqa: F401 - makes the handlers that would print every file that is not sent
+
+    for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.ERROR)
     environment, left_out = job.runtime_env, ()
     if job.working_dir is not None:
@@ -281,6 +275,11 @@ def submit(job: JobFile, address: str | None) -> Submitted:
     identity = f"{job.name}-{uuid.uuid4().hex[:8]}"
     metadata = {"out": job.out} if job.out is not None else {}
     with _server(address) as server:
+        if job.image is None:
+            # by itself: Ray would apply the working directory's `excludes` to the package as well
+            code = {"py_modules": [str(PACKAGE)], "excludes": ["__pycache__"]}
+            server._upload_py_modules_if_needed(code)
+            environment["py_modules"] = code["py_modules"]
         server.submit_job(
             entrypoint=job.entrypoint,
             runtime_env=environment,
@@ -290,8 +289,8 @@ def submit(job: JobFile, address: str | None) -> Submitted:
     return Submitted(identity, left_out)
 
 
-def job_details(identity: str | None, address: str | None) -> list[JobDetails]:
-    """One job, or every job that was submitted, oldest first."""
+def job_details(identity: str | None, address: str | None) -> "list[JobDetails]":
+    """Return one job, or all jobs that were submitted, the oldest first."""
     with _server(address) as server:
         if identity is not None:
             return [server.get_job_info(identity)]
@@ -300,12 +299,12 @@ def job_details(identity: str | None, address: str | None) -> list[JobDetails]:
 
 
 def job_logs(identity: str, address: str | None, follow: bool) -> Iterator[str]:
-    """What the job has printed, and with `follow` what it prints until it ends."""
+    """Yield the output of a job so far, and with `follow` until it ends."""
     with _server(address) as server:
         if not follow:
             yield server.get_job_logs(identity)
             return
-        server.get_job_info(identity)  # of an unknown job the stream of logs would only be empty
+        server.get_job_info(identity)  # raises for an unknown job, whose stream of logs would only be empty
         stream, loop = server.tail_job_logs(identity), asyncio.new_event_loop()
         try:
             while True:
@@ -317,8 +316,8 @@ def job_logs(identity: str, address: str | None, follow: bool) -> Iterator[str]:
             loop.close()
 
 
-def stop_job(identity: str, address: str | None) -> JobDetails:
-    """Stop a job and wait until it has; what it has committed stays."""
+def stop_job(identity: str, address: str | None) -> "JobDetails":
+    """Stop a job and wait until it has ended; its commits stay."""
     with _server(address) as server:
         server.stop_job(identity)
         ends = time.monotonic() + STOPPING_SECONDS
@@ -328,21 +327,26 @@ def stop_job(identity: str, address: str | None) -> JobDetails:
 
 
 @contextmanager
-def _server(address: str | None) -> Iterator[JobSubmissionClient]:
+def _server(address: str | None) -> Iterator["JobSubmissionClient"]:
+    from backlens.engine.executors.ray_address import job_server
+
     url = job_server(address)
-    # Ray prefers either of its variables to an address that it is given.
+    from ray.exceptions import RayError
+    from ray.job_submission import JobSubmissionClient
+
+    # Ray prefers its own variables to an address that it is given.
     os.environ["RAY_API_SERVER_ADDRESS"] = url
     try:
         yield JobSubmissionClient(url)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         said = _first_line(error)
-        if "status code 413" in said:  # of a proxy before it, for what it takes itself is known beforehand
-            said += "; the working directory is too large for what answers there: name more under `excludes:`"
+        if "status code 413" in said:  # from a proxy: the limit of the job server itself is checked before
+            said += "; the upload is too large for what answers there: name more files under `excludes:`"
         raise BacklensError(f"address: {url}: {said}") from error
 
 
 def _first_line(error: BaseException) -> str:
-    """What the job server said; of a traceback that it sent, the last line."""
+    """Return the first line of the job server's message, or the last line of a traceback that it sent."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1] if any(line.startswith("Traceback") for line in lines) or len(lines) > 3 else lines[0]
 
@@ -367,5 +371,5 @@ def _folder(path: str, named: str | None) -> Path | None:
 
 
 def _word(value: object) -> str:
-    """A YAML value as it would be typed."""
+    """Write a YAML value as a user would type it."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,11 +1,12 @@
-"""How large the weight matrices are whose gradients are wanted, and how many tokens reach each.
+"""The plan of a run: its options applied to the model's configuration and the prompts, and its fingerprint.
 
-A configuration resolved against the model's configuration and the prompts: what will run, and its fingerprint.
+It also says how large the weight matrices are whose gradients are computed, and how many tokens reach each.
 """
 
 import hashlib
 import math
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from backlens.config import RunConfig, parse_max_memory
+from backlens import demo
+from backlens.config import ResolvedConfig, RunConfig, parse_max_memory
 from backlens.engine.worker import RunSetup
 from backlens.errors import BacklensError
 from backlens.models.blocks import (
@@ -43,7 +45,7 @@ from backlens.terms import READS, parse_layers, parse_modules
 
 @dataclass(frozen=True, slots=True)
 class MatrixSize:
-    """One module of one layer; for experts, all of a layer's together."""
+    """One module of one layer; for experts, all those of the layer together."""
 
     layer: int
     module: str
@@ -53,9 +55,9 @@ class MatrixSize:
     """Width of the output."""
     experts: int = 1
     chosen: int = 1
-    """Experts that a token is routed to."""
+    """Experts per token."""
     routed: bool = False
-    """Whether it is that of experts."""
+    """True for the matrices of experts."""
 
     @property
     def neurons(self) -> int:
@@ -63,24 +65,24 @@ class MatrixSize:
 
     @property
     def leads(self) -> bool:
-        """Gate reads what up reads, k and v what q reads: the vectors are projected once."""
+        """False for gate, k and v: their inputs are those of up and q, and are projected once."""
         return self.module not in ("mlp.gate", "attn.k", "attn.v")
 
     def kept(self, neurons: int) -> int:
-        """Neurons kept of a matrix when so many are asked for (−1: all)."""
+        """Return how many neurons of a matrix are kept when `neurons` are requested (−1: all)."""
         return self.neurons if neurons < 0 else min(neurons, self.neurons)
 
     def tokens(self, tokens: float) -> float:
-        """Rows that so many tokens make: one for every expert they are routed to."""
+        """Return the rows that this many tokens make: one per expert that a token is routed to."""
         return tokens * self.chosen
 
     def seen_by(self, tokens: float) -> float:
-        """Matrices that a prompt of so many tokens is expected to reach, were its tokens routed at random."""
+        """Return the expected number of matrices that a prompt of this many tokens reaches, with random routing."""
         return self.experts * (1 - (1 - self.chosen / self.experts) ** tokens)
 
 
 def matrices_of(blocks: Sequence[Block], wanted: RowOptions, config: PretrainedConfig) -> list[MatrixSize]:
-    """The wanted matrices of the wanted layers."""
+    """Return the matrices that the run computes."""
     return [
         size
         for layer in wanted.layers
@@ -90,12 +92,12 @@ def matrices_of(blocks: Sequence[Block], wanted: RowOptions, config: PretrainedC
 
 
 def every_matrix(blocks: Sequence[Block], config: PretrainedConfig) -> list[MatrixSize]:
-    """All of the model's that have a module name."""
+    """Return all matrices of the model that have a module name."""
     return [size for layer, block in enumerate(blocks) for size in _sizes(layer, block, config)]
 
 
 def neuron_facts(blocks: Sequence[Block], config: PretrainedConfig) -> list[dict[str, Any]]:
-    """How many neurons each module has, for `run.json`: an entry for the layers that are alike in that."""
+    """Return the neurons per module for `run.json`, with one entry for layers of equal numbers."""
     layers: dict[tuple[str, int | None, int], list[int]] = {}
     for size in every_matrix(blocks, config):
         key = (size.module, size.experts if size.routed else None, size.neurons)
@@ -125,15 +127,15 @@ def _part(high: int, located: Located) -> int:
 
 MOST_SHARD_PROMPTS = 256
 SHARD_ROWS = 1_000_000
-"""Rows that a shard should not exceed by much: they are held in memory until they are written."""
+"""Rows that a shard should not exceed by much: they stay in memory until they are written."""
 CHARACTERS_PER_TOKEN = 3.5
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a configuration comes to."""
+    """Everything that will run."""
 
-    config: RunConfig
+    config: ResolvedConfig
     source: ModelSource
     model_config: PretrainedConfig
     survey: Survey
@@ -143,18 +145,17 @@ class RunPlan:
     """The model's blocks, without weights."""
     token_ids: tuple[int, ...] | None
     """The tokens in lists and ranks, ascending; None for every row of the unembedding."""
-
     norm_floor: float = 0.0
-    """The length below which a vector's lists are led by the final norm's bias; 0 if it has none."""
+    """Length of a vector below which the final norm's bias leads its lists; 0 without a bias."""
 
     @property
     def rows(self) -> int:
-        """Of the unembedding."""
+        """Rows of the unembedding."""
         return int(self.model_config.vocab_size)
 
     @property
     def tokens(self) -> int:
-        """How many are in lists and ranks."""
+        """Number of tokens in lists and ranks."""
         return self.rows if self.token_ids is None else len(self.token_ids)
 
     @property
@@ -177,13 +178,13 @@ class RunPlan:
 
     @property
     def unproven_cuts(self) -> dict[str, str]:
-        """By module that is asked for, the parts of fused matrices that --anatomy gives and nothing proves."""
+        """Parts of fused matrices, by module, that --anatomy states and nothing proves."""
         cuts = unproven_cuts(self.source.layout, self.model_config)
         return {module: cut for module, cut in cuts.items() if module in self.options.modules}
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a reader of the results should know of this model, a line each."""
+        """Lines about this model that a reader of the results should know."""
         said = []
         if self.unproven_cuts:
             cuts = ", ".join(f"{module} ({cut})" for module, cut in self.unproven_cuts.items())
@@ -195,11 +196,11 @@ class RunPlan:
             )
         return tuple(said)
 
-    def job(self, directory: Directory, proof: Proof) -> RunSetup:
-        """What every worker is told; `proof` is of the model that the plan was made for."""
+    def setup(self, directory: Directory, proof: Proof) -> RunSetup:
+        """Return the setup of the workers; `proof` belongs to the model of this plan."""
         return RunSetup(
             model=pinned(self.source, proof),
-            spread=spread_of(self.config),
+            device_map=spread_of(self.config),
             zero3=zero3_of(self.config),
             options=self.options,
             scaling=self.config.scaling,
@@ -213,13 +214,18 @@ class RunPlan:
 
 
 def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
-    """Resolve `config`: reads the model's configuration and every prompt once, loads no weights.
+    """Plan a run: read the model's configuration and every prompt once, and load no weights.
 
-    With `assumed`, prompts are as it says and none are read.
+    `assumed` replaces the prompts, of which none are read.
 
-    Raises BacklensError when model, prompts, layers or modules are not to be had, or, with `--on-error fail`,
-    when a prompt cannot be read.
+    Raises BacklensError if the model, the prompts, a layer or a module does not exist, and with `--on-error fail` if a
+    prompt cannot be read.
     """
+    config = config.with_demo_defaults()
+    if assumed is None and is_pipe(config.prompts):
+        raise BacklensError(
+            f"--prompts {config.prompts}: a plan reads the prompts twice; write them to a file"
+        )
     source = model_source(config)
     model_config = load_config(source)
     refuse_pickle(source)
@@ -249,7 +255,7 @@ def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
         activation_checkpointing=config.activation_checkpointing,
     )
     rows = int(model_config.vocab_size)
-    # Prompts that are only assumed need no tokenizer.
+    # Assumed prompts need no tokenizer.
     chosen = (
         token_ids(load_tokenizer(source), rows) if config.vocabulary == "tokenizer" and not assumed else None
     )
@@ -260,7 +266,7 @@ def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
             else f"has {len(chosen)} tokens (--vocabulary model: {rows})"
         )
         raise BacklensError(f"--top-k {config.top_k}: the vocabulary {counted}")
-    found = assumed or _survey(config)
+    found = assumed or survey(config.prompts, config.format, config.prompt_fields, config.limit)
     if found.first_rejected is not None and config.on_error == "fail":
         raise BacklensError(f"{found.first_rejected.message} (--on-error fail)")
     if not found.prompts:
@@ -269,14 +275,14 @@ def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
         found, options, matrices_of(blocks, options, model_config)
     )
     shards = ShardPlan(found.prompts, -(-found.prompts // size), size)
-    floor = norm_floor(model, blocks) if config.scaling == "raw" else 0.0  # a unit vector is long enough
+    floor = norm_floor(model, blocks) if config.scaling == "raw" else 0.0  # unit vectors are longer
     return RunPlan(config, source, model_config, found, shards, options, blocks, chosen, floor)
 
 
 def norm_floor(model: PreTrainedModel, blocks: Sequence[Block]) -> float:
-    """sqrt(ε d): a shorter vector reaches the logits at less than 1/√2 of its size, the final norm's bias at all of it.
+    """Return √(ε d): the final norm shrinks a shorter vector to less than 1/√2 of its size, but not its own bias.
 
-    Without any bias behind the blocks there is none to lead the lists, which then do not depend on the length.
+    Without a bias behind the blocks the lists do not depend on the length, and the result is 0.
     """
     inside = {id(module) for block in blocks for module in block.module.modules()}
     behind = [module for module in model.modules() if id(module) not in inside]
@@ -290,16 +296,10 @@ def norm_floor(model: PreTrainedModel, blocks: Sequence[Block]) -> float:
     return math.sqrt(eps[-1] * int(model.config.get_text_config().hidden_size)) if eps and has_bias else 0.0
 
 
-def _survey(config: RunConfig) -> Survey:
-    assert config.prompts is not None
-    return survey(config.prompts, config.format, config.prompt_fields, config.limit)
-
-
 def model_source(config: RunConfig) -> ModelSource:
-    """Which model a configuration names, and how to load it."""
-    assert config.model is not None
+    """Return the model that the options name, or the demo's, and how to load it."""
     return ModelSource(
-        config.model,
+        config.model or str(demo.MODEL),
         config.revision,
         config.dtype,
         config.attention,
@@ -309,8 +309,17 @@ def model_source(config: RunConfig) -> ModelSource:
     )
 
 
+def is_pipe(path: str) -> bool:
+    """Tell whether a path can be read only once: a pipe, a process substitution, a terminal."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
 def spread_of(config: RunConfig) -> DeviceMapOptions | None:
-    """How a copy of the model is to be spread over devices. No part of the fingerprint: rows are the same."""
+    """Return how a copy of the model is divided over devices; not in the fingerprint, as rows are equal."""
     if config.sharding != "accelerate":
         return None
     offload = os.path.abspath(config.offload) if config.offload is not None else None
@@ -318,12 +327,12 @@ def spread_of(config: RunConfig) -> DeviceMapOptions | None:
 
 
 def zero3_of(config: RunConfig) -> Zero3 | None:
-    """Over how many processes a copy of the model is to be partitioned. No part of the fingerprint either."""
+    """Return how a copy of the model is divided over processes; not in the fingerprint, as rows are equal."""
     return Zero3(config.ranks_per_replica, config.offload_to_cpu) if config.sharding == "zero3" else None
 
 
 def fingerprint(plan: RunPlan, proof: Proof) -> dict[str, FingerprintValue]:
-    """Everything that changes results, in the words of the command line."""
+    """Return everything that changes results, in the words of the command line."""
     config = plan.config
     values: dict[str, FingerprintValue] = {
         "model": f"weights {proof.weights[:16]}",
@@ -354,7 +363,7 @@ def fingerprint(plan: RunPlan, proof: Proof) -> dict[str, FingerprintValue]:
 
 
 def default_shard_prompts(found: Survey, wanted: RowOptions, matrices: Sequence[MatrixSize]) -> int:
-    """By the rows that a prompt is expected to make; a function of the input alone, so that a resume agrees."""
+    """Return the prompts per shard, by the expected rows per prompt; depends on the input alone, as a resume must."""
     tokens = 1 + found.characters / CHARACTERS_PER_TOKEN / max(1, found.prompts - found.rejected)
     rows = sum(
         matrix.tokens(tokens) + matrix.seen_by(tokens) * matrix.kept(wanted.neurons) for matrix in matrices

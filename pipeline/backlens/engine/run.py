@@ -1,20 +1,23 @@
-"""The driver: plans, hands shards to an executor, and closes the run. It holds no weights and no rows."""
+"""The driver of a run: it plans, gives shards to an executor, and closes the run. It holds no weights and no rows."""
 
+import shutil
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 from backlens import demo
-from backlens.config import RunConfig
-from backlens.engine.blame import forget_all
+from backlens.config import ResolvedConfig, RunConfig
 from backlens.engine.events import emit, emit_shard, stage_seconds
 from backlens.engine.executors import executing
-from backlens.engine.executors.base import RayOptions, ReplicaCounts
-from backlens.engine.plan import RunPlan, fingerprint, make_plan
+from backlens.engine.executors.base import RayOptions, ReplicaCounts, forget_all
+from backlens.engine.plan import RunPlan, fingerprint, is_pipe, make_plan
 from backlens.engine.worker import FAILED, FIRST_DONE, SUBJECTS_ABSENT, SUBJECTS_REPEATED
-from backlens.errors import Interrupted
+from backlens.errors import BacklensError, Interrupted
 from backlens.models.checkpoint import Proof
 from backlens.models.load import load_tokenizer, prove
 from backlens.models.vocabulary import vocabulary
@@ -36,25 +39,25 @@ from backlens.store.status import losses
 
 
 class RunProgress(Protocol):
-    """Told what happens, in order, to show it."""
+    """Shows what happens in a run, in order."""
 
     def planned(self, plan: RunPlan, already_done: int) -> None: ...
 
     def started(self, workers: int, devices: str, seconds: float) -> None: ...
 
-    def committed(self, commit: ShardCommit, standing: ReplicaCounts) -> None: ...
+    def committed(self, commit: ShardCommit, counts: ReplicaCounts) -> None: ...
 
     def note(self, text: str) -> None: ...
 
 
 class NoProgress:
-    """The events of the run say it all."""
+    """Shows nothing: the events of the run are enough."""
 
     def planned(self, plan: RunPlan, already_done: int) -> None: ...
 
     def started(self, workers: int, devices: str, seconds: float) -> None: ...
 
-    def committed(self, commit: ShardCommit, standing: ReplicaCounts) -> None: ...
+    def committed(self, commit: ShardCommit, counts: ReplicaCounts) -> None: ...
 
     def note(self, text: str) -> None:
         emit("note", text=text)
@@ -62,55 +65,54 @@ class NoProgress:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did, and where its time went."""
+    """The result of a run: prompts, rows, and where the time went."""
 
     out: str
     prompts: int
-    """Prompts processed by this command, failures included."""
+    """Prompts that this command processed, failures included."""
     resumed_prompts: int
-    """Prompts that an earlier command had done."""
+    """Prompts that earlier commands processed."""
     rows: Mapping[str, int]
-    """Rows of each table, earlier commands' included."""
+    """Rows per table, those of earlier commands included."""
     seconds: float
     seconds_to_start: float
-    """Planning, and loading the models."""
+    """Seconds to plan and to load the models."""
     stages: Mapping[str, float] = field(default_factory=dict)
-    """Worker seconds by stage, summed over workers."""
+    """Seconds by stage, summed over workers."""
     shards: int = 0
-    """Shards committed by this command."""
+    """Shards that this command committed."""
     out_of_memory: int = 0
-    """Batches that did not fit and were computed in smaller ones."""
+    """Batches that did not fit and were divided."""
     failures: Mapping[str, int] = field(default_factory=dict)
-    """Prompts in `failures` by kind, earlier commands' included."""
+    """Prompts in `failures` by kind, those of earlier commands included."""
     first_done: int = 0
-    """The lowest prompt_id that has rows, if any has."""
+    """The lowest prompt_id that has rows; 0 if none has."""
     subjects_absent: int = 0
-    """Prompts that do not name their subject; earlier commands' included, as in the next."""
+    """Prompts that do not contain their subject, those of earlier commands included."""
     subjects_repeated: int = 0
-    """Prompts that name their subject several times."""
+    """Prompts that contain their subject several times, those of earlier commands included."""
     positions: str = "all"
-    """Which positions have rows in `tokens`."""
-    standing: ReplicaCounts = field(default_factory=ReplicaCounts)
-    """Replicas at the end, and what became of others."""
+    """The option --positions."""
+    replicas: ReplicaCounts = field(default_factory=ReplicaCounts)
+    """Replicas at the end, deaths and retries."""
 
     @property
     def prompts_per_second(self) -> float:
         return self.prompts / max(self.seconds - self.seconds_to_start, 1e-9)
 
 
-def run(config: RunConfig, progress: RunProgress) -> Report:
-    """Run what `config` says, or what is left of it.
+def run(given: RunConfig, progress: RunProgress) -> Report:
+    """Run the prompts of `given`, or those that are left.
 
-    Raises BacklensError before anything is computed for what the user can mend, Interrupted when the run stopped
+    Raises BacklensError before anything is computed if an option or an input is wrong, and Interrupted if the run stops
     halfway; the same call then goes on.
     """
     started = time.perf_counter()
-    given, config = config, config.with_demo_defaults()
-    assert config.out is not None
-    directory = Directory.at(config.out)
-    # As given: a default is found again wherever the package is, its path is this machine's.
+    resolved = given.with_demo_defaults()
+    directory = Directory.at(resolved.out)
+    # The record holds no path of a default: that path belongs to this machine.
     kept = replace(given, **recorded(asdict(given) | {"out": "."}, directory))
-    with DriverLock(directory) as lock:
+    with DriverLock(directory) as lock, _prompts_kept(resolved) as config:
         plan = make_plan(config)
         proof = prove(plan.source)
         opened = open_run(
@@ -146,27 +148,27 @@ def run(config: RunConfig, progress: RunProgress) -> Report:
             prompts_done=resumed,
             shards_done=len(done),
         )
-        work = _run_shards(plan, proof, opened, set(done), lock, progress, started)
-        directory.remove_leftovers()  # of workers that died and were replaced
-        forget_all(directory)  # of drivers that were killed
+        tally = _run_shards(plan, proof, opened, set(done), lock, progress, started)
+        directory.remove_leftovers()  # those of dead workers
+        forget_all(directory)  # those of killed drivers
         finished = finish(opened) if opened.record.status != "done" else opened
         commits = list(committed(finished.directory).values())
         report = Report(
             out=str(directory),
-            prompts=work.prompts,
+            prompts=tally.prompts,
             resumed_prompts=resumed,
             rows=count_rows(commits),
             seconds=time.perf_counter() - started,
-            seconds_to_start=work.seconds_to_start,
-            stages=work.stages,
-            shards=work.shards,
-            out_of_memory=work.out_of_memory,
+            seconds_to_start=tally.seconds_to_start,
+            stages=tally.stages,
+            shards=tally.shards,
+            out_of_memory=tally.out_of_memory,
             failures=_failures(commits),
             first_done=int(min((c.stats[FIRST_DONE] for c in commits if FIRST_DONE in c.stats), default=0)),
-            subjects_absent=_counted(commits, SUBJECTS_ABSENT),
-            subjects_repeated=_counted(commits, SUBJECTS_REPEATED),
+            subjects_absent=_total(commits, SUBJECTS_ABSENT),
+            subjects_repeated=_total(commits, SUBJECTS_REPEATED),
             positions=config.positions,
-            standing=work.standing,
+            replicas=tally.replicas,
         )
         emit(
             "finished",
@@ -176,22 +178,45 @@ def run(config: RunConfig, progress: RunProgress) -> Report:
             seconds=report.seconds,
             seconds_to_start=report.seconds_to_start,
             stages=dict(report.stages),
-            deaths=report.standing.deaths,
+            deaths=report.replicas.deaths,
         )
         return report
 
 
-def _counted(commits: Sequence[ShardCommit], name: str) -> int:
+@contextmanager
+def _prompts_kept(config: ResolvedConfig) -> Iterator[ResolvedConfig]:
+    """Copy prompts that come through a pipe to a temporary file: a run reads them to plan, and again to compute."""
+    if not is_pipe(config.prompts):
+        yield config
+        return
+    pipe = Path(config.prompts)
+    if config.format == "auto" and not pipe.suffix:
+        raise BacklensError(
+            f"--prompts {pipe}: a pipe has no name to tell the format; add e.g. --format jsonl"
+        )
+    with tempfile.TemporaryDirectory(prefix="backlens-") as folder:
+        copy = Path(folder, pipe.name)
+        try:
+            with pipe.open("rb") as source, copy.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        except OSError as error:
+            raise BacklensError(
+                f"--prompts {pipe}: cannot be copied to {folder}: {error.strerror}"
+            ) from error
+        yield replace(config, prompts=str(copy))
+
+
+def _total(commits: Sequence[ShardCommit], name: str) -> int:
     return sum(int(commit.stats.get(name, 0)) for commit in commits)
 
 
 def model_name(given: RunConfig) -> str:
-    """The model as the run's card and pages call it."""
+    """Return the name of the model for the run's card and pages."""
     return demo.NAME if given.model is None else published_name(given.model)
 
 
 def _failures(commits: Sequence[ShardCommit]) -> dict[str, int]:
-    """Failed prompts by kind, as the workers counted them."""
+    """Return the number of failed prompts by kind, which the workers counted."""
     counts: Counter[str] = Counter()
     for commit in commits:
         for name, value in commit.stats.items():
@@ -202,14 +227,14 @@ def _failures(commits: Sequence[ShardCommit]) -> dict[str, int]:
 
 @dataclass
 class _Tally:
-    """What this command added up while shards came in."""
+    """Sums over the shards that this command committed."""
 
     prompts: int = 0
     seconds_to_start: float = 0.0
     stages: Counter[str] = field(default_factory=Counter)
     shards: int = 0
     out_of_memory: int = 0
-    standing: ReplicaCounts = field(default_factory=ReplicaCounts)
+    replicas: ReplicaCounts = field(default_factory=ReplicaCounts)
 
     def add(self, commit: ShardCommit) -> None:
         self.prompts += commit.prompts
@@ -227,31 +252,30 @@ def _run_shards(
     progress: RunProgress,
     started: float,
 ) -> _Tally:
-    work = _Tally()
+    tally = _Tally()
     if len(done) == plan.shards.shards:
-        work.seconds_to_start = time.perf_counter() - started
-        return work
+        tally.seconds_to_start = time.perf_counter() - started
+        return tally
     config = plan.config
-    assert config.prompts is not None
     records = read_prompts(config.prompts, config.format, config.prompt_fields, config.limit)
     left = (s for s in shards(records, opened.record.plan.shard_prompts) if s.index not in done)
     with executing(_ray_options(config), progress.note) as executor:
-        workers = executor.start(plan.job(opened.directory, proof))
-        work.seconds_to_start = time.perf_counter() - started
+        workers = executor.start(plan.setup(opened.directory, proof))
+        tally.seconds_to_start = time.perf_counter() - started
         devices = ", ".join(sorted({worker.device for worker in workers}))
-        progress.started(len(workers), devices, work.seconds_to_start)
+        progress.started(len(workers), devices, tally.seconds_to_start)
         shards_left = plan.shards.shards - len(done)
         emit(
             "started",
             replicas=len(workers),
             devices=devices,
-            seconds=work.seconds_to_start,
+            seconds=tally.seconds_to_start,
             shards_left=shards_left,
         )
         for commit in executor.run(left):
-            work.add(commit)
-            work.standing = executor.standing()
-            progress.committed(commit, work.standing)
+            tally.add(commit)
+            tally.replicas = executor.counts()
+            progress.committed(commit, tally.replicas)
             shards_left -= 1
             emit_shard(commit, shards_left)
             lock.confirm()
@@ -260,11 +284,11 @@ def _run_shards(
         raise Interrupted(
             f"out: {opened.directory} lacks {missing} shards; did the prompts change during the run?"
         )
-    return work
+    return tally
 
 
 def _ray_options(config: RunConfig) -> RayOptions | None:
-    """None for the local executor."""
+    """Return the request to Ray; None for the local executor."""
     if config.executor == "local":
         return None
     return RayOptions(config.address, config.replicas, config.gpus_per_replica, config.placement_timeout)

@@ -1,4 +1,4 @@
-"""The worker of a run, whichever executor it is on: a copy of the model, and shards in, commits out."""
+"""The worker of a run, on any executor: it holds a copy of the model and turns shards into commits."""
 
 import threading
 import time
@@ -15,9 +15,8 @@ from backlens.backward_lens import BackwardLens, Computed, rejected_prompt
 from backlens.capture.packing import TokenBudget
 from backlens.columns import failure_table
 from backlens.config import Vocabulary
-from backlens.engine.blame import note
 from backlens.engine.events import SECONDS
-from backlens.engine.executors.base import Attempt, Readiness
+from backlens.engine.executors.base import Attempt, Readiness, note
 from backlens.errors import BacklensError
 from backlens.models.checkpoint import ModelSource
 from backlens.models.device_map import DeviceMapOptions
@@ -31,29 +30,29 @@ from backlens.store.directory import Directory
 from backlens.store.run_record import package_versions
 
 FAILED = "failed_"
-"""Begins the name of a count of failed prompts in a commit's stats; what follows is their kind."""
+"""Prefix of a count of failed prompts in the stats of a commit; their kind follows."""
 SUBJECTS_ABSENT, SUBJECTS_REPEATED = "subjects_absent", "subjects_repeated"
-"""Counts of prompts that do not name their subject, and that name it several times."""
+"""Counts of prompts that do not contain their subject, and that contain it several times."""
 FIRST_DONE = "first_done"
 """The lowest prompt_id that has rows."""
 
 WORKER_DIED = (
-    "the worker's process died each time it computed this prompt; it may need more memory than there is"
+    "the worker's process died each time it computed this prompt; the machine may have too little memory"
 )
 
 Compute = Callable[[Sequence[Example], Attempt[Shard]], Computed]
-"""Computes the rows of a shard's prompts."""
+"""The function that computes the rows of a shard's prompts."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunSetup:
-    """Everything a worker has to know; small, and sent to every worker."""
+    """Everything that a worker has to know; small, because every worker receives it."""
 
     model: ModelSource
-    spread: DeviceMapOptions | None
-    """Over which devices each copy of the model is spread; None for one device."""
+    device_map: DeviceMapOptions | None
+    """How each copy of the model is divided over devices; None for one device."""
     zero3: Zero3 | None
-    """Over how many processes each copy is partitioned; None for one."""
+    """How each copy is divided over processes; None for one process."""
     options: RowOptions
     scaling: Scaling
     vocabulary: Vocabulary
@@ -64,12 +63,12 @@ class RunSetup:
     directory: Directory
 
     def load(self, threads: int | None) -> BackwardLens:
-        """Load the model in this process, for its GPUs or else for so many threads."""
+        """Load the model in this process, for its GPUs or else for this many threads."""
         if threads is not None:
             torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         lens = BackwardLens.load(
-            self.model, device, self.scaling, self.vocabulary, device_map=self.spread, zero3=self.zero3
+            self.model, device, self.scaling, self.vocabulary, device_map=self.device_map, zero3=self.zero3
         )
         lens.verify(self.options)
         return lens
@@ -84,54 +83,52 @@ class RunSetup:
 class Worker:
     """Holds one copy of the model and turns shards into committed files.
 
-    `run` may be called by two threads at a time: while one writes a shard, the other computes the next.
+    Two threads may call `run` at a time: one writes a shard while the other computes the next.
     """
 
     def __init__(
-        self, job: RunSetup, lens: BackwardLens, readiness: Readiness, compute: Compute | None = None
+        self, setup: RunSetup, lens: BackwardLens, readiness: Readiness, compute: Compute | None = None
     ) -> None:
-        """`compute` takes the place of computing in this process alone (ZeRO-3)."""
-        self._job, self._lens, self._readiness = job, lens, readiness
-        self._budget = TokenBudget(job.batch_tokens, lens.loaded.device)
+        """Compute in this process alone, or with `compute` (ZeRO-3)."""
+        self._setup, self._lens, self._readiness = setup, lens, readiness
+        self._budget = TokenBudget(setup.batch_tokens, lens.loaded.device)
         self._compute = compute or self._compute_here
-        # One thread computes, whichever thread called: the allocator keeps freed memory by thread, and a second
-        # one would keep as much again.
+        # One thread computes, whichever thread calls: the allocator keeps freed memory per thread, and a second
+        # thread would keep as much again.
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="compute")
-        self._tokenizing = threading.Lock()  # fast tokenizers refuse two borrowers at a time
+        self._tokenizing = threading.Lock()  # fast tokenizers refuse two threads at a time
 
     def ready(self) -> Readiness:
         return self._readiness
 
     def run(self, attempt: Attempt[Shard]) -> ShardCommit:
-        """Compute and commit one shard; a shard that is already committed is left as it is."""
+        """Compute and commit one shard; leave a shard that has a commit as it is."""
         shard = attempt.shard
-        done = find_commit(self._job.directory, shard.index)
+        done = find_commit(self._setup.directory, shard.index)
         if done is not None:
             return done
         started = time.perf_counter()
         with self._tokenizing:
-            examples, rejected = self._tokenize(shard, attempt.condemned)
+            examples, rejected = self._tokenize(shard, attempt.blamed)
         tokenizing = time.perf_counter() - started
         computed = self._computing.submit(self._compute, examples, attempt).result()
         self._refuse(computed.failed)
         computed.seconds["tokenize"] = tokenizing
         return self._commit(attempt, computed, rejected)
 
-    def _tokenize(
-        self, shard: Shard, condemned: Collection[int] = ()
-    ) -> tuple[list[Example], list[Rejected]]:
+    def _tokenize(self, shard: Shard, blamed: Collection[int]) -> tuple[list[Example], list[Rejected]]:
         prompts = [record for record in shard.records if isinstance(record, Prompt)]
         examples, rejected = self._lens.examples(
-            [prompt for prompt in prompts if prompt.prompt_id not in condemned],
-            prepend_bos=self._job.prepend_bos,
-            target_mode=self._job.options.target_mode,
-            chat_template=self._job.chat_template,
+            [prompt for prompt in prompts if prompt.prompt_id not in blamed],
+            prepend_bos=self._setup.prepend_bos,
+            target_mode=self._setup.options.target_mode,
+            chat_template=self._setup.chat_template,
         )
         rejected = [*(record for record in shard.records if isinstance(record, Rejected)), *rejected]
         rejected += [
             rejected_prompt(prompt, "worker-died", WORKER_DIED)
             for prompt in prompts
-            if prompt.prompt_id in condemned
+            if prompt.prompt_id in blamed
         ]
         self._refuse(rejected)
         return examples, rejected
@@ -139,17 +136,17 @@ class Worker:
     def _compute_here(self, examples: Sequence[Example], attempt: Attempt[Shard]) -> Computed:
         def announce(batch: Sequence[Example]) -> None:
             if attempt.number > 1:
-                note(self._job.directory, attempt.shard.index, [each.prompt.prompt_id for each in batch])
+                note(self._setup.directory, attempt.shard.index, [each.prompt.prompt_id for each in batch])
 
         return self._lens.compute(
-            examples, self._job.options, self._budget, alone=attempt.suspected(examples), announce=announce
+            examples, self._setup.options, self._budget, alone=attempt.suspected(examples), announce=announce
         )
 
     def _commit(
         self, attempt: Attempt[Shard], computed: Computed, rejected: Sequence[Rejected]
     ) -> ShardCommit:
         started, shard = time.perf_counter(), attempt.shard
-        tables = computed.tables(self._job.options.save_factors)
+        tables = computed.tables(self._setup.options.save_factors)
         failed = [*rejected, *computed.failed]
         tables["failures"] = failure_table(failed)
         stats = {
@@ -164,7 +161,7 @@ class Worker:
             SECONDS + "tables": time.perf_counter() - started,
         }
         return commit_shard(
-            self._job.directory,
+            self._setup.directory,
             shard.index,
             tables,
             first_prompt=shard.records[0].prompt_id,
@@ -174,12 +171,12 @@ class Worker:
         )
 
     def _refuse(self, rejected: Sequence[Rejected]) -> None:
-        if rejected and self._job.on_error == "fail":
+        if rejected and self._setup.on_error == "fail":
             raise BacklensError(f"{rejected[0].message} (--on-error fail)")
 
 
 def _prompt_stats(prompts: pa.Table, examples: Sequence[Example]) -> dict[str, float]:
-    """What the run's report says of the prompts that have rows."""
+    """Count, for the run's report, facts about the prompts that have rows."""
     rows = prompts.select(["prompt_id", "subject", "subject_start"]).to_pylist()
     places = (example.prompt.subject_place() for example in examples)
     stats = {

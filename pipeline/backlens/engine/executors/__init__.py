@@ -1,7 +1,4 @@
-"""Choose the executor: shards run in this process, or on Ray actors.
-
-Run shards in this process, one after the other, and write each beside the next.
-"""
+"""The choice of an executor, and the local one: shards run in this process, or on Ray actors."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -22,18 +19,18 @@ from backlens.store.commit import ShardCommit
 
 
 def keep_deaths_quiet() -> None:
-    """That a worker died is ours to say, not a paragraph of Ray's on standard output."""
+    """Keep Ray from printing a paragraph per dead worker: the run reports deaths itself."""
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
 
 
 @contextmanager
 def executing(ray: RayOptions | None, announce: Callable[[str], None]) -> Iterator[Executor[Any]]:
-    """An executor, on Ray or in this process, which is stopped however the block ends."""
+    """Give an executor on Ray, or in this process for None, and stop it however the block ends."""
     if ray is None:
         executor: Executor[Any] = LocalExecutor()
     else:
         keep_deaths_quiet()
-        # The first shard that fails ends the run; Ray would print the traceback of the next one in flight as well.
+        # The first shard that fails ends the run; Ray would also print the traceback of the next one in flight.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         from backlens.engine.executors.ray import RayExecutor
 
@@ -45,10 +42,10 @@ def executing(ray: RayOptions | None, announce: Callable[[str], None]) -> Iterat
 
 
 class LocalExecutor:
-    """One worker in this process; shards are written by a second thread while the next is computed."""
+    """One worker in this process; a second thread writes a shard while the next one is computed."""
 
-    def start(self, job: WorkerSetup[Any]) -> list[Readiness]:
-        self._worker = job.worker()
+    def start(self, setup: WorkerSetup[Any]) -> list[Readiness]:
+        self._worker = setup.worker()
         return [self._worker.ready()]
 
     def run(self, shards: Iterator[Any]) -> Iterator[ShardCommit]:
@@ -67,8 +64,8 @@ class LocalExecutor:
                 for future in running:
                     future.cancel()
 
-    def standing(self) -> ReplicaCounts:
+    def counts(self) -> ReplicaCounts:
         return ReplicaCounts(replicas=1)
 
     def stop(self) -> None:
-        """Nothing outlives `run`."""
+        """Do nothing: no process or thread outlives `run`."""

@@ -1,6 +1,6 @@
-"""What answers at the address of a Ray cluster or of its job server: asked first, and not for long.
+"""Checks of the address of a Ray cluster or of its job server, before Ray uses it.
 
-Ray itself goes on asking for a quarter of an hour, and writes its log to the terminal meanwhile.
+Ray itself retries an address for a quarter of an hour, and writes its log to the terminal meanwhile.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any
 from backlens.errors import BacklensError
 
 SECONDS = 8.0
-"""That an answer may take; a question in vain asks two at the most."""
+"""Longest wait for one answer, in seconds; a check waits at most twice."""
 TOKEN = (
     "it asks for a token, as Ray does by itself where the file ~/.ray/auth_token exists: set RAY_AUTH_MODE=token, and "
     "have the cluster's token in that file or in RAY_AUTH_TOKEN"
@@ -27,13 +27,13 @@ RAY_CLIENT = "ray://"
 
 
 class NoAnswer(Exception):
-    """What is the matter at an address."""
+    """The reason why an address cannot be used."""
 
 
 def named_cluster(address: str | None) -> str | None:
-    """The cluster that is meant, by what is given or by RAY_ADDRESS; None: one of this process's own.
+    """Return the address given or in RAY_ADDRESS; None if this process should start a cluster.
 
-    Raises BacklensError if `ray.init` would find none there that this process can join.
+    Raises BacklensError if `ray.init` would find no cluster there that this process can join.
     """
     named = address or os.environ.get("RAY_ADDRESS") or "local"
     if named == "local":
@@ -65,13 +65,13 @@ def _check_cluster(address: str) -> None:
         _check_node_here(found)
     except NoAnswer as error:
         if REFUSED in str(error) and address not in ("auto", found):
-            # Ray takes 127.0.0.1 for this machine's address in its network; what answers at the former says more
+            # Ray replaces 127.0.0.1 by this machine's address in its network; the answer at the former says more
             nodes_at(address)
         raise
 
 
 def _canonical(address: str) -> str:
-    """host:port; of `auto`, those of the cluster that runs on this machine."""
+    """Return host:port; for `auto`, those of the cluster on this machine."""
     from ray._private.services import canonicalize_bootstrap_address
 
     if address != "auto" and not HOST_AND_PORT.fullmatch(address):
@@ -87,7 +87,7 @@ def _canonical(address: str) -> str:
 
 
 def _check_node_here(address: str) -> None:
-    """A driver needs a node of its cluster on its own machine; one that has just been started has some seconds."""
+    """Require a node of the cluster on this machine, as a driver needs; a node that just started has some seconds."""
     from ray._private.services import find_node_ids
 
     ends = time.monotonic() + SECONDS
@@ -101,7 +101,7 @@ def _check_node_here(address: str) -> None:
 
 
 def nodes_at(address: str) -> Set[str]:
-    """The ids of the nodes that are alive in the cluster at host:port. Raises NoAnswer if there is no cluster."""
+    """Return the ids of the live nodes of the cluster at host:port; raises NoAnswer if there is no cluster."""
     from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest  # pyright: ignore[reportAttributeAccessIssue]
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
@@ -115,13 +115,13 @@ def nodes_at(address: str) -> Set[str]:
 
 
 def _grpc_answer(address: str, ask: Callable[[Any], Any]) -> Any:
-    """The answer; None of a server that does not know the question."""
+    """Return the answer, or None if the server does not know the method."""
     from ray._private.grpc_utils import init_grpc_channel
     from ray.exceptions import RayError
 
     channel = None
     try:
-        # Ray's own connections pass by proxies, too
+        # as Ray's own connections do
         channel = init_grpc_channel(address, [("grpc.enable_http_proxy", 0)])
         return ask(channel)
     except RayError as error:
@@ -151,9 +151,9 @@ def _why(code: str | None, error: Exception) -> str:
 
 
 def job_server(address: str | None) -> str:
-    """The URL of the job server that is meant: by what is given, by Ray's variables, else of the cluster here.
+    """Return the URL of the job server: the address given or in Ray's variables, else that of the cluster here.
 
-    Raises BacklensError if none answers there.
+    Raises BacklensError if no job server answers there.
     """
     variable = "RAY_API_SERVER_ADDRESS" if os.environ.get("RAY_API_SERVER_ADDRESS") else "RAY_ADDRESS"
     named = address or os.environ.get(variable) or "auto"
@@ -192,10 +192,10 @@ def _check_job_server(url: str) -> None:
         try:
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
                 found.append(answer.read(10_000))
-        except Exception as error:  # noqa: BLE001 - it is raised again in the other thread
+        except Exception as error:  # noqa: BLE001 - the other thread raises it
             found.append(error)
 
-    # A timeout of the socket is none of the name's resolution, nor of an answer that comes in drops.
+    # The socket's timeout covers neither the name's resolution nor an answer that comes byte by byte.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(SECONDS)

@@ -1,11 +1,8 @@
-"""The folder in which a Ray of this process's own keeps its logs and sockets.
+"""The connection to Ray: the folder of its files, the connection itself, Ray's errors as ours, and room on nodes.
 
-Ray takes `ray` in RAY_TMPDIR, TMPDIR or /tmp. TMPDIR is often none for it: a scheduler's folder for a job is too long
-for the path of a socket, and in /tmp the folder may be another user's.
-
-What each replica may ask of the cluster, how many fit on its nodes, and what is missing when one does not.
-
-The connection to Ray, and Ray's errors as ours.
+A Ray that this process starts keeps logs and sockets in `ray` below RAY_TMPDIR, TMPDIR or /tmp. TMPDIR is often not
+usable: a scheduler's folder for a job is too long for the path of a socket, and in /tmp the folder may belong to
+another user.
 """
 
 import os
@@ -38,12 +35,12 @@ SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.10"
 LONGEST = 103 if sys.platform == "darwin" else 107
 """Bytes in the path of a Unix socket."""
 ROOM = 50 * 2**20
-"""What a session's logs and maps take, with something to spare."""
+"""Bytes for the logs and maps of a session, with a margin."""
 REMEDY = "set RAY_TMPDIR to a folder of your own with a short path, or do without Ray: --executor local"
 
 
 def ray_folder() -> str:
-    """The first that will do. Raises Interrupted if none does, or if RAY_TMPDIR, which somebody chose, does not."""
+    """Return the first usable folder; raises Interrupted if none is, or if RAY_TMPDIR, a user's choice, is not."""
     chosen = os.environ.get("RAY_TMPDIR")
     if chosen:
         if misfit := _misfit(Path(chosen, "ray")):
@@ -67,7 +64,7 @@ def _of_this_user(base: Path) -> Path:
 
 
 def _misfit(folder: Path) -> str | None:
-    """Why Ray could not keep its files there; None if it can."""
+    """Return the reason why Ray cannot keep its files there; None if it can."""
     length = len(os.fsencode(folder / SOCKET))
     if length > LONGEST:
         return f"is {length - LONGEST} bytes too long for the path of a socket"
@@ -80,7 +77,7 @@ def _misfit(folder: Path) -> str | None:
 
 
 def _made_private(folder: Path) -> str | None:
-    """Make it, for Ray lets everybody write into its own; why not, if somebody else may have files in it."""
+    """Make a folder for this user alone, because everybody may write to Ray's; return the reason if it is not."""
     try:
         folder.mkdir(0o700, exist_ok=True)
     except OSError as error:
@@ -98,16 +95,16 @@ class Node:
     gpus: float
 
     def room(self, cpus: float, gpus: int) -> int:
-        """How many replicas of that size it holds."""
+        """Return how many replicas of that size fit on the machine."""
         by_cpus = int(self.cpus / cpus + 1e-9)
         return min(by_cpus, int(self.gpus // gpus)) if gpus else by_cpus
 
 
 def cpus_per_replica(nodes: Sequence[Node], replicas: int, gpus: int) -> float:
-    """The most CPUs that each replica can have: whole ones, or hundredths where there is less than one.
+    """Return the most CPUs that each replica can have: whole numbers, or hundredths below one.
 
-    A replica is on one node, so what counts is room on nodes, not the sum: a request that fits nowhere would wait
-    for ever. Raises BacklensError when the replicas do not fit at any size.
+    A replica is on one node, so the room per node counts, not the sum: a request that fits on no node would wait for
+    ever. Raises BacklensError if the replicas do not fit at any size.
     """
     sizes = {_rounded_down(node.cpus / count) for node in nodes for count in range(1, replicas + 1)}
     for size in sorted(sizes - {0.0}, reverse=True):
@@ -121,10 +118,10 @@ def cpus_per_replica(nodes: Sequence[Node], replicas: int, gpus: int) -> float:
 
 
 def cpus_to_fill(nodes: Sequence[Node], gpus: int) -> float:
-    """CPUs for each of as many replicas as there are GPUs for, or of one on each node where there are none.
+    """Return the CPUs per replica, for as many replicas as GPUs allow, or for one per node without GPUs.
 
-    All replicas are of one size. Nodes with less than half of what the largest can give do not make the others small:
-    a head node often has few CPUs, or none.
+    All replicas have one size. Nodes that can give less than half as much as the largest do not count, because a head
+    node often has few CPUs, or none.
     """
     shares = [node.cpus / (node.gpus // gpus if gpus else 1) for node in nodes if node.gpus >= gpus]
     largest = max(shares, default=0.0)
@@ -132,15 +129,15 @@ def cpus_to_fill(nodes: Sequence[Node], gpus: int) -> float:
 
 
 def capacity(nodes: Sequence[Node], bundles: Sequence[Mapping[str, float]]) -> int:
-    """How many replicas of equal processes the nodes hold together."""
-    asked = bundles[0]
-    return sum(node.room(asked["CPU"], int(asked.get("GPU", 0))) for node in nodes) // len(bundles)
+    """Return how many replicas of equal processes fit on the nodes."""
+    cpus, gpus = bundles[0]["CPU"], int(bundles[0].get("GPU", 0))
+    return sum(node.room(cpus, gpus) for node in nodes) // len(bundles)
 
 
 def shortage(
     bundles: Sequence[Mapping[str, float]], free: Mapping[str, float], there: Mapping[str, float]
 ) -> str:
-    """What a replica needs and what the cluster has of it."""
+    """Say what a replica needs, and how much of that the cluster has."""
     processes = f"{len(bundles)} processes with each " if len(bundles) > 1 else ""
     needs = " and ".join(f"{amount:g} {name}s" for name, amount in sorted(bundles[0].items(), reverse=True))
     has = " and ".join(
@@ -157,11 +154,11 @@ def _rounded_down(cpus: float) -> float:
 QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
 
 ReplicaLost = (RayActorError, ActorUnschedulableError, NodeDiedError, OutOfMemoryError)
-"""What a replica's references raise when it died, its node did, or Ray killed it before the node was out of memory."""
+"""Errors of a reference whose replica or node died, or which Ray killed before the node ran out of memory."""
 
 
 def connect(address: str | None) -> bool:
-    """Connect to a cluster, or start one on this machine; True if it is one that others can join."""
+    """Connect to a cluster, or start one on this machine; return whether other nodes can join it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     cluster = named_cluster(address)
@@ -184,14 +181,14 @@ def connect(address: str | None) -> bool:
 
 
 def nodes() -> list[Node]:
-    """The machines that are alive."""
+    """Return the live machines of the cluster."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Node(node.get("CPU", 0), node.get("GPU", 0)) for node in alive]
 
 
 @contextmanager
 def errors_as_ours() -> Iterator[None]:
-    """Give back the error that a worker raised, as if it had been raised here."""
+    """Raise the error that a worker raised as if it had been raised here."""
     try:
         yield
     except ActorDiedError as error:
@@ -208,10 +205,10 @@ def errors_as_ours() -> Iterator[None]:
 
 
 def node_lost(error: BaseException) -> bool:
-    """Whether a lost replica went with its node, or was cut off with it, and not by what it computed.
+    """Tell whether a replica was lost because its node died or was cut off, and not by what it computed.
 
-    How a process ended is told by Ray's daemon on the same node. Where that is silent an actor is out of reach, and
-    after some failed health checks the node is said to have died.
+    Ray's daemon on the same node reports how a process ended. While the daemon is silent the actor is unavailable, and
+    after some failed health checks Ray says that the node has died.
     """
     if isinstance(error, (ActorUnavailableError, NodeDiedError)):
         return True
@@ -219,7 +216,7 @@ def node_lost(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """The last line of what Ray says."""
+    """Return the last line of Ray's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
@@ -227,7 +224,7 @@ def reason(error: BaseException) -> str:
 def _raise_ours(error: BaseException) -> None:
     cause: BaseException | None = error
     while cause is not None:
-        # Ray's error is of our class as well as its own, and its text is a traceback
+        # Ray's error has our class beside its own, and its text is a traceback
         if isinstance(cause, BacklensError) and not isinstance(cause, RayTaskError):
             raise type(cause)(str(cause)) from error
         cause = getattr(cause, "cause", None) or cause.__cause__
@@ -235,7 +232,7 @@ def _raise_ours(error: BaseException) -> None:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Ray takes SIGTERM for itself; whoever started the run has said already what it is to do."""
+    """Keep the handler of SIGTERM, which Ray replaces by its own."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield

@@ -1,20 +1,18 @@
-"""What the Ray executor needs of a replica: one copy of the model, in one process or in several.
+"""Replicas of a run on Ray: one copy of the model each, in one process or several, from request to end.
 
-A `ReplicaKind` says what a replica asks of the cluster and starts one in the placement group that the executor has
-made of that. A replica answers with references, one for each of its processes: all of them must resolve before
-it is ready or a shard is done, the first one's value counts, and any that fails is the end of the whole replica.
-The executor never mends a replica: it kills it, removes its placement group, and starts another.
+A `ReplicaKind` says what a replica needs of the cluster, and starts one in the placement group made for it. A replica
+answers with references, one per process. It is ready, or a shard is done, when all of them have resolved; the value
+of the first one counts, and any that fails ends the whole replica.
 
-The replicas of a run on Ray, from a request for a place to their end; they come and go with the cluster's nodes.
-
-A member of the fleet is in one of these states:
+Replicas come and go with the nodes of the cluster. A `ReplicaSlot` is in one of these states:
 
     waiting     its placement group has no place yet
     loading     its processes were started
-    ready       it can be given shards
-    lost        killed, its place given back, and another member waiting in its stead
+    ready       it can take shards
+    lost        it was killed and its place given back; a new slot waits instead
 
-Ray restarts nothing for us: its own retries burn out before a dead node is declared dead.
+Nothing is left to Ray's restarts: they are used up before Ray declares a dead node dead. The executor never repairs a
+replica: it kills it, removes its placement group, and starts another.
 """
 
 import logging
@@ -50,46 +48,46 @@ from backlens.printable import printable
 from backlens.store.commit import ShardCommit
 
 References = Sequence[Any]
-"""Ray's object references, one for each process of a replica."""
+"""Ray's object references, one per process of a replica."""
 
 
 class Replica(Protocol):
-    """A running copy of the model. Its placement group is the executor's to remove."""
+    """A running copy of the model; the executor removes its placement group."""
 
     def ready(self) -> References:
-        """Resolve once the model is loaded; the first one to a `Readiness`."""
+        """References that resolve when the model is loaded, the first one to a `Readiness`."""
         ...
 
     def run(self, attempt: Attempt[Any]) -> References:
-        """Resolve once the attempt's shard is committed; the first one to its `ShardCommit`.
+        """References that resolve when the shard is committed, the first one to its `ShardCommit`.
 
-        Up to AHEAD attempts are asked for at a time, in one order for all processes.
+        A replica has up to AHEAD attempts at a time, in the same order in all its processes.
         """
         ...
 
     def kill(self) -> None:
-        """End every process at once, dead or alive, in whatever they are doing."""
+        """End every process at once, whatever it is doing."""
         ...
 
 
 class ReplicaKind(Protocol):
-    """How replicas of one kind are made."""
+    """Makes replicas of one kind."""
 
     @property
     def bundles(self) -> Sequence[Mapping[str, float]]:
-        """What each process asks for, in Ray's words: the bundles of the placement group."""
+        """Resources per process: the bundles of the placement group."""
         ...
 
     def start(self, group: PlacementGroup) -> Replica:
-        """Start the processes of a replica in a group that has its place; does not wait for them."""
+        """Start the processes of a replica in a group that has a place, without waiting for them."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ActorKind:
-    """A copy of the model in one actor, on one device or spread over those that the actor has."""
+    """A copy of the model in one actor, on one or all of the actor's devices."""
 
-    job: WorkerSetup[Any]
+    setup: WorkerSetup[Any]
     cpus: float
     gpus: int
 
@@ -105,14 +103,14 @@ class ActorKind:
             max_concurrency=AHEAD + 1,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
         )
-        return ActorReplica(worker.remote(self.job, max(1, int(self.cpus))))
+        return ActorReplica(worker.remote(self.setup, max(1, int(self.cpus))))
 
 
 class WorkerProcess:
-    """A worker in a process of its own, which ends with its device: what runs there later would fail as well."""
+    """A worker in its own process, which ends when its device fails: later shards would fail there as well."""
 
-    def __init__(self, job: WorkerSetup[Any], threads: int) -> None:
-        self._worker = job.worker(threads)
+    def __init__(self, setup: WorkerSetup[Any], threads: int) -> None:
+        self._worker = setup.worker(threads)
 
     def ready(self) -> Readiness:
         return self._worker.ready()
@@ -130,7 +128,7 @@ class WorkerProcess:
 
 @dataclass(frozen=True, slots=True)
 class ActorReplica:
-    """One actor."""
+    """A copy of the model in one actor."""
 
     actor: Any
 
@@ -141,16 +139,16 @@ class ActorReplica:
         return [self.actor.run.remote(attempt)]
 
     def kill(self) -> None:
-        # An actor that is only out of reach may still be at work; two workers on one shard would waste one.
+        # An actor that is out of reach may still work; two workers on one shard would waste one.
         ray.kill(self.actor)
 
 
 STARTS = 4
-"""How often in a row a replica may die before it is ready."""
+"""Deaths in a row before a replica is ready, after which it is given up."""
 SECONDS_BETWEEN_LOOKS = 3.0
-"""Between looks at the cluster's nodes."""
+"""Time between looks at the nodes of the cluster."""
 SECONDS_UNSAID = 10.0
-"""How long a place is waited for before that is said."""
+"""Time without a place before the run says so."""
 
 
 @dataclass(eq=False, slots=True)
@@ -159,79 +157,79 @@ class ReplicaSlot:
 
     group: PlacementGroup
     starts: int
-    """Which attempt in a row this is at getting one ready."""
+    """Number of this start in a row without a ready replica, from 1."""
     awaited: list[Any]
-    """References that have to resolve before its next state: its place's, then its processes'."""
+    """References that must resolve before the next state: that of the place, then those of the processes."""
     answer: Any = None
-    """The one of them that resolves to the readiness."""
+    """The reference that resolves to the readiness."""
     replica: Replica | None = None
     readiness: Readiness | None = None
 
 
 @dataclass(eq=False)
 class ReplicaPool:
-    """Keeps as many replicas as were asked for, or as the cluster holds."""
+    """Keeps the requested number of replicas, or as many as fit on the cluster."""
 
     kind: ReplicaKind
     size: int | Literal["auto"]
-    patience: float
+    timeout: float
     """Seconds without a place for any replica before the run stops."""
     announce: Callable[[str], None]
     deaths: int = 0
     """Replicas that died."""
-    _members: list[ReplicaSlot] = field(default_factory=list)
+    _slots: list[ReplicaSlot] = field(default_factory=list)
     _given_up: int = 0
     _looked_at: float = float("-inf")
     _placed_at: float = field(default_factory=time.monotonic)
-    """When a replica was seen to have a place."""
+    """Time when a replica last had a place."""
     _said: bool = False
 
     @property
     def ready(self) -> list[ReplicaSlot]:
-        return [member for member in self._members if member.readiness is not None]
+        return [slot for slot in self._slots if slot.readiness is not None]
 
     @property
     def references(self) -> list[Any]:
-        """What is waited for until every member is ready."""
-        return [reference for member in self._members for reference in member.awaited]
+        """References that must resolve before every slot is ready."""
+        return [reference for slot in self._slots for reference in slot.awaited]
 
     def gather(self) -> list[Readiness]:
-        """Wait until every replica that has a place is ready, and one is."""
+        """Wait until every replica that has a place is ready, and at least one is."""
         self.tend()
-        while not self.ready or any(member.replica and member.awaited for member in self._members):
+        while not self.ready or any(slot.replica and slot.awaited for slot in self._slots):
             for reference in ray.wait(self.references, num_returns=1, timeout=1.0)[0]:
                 self.hear(reference)
             self.tend()
-        return [member.readiness for member in self._members if member.readiness is not None]
+        return [slot.readiness for slot in self._slots if slot.readiness is not None]
 
     def hear(self, reference: Any) -> None:
-        """Act on one of `references` that has resolved."""
-        member = next(member for member in self._members if reference in member.awaited)
+        """Handle one of `references` that has resolved."""
+        slot = next(slot for slot in self._slots if reference in slot.awaited)
         try:
             with errors_as_ours():
                 ray.get(reference)
         except ReplicaLost as error:
-            self.lose(member, error)
+            self.lose(slot, error)
             return
-        member.awaited.remove(reference)
-        if member.replica is None:
-            member.replica = self.kind.start(member.group)
-            member.awaited = list(member.replica.ready())
-            member.answer = member.awaited[0]
-        elif not member.awaited:
-            member.readiness = ray.get(member.answer)
+        slot.awaited.remove(reference)
+        if slot.replica is None:
+            slot.replica = self.kind.start(slot.group)
+            slot.awaited = list(slot.replica.ready())
+            slot.answer = slot.awaited[0]
+        elif not slot.awaited:
+            slot.readiness = ray.get(slot.answer)
             emit("replicas", alive=len(self.ready))
 
-    def lose(self, member: ReplicaSlot, error: BaseException) -> None:
-        """Kill what is left of a replica that died, and ask for another."""
+    def lose(self, slot: ReplicaSlot, error: BaseException) -> None:
+        """Kill what is left of a dead replica, and request another."""
         self.deaths += 1
-        self._remove(member)
+        self._remove(slot)
         emit("worker-died", level=logging.WARNING, error=reason(error))
         emit("replicas", alive=len(self.ready))
-        if member.readiness is not None:
+        if slot.readiness is not None:
             self._request(starts=1)
-        elif member.starts < STARTS:
-            self._request(member.starts + 1)
+        elif slot.starts < STARTS:
+            self._request(slot.starts + 1)
         elif self.ready:
             self._given_up += 1
             self.announce(f"a replica that died {STARTS} times while it loaded the model is given up")
@@ -242,21 +240,21 @@ class ReplicaPool:
             )
 
     def tend(self) -> None:
-        """Look at the cluster now and then: are there more nodes to fill, and does any replica have a place?
+        """Look at the cluster every few seconds: use new nodes, and see whether any replica has a place.
 
-        Raises Interrupted when none has had one for too long.
+        Raises Interrupted if none has had a place for too long.
         """
         now = time.monotonic()
         if now - self._looked_at < SECONDS_BETWEEN_LOOKS:
             return
         self._looked_at = now
         wanted = self._wanted()
-        for _ in range(wanted - len(self._members)):
+        for _ in range(wanted - len(self._slots)):
             self._request(starts=1)
-        for member in [member for member in self._members if member.replica is None]:
-            if len(self._members) > wanted:
-                self._remove(member)
-        if any(_has_place(member) for member in self._members):
+        for slot in [slot for slot in self._slots if slot.replica is None]:
+            if len(self._slots) > wanted:
+                self._remove(slot)
+        if any(_has_place(slot) for slot in self._slots):
             self._placed_at, self._said = now, False
         self._complain(now - self._placed_at)
 
@@ -266,30 +264,30 @@ class ReplicaPool:
 
     def _request(self, starts: int) -> None:
         group = placement_group([dict(bundle) for bundle in self.kind.bundles], strategy="PACK")
-        self._members.append(ReplicaSlot(group, starts, [group.ready()]))
+        self._slots.append(ReplicaSlot(group, starts, [group.ready()]))
 
-    def _remove(self, member: ReplicaSlot) -> None:
-        self._members.remove(member)
-        if member.replica is not None:
-            member.replica.kill()
-        remove_placement_group(member.group)
+    def _remove(self, slot: ReplicaSlot) -> None:
+        self._slots.remove(slot)
+        if slot.replica is not None:
+            slot.replica.kill()
+        remove_placement_group(slot.group)
 
     def _complain(self, seconds: float) -> None:
-        if seconds < min(SECONDS_UNSAID, self.patience):
+        if seconds < min(SECONDS_UNSAID, self.timeout):
             return
         missing = shortage(self.kind.bundles, ray.available_resources(), ray.cluster_resources())
-        if seconds >= self.patience:
+        if seconds >= self.timeout:
             raise Interrupted(
-                f"no place for a replica within {self.patience:g} s: {missing}; add nodes, stop other jobs or ask for "
+                f"no place for a replica within {self.timeout:g} s: {missing}; add nodes, stop other jobs or ask for "
                 "less (--gpus-per-replica, --replicas), and run the same command again"
             )
         if not self._said:
             self._said = True
-            self.announce(f"waiting up to {self.patience:g} s for a place: {missing}")
+            self.announce(f"waiting up to {self.timeout:g} s for a place: {missing}")
 
 
-def _has_place(member: ReplicaSlot) -> bool:
-    """Whether it is at work or can begin; a group whose node has left waits for a place again."""
-    if member.readiness is not None:
+def _has_place(slot: ReplicaSlot) -> bool:
+    """Tell whether the replica works or can start; a group whose node has left waits for a place again."""
+    if slot.readiness is not None:
         return True
-    return placement_group_table(member.group).get("state") == "CREATED"
+    return placement_group_table(slot.group).get("state") == "CREATED"

@@ -1,12 +1,12 @@
-"""A replica of several processes that share one copy of the model (DeepSpeed's ZeRO-3): a gang of ranks.
+"""A replica of several processes, or ranks, that share one copy of the model (DeepSpeed's ZeRO-3).
 
-The leader is given a shard as any worker is: it tokenizes, packs the batches that a worker would, and commits. In
-between it deals the batches out, one to each rank, itself among them, and takes together what they computed. A pass
-gathers weights from all ranks, so a rank for which no batch is left makes its pass with a token of no account.
+The leader takes a shard as any worker does: it tokenizes, packs the batches that a worker would pack, and commits. In
+between it gives each rank, itself included, one batch, and merges their results. A pass gathers weights from all
+ranks, so a rank without a batch runs a dummy one-token batch.
 
-A gang lives and dies as a whole: a rank that ends leaves the others in a pass that nobody completes. The leader,
-which waits beside its own pass and not in it, is told of that by Ray, and hands the error on. To the executor that is
-the death of the replica: it kills what is left and starts another.
+A replica dies as a whole: when one rank ends, the others wait in a pass that never completes. The leader waits beside
+its own pass and not in it, so Ray can tell it about the end of a rank, and it passes the error on. The executor takes
+that as the death of the replica: it kills the other ranks and starts another replica.
 """
 
 import os
@@ -35,8 +35,7 @@ from backlens.capture.packing import (
     most_tokens,
     release_freed_memory,
 )
-from backlens.engine.blame import note
-from backlens.engine.executors.base import AHEAD, Attempt, Readiness
+from backlens.engine.executors.base import AHEAD, Attempt, Readiness, note
 from backlens.engine.executors.replicas import References
 from backlens.engine.worker import RunSetup, Worker
 from backlens.models.zero3 import go_to_meeting, join, open_meeting
@@ -47,21 +46,21 @@ from backlens.prompts.tokenize import Example
 from backlens.store.commit import ShardCommit
 
 SETTLING = 15.0
-"""Seconds after which Ray will have told the leader of a rank's end."""
+"""Seconds within which Ray tells the leader that a rank has ended."""
 
 
 class Rank:
-    """One rank: its part of every weight. A pass that one rank makes, all ranks have to make."""
+    """One rank, with its part of every weight. All ranks must make each pass together."""
 
-    def __init__(self, job: RunSetup, threads: int) -> None:
-        self._options = job.options
-        self.lens = job.load(threads)
+    def __init__(self, setup: RunSetup, threads: int) -> None:
+        self._options = setup.options
+        self.lens = setup.load(threads)
 
     def make_pass(self, batch: Sequence[Example]) -> Computed:
         """Compute a batch; for an empty one, run a dummy one-token batch.
 
-        An error over its prompts, its size or the device ends the process: the others cannot be told to leave the
-        pass. What the executor does about a worker that died finds out whose fault it was.
+        An error about the prompts, the batch's size or the device ends the process, because the other ranks cannot be
+        told to leave the pass. The executor's rule for dead workers then finds the prompt at fault.
         """
         computed = Computed()
         try:
@@ -85,29 +84,29 @@ class Rank:
 
 
 class Peer:
-    """A rank that follows the leader; an actor, which takes one call at a time, in their order."""
+    """A rank that follows the leader: an actor that takes one call at a time, in order."""
 
-    def __init__(self, job: RunSetup, threads: int) -> None:
-        _see_only_what_is_given()
-        self._job, self._threads = job, threads
+    def __init__(self, setup: RunSetup, threads: int) -> None:
+        _hide_other_gpus()
+        self._setup, self._threads = setup, threads
 
     def load(self, rank: int, ranks: int, meeting: tuple[str, int]) -> None:
-        with _late_to_complain():
+        with _errors_delayed():
             join(rank, ranks, go_to_meeting(*meeting), get_node_ip_address())
-            self._member = Rank(self._job, self._threads)
+            self._rank = Rank(self._setup, self._threads)
 
     def make_pass(self, batch: Sequence[Example]) -> Computed:
-        with _late_to_complain():
-            return self._member.make_pass(batch)
+        with _errors_delayed():
+            return self._rank.make_pass(batch)
 
 
 class Leader:
-    """Rank 0: deals batches out to all ranks, and commits what they computed as any worker does."""
+    """Rank 0: gives all ranks their batches, and commits the results as any worker does."""
 
-    def __init__(self, job: RunSetup, threads: int, peers: Sequence[Any]) -> None:
-        _see_only_what_is_given()
+    def __init__(self, setup: RunSetup, threads: int, peers: Sequence[Any]) -> None:
+        _hide_other_gpus()
         started = time.perf_counter()
-        self._job, self._peers = job, peers
+        self._setup, self._peers = setup, peers
         self._passing = ThreadPoolExecutor(1, thread_name_prefix="pass")
         ranks, host = 1 + len(peers), get_node_ip_address()
         meeting = open_meeting(host)
@@ -115,19 +114,20 @@ class Leader:
 
         def load() -> Rank:
             join(0, ranks, meeting, host)
-            return Rank(job, threads)
+            return Rank(setup, threads)
 
         try:
-            self._member, *_ = self._together(
+            self._rank, *_ = self._together(
                 load, [peer.load.remote(rank, ranks, place) for rank, peer in enumerate(peers, 1)]
             )
         except RayTaskError:
             raise
         except RayError:
-            os._exit(1)  # a rank is gone; raised from here, that would be an actor that refuses to start
-        lens = self._member.lens
+            os._exit(1)  # a rank is gone; an error raised here would be an actor that refuses to start
+        lens = self._rank.lens
         device = f"{ranks} ranks on {'+'.join(lens.loaded.devices)}"
-        self._worker = Worker(job, lens, Readiness(device, time.perf_counter() - started), self._compute)
+        readiness = Readiness(device, time.perf_counter() - started)
+        self._worker = Worker(setup, lens, readiness, self._compute)
 
     def ready(self) -> Readiness:
         return self._worker.ready()
@@ -136,32 +136,32 @@ class Leader:
         return self._worker.run(attempt)
 
     def _compute(self, examples: Sequence[Example], attempt: Attempt[Shard]) -> Computed:
-        # Ranks end when they run out of memory, and nobody can say whether that is what the last replica died of.
-        device = self._member.lens.loaded.device
-        most = most_tokens(self._job.batch_tokens, device.type)
+        # Ranks end when they run out of memory, so each attempt halves the batch: the last one may have died of that.
+        device = self._rank.lens.loaded.device
+        most = most_tokens(self._setup.batch_tokens, device.type)
         budget = TokenBudget(max(1, most >> (attempt.number - 1)), device)
         suspects = attempt.suspected(examples)
-        packer = Packer(lengths_of(examples, self._job.options.target_mode), suspects)
+        packer = Packer(lengths_of(examples, self._setup.options.target_mode), suspects)
         computed, ranks = Computed(), 1 + len(self._peers)
         computed.batch_tokens = budget.most
         passes = 0
         while packer:
-            # Neighbours are of like length: a pass takes all ranks about as long. A suspect has a pass to itself.
+            # Neighbours have similar lengths, so a pass takes all ranks about as long. A suspect has a pass to itself.
             batches = _take(packer, examples, budget, 1 if passes < len(suspects) else ranks)
             passes += 1
             if attempt.number > 1:
                 in_flight = [example.prompt.prompt_id for batch in batches for example in batch]
-                note(self._job.directory, attempt.shard.index, in_flight)
+                note(self._setup.directory, attempt.shard.index, in_flight)
             own, *others = [*batches, *[[]] * ranks][:ranks]
             theirs = [peer.make_pass.remote(batch) for peer, batch in zip(self._peers, others, strict=True)]
-            for part in self._together(partial(self._member.make_pass, own), theirs):
+            for part in self._together(partial(self._rank.make_pass, own), theirs):
                 computed.merge(part)
         return computed
 
     def _together(self, own: Callable[[], Any], theirs: Sequence[Any]) -> list[Any]:
-        """What all ranks return. The first error ends the wait: the others may be in a pass, for ever."""
+        """Collect the results of all ranks. The first error ends the wait: the others may never leave their pass."""
         waiting = [
-            self._passing.submit(_late_to_complain()(own)),
+            self._passing.submit(_errors_delayed()(own)),
             *(reference.future() for reference in theirs),
         ]
         done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
@@ -171,22 +171,22 @@ class Leader:
 
 
 def _take(packer: Packer, examples: Sequence[Example], budget: TokenBudget, most: int) -> list[list[Example]]:
-    """The next batches, no more than `most`."""
+    """Take the next batches, at most `most`."""
     batches = []
     while packer and len(batches) < most:
         batches.append([examples[index] for index in packer.take(budget.at)])
     return batches
 
 
-def _see_only_what_is_given() -> None:
-    """Ray hides GPUs from actors that have some, not from those that have none."""
+def _hide_other_gpus() -> None:
+    """Hide all GPUs from an actor that has none; Ray hides the others only from an actor that has some."""
     if not ray.get_gpu_ids():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @contextmanager
-def _late_to_complain() -> Iterator[None]:
-    """A broken pass is most often the end of another rank, and that is what the leader should hear first."""
+def _errors_delayed() -> Iterator[None]:
+    """Delay an error: a broken pass mostly means that another rank ended, and the leader should hear that first."""
     try:
         yield
     except RuntimeError:
@@ -198,25 +198,24 @@ def _late_to_complain() -> Iterator[None]:
 class Zero3Kind:
     """A copy of the model in several actors, on one device each."""
 
-    job: RunSetup
+    setup: RunSetup
+    ranks: int
     cpus: float
-    """For each rank."""
+    """CPUs per rank."""
     gpus: int
-    """For each rank: 1, or 0 for none."""
+    """GPUs per rank: 1 or 0."""
 
     @property
     def bundles(self) -> Sequence[Mapping[str, float]]:
-        assert self.job.zero3 is not None
-        return [{"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})] * self.job.zero3.ranks
+        return [{"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})] * self.ranks
 
     def start(self, group: PlacementGroup) -> "Zero3Replica":
         threads = max(1, int(self.cpus))
         peers = [
-            self._actor(Peer, group, rank, 1).remote(self.job, threads)
-            for rank in range(1, len(self.bundles))
+            self._actor(Peer, group, rank, 1).remote(self.setup, threads) for rank in range(1, self.ranks)
         ]
         leader = self._actor(Leader, group, 0, AHEAD + 1)
-        return Zero3Replica(leader.remote(self.job, threads, peers), peers)
+        return Zero3Replica(leader.remote(self.setup, threads, peers), peers)
 
     def _actor(self, kind: type, group: PlacementGroup, rank: int, concurrency: int) -> Any:
         return ray.remote(kind).options(
@@ -230,7 +229,7 @@ class Zero3Kind:
 
 @dataclass(frozen=True, slots=True)
 class Zero3Replica:
-    """Actors that hold one copy of the model together. What befalls any of them, its leader answers with."""
+    """Actors that share one copy of the model; the leader's answer fails when any of them does."""
 
     leader: Any
     peers: Sequence[Any]
