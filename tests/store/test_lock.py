@@ -1,4 +1,4 @@
-"""One driver per run directory, and none that is dead."""
+"""One driver per run directory; a dead driver holds no lock."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def store(tmp_path: Path) -> Directory:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases that are renewed, looked at and stale in a fraction of a second."""
+    """Leases that are renewed, checked and stale within a fraction of a second."""
     for name, seconds in {"REFRESH_SECONDS": 0.05, "LOOK_SECONDS": 0.05, "STALE_SECONDS": 0.5}.items():
         monkeypatch.setattr(lock, name, seconds)
 
