@@ -1,5 +1,7 @@
 """One driver per run directory; a dead driver holds no lock."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -88,6 +90,24 @@ def test_a_lock_is_free_after_its_block_and_leaves_no_file(tmp_path: Path):
         with DriverLock(directory), pytest.raises(BacklensError, match="in use"), DriverLock(directory):
             pass
     assert directory.names() == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    directory = Directory.at(tmp_path)
+    with pytest.raises(BacklensError) as refusal, DriverLock(directory):
+        pass
+    problem = f"out: cannot lock {tmp_path} ({os.strerror(number)})"
+    assert str(refusal.value) == f"{problem}; use an --out on a file system that has locks"
+    assert lock.find_holder(directory) is None
+    with lock.exclusively(directory, "_commits.lock"):
+        pass
 
 
 @pytest.fixture
