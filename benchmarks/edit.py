@@ -4,7 +4,7 @@
 
 For each case: forward-shift, then CounterFact's questions (1 + 2 + 10 prompts in the demo, each with two targets).
 
-* ours: compute the change, add it, ask everything in one padded batch, restore the weights.
+* ours: compute the change, add it, evaluate all prompts in one padded batch, restore the weights.
 * passes: nothing but the forward passes of those batches, on weights that nobody touches.
 * deep copy: the usual way. The model is copied for each case, and each prompt and target is a pass of its own.
 
@@ -23,7 +23,7 @@ import torch
 from backlens.demo import FACTS, MODEL
 from backlens.editing.activations import batches, logits_of
 from backlens.editing.delta import add_deltas, edited
-from backlens.editing.evaluate import Evaluation, evaluate
+from backlens.editing.evaluate import Evaluation, evaluate, prepare
 from backlens.editing.methods.forward_shift import ForwardShift
 from backlens.editing.request import read_requests
 from backlens.models.blocks import find_parts
