@@ -23,7 +23,7 @@ import torch
 from backlens.demo import FACTS, MODEL
 from backlens.editing.activations import batches, logits_of
 from backlens.editing.delta import add_deltas, edited
-from backlens.editing.evaluate import Evaluation, evaluate
+from backlens.editing.evaluate import Evaluation, evaluate, prepare
 from backlens.editing.methods.forward_shift import ForwardShift
 from backlens.editing.request import read_requests
 from backlens.models.blocks import find_parts

@@ -1,4 +1,4 @@
-"""What the bundled demo promises: a small model that knows the facts beside it, and a recipe that made it."""
+"""The bundled demo: a small model that knows its facts, and the script that trains it."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def true_object(record: Record) -> str:
 
 @torch.inference_mode()
 def likeliest_next(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """The likeliest continuation of each prompt, one token long (padded on the right, in batches)."""
+    """The most probable next token of each prompt, in batches padded on the right."""
     found = []
     for start in range(0, len(prompts), 128):
         batch = tokenizer(list(prompts[start : start + 128]), padding=True, return_tensors="pt")

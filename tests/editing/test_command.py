@@ -1,4 +1,4 @@
-"""`backlens edit` as a user meets it."""
+"""`backlens edit` from the command line."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from backlens.store.directory import Directory
 
 @pytest.fixture
 def short_text(probes: Path, tmp_path: Path) -> str:
-    """Enough sentences to measure a covariance over."""
+    """A file with enough sentences to measure a covariance."""
     text = tmp_path / "text.txt"
     lines = (probes / "text.txt").read_text("utf-8").splitlines(keepends=True)
     text.write_text("".join(lines[::8]))

@@ -1,4 +1,4 @@
-"""Metrics against a plain loop, case by case; requests; texts; and the figures of a small model."""
+"""Metrics against a simple loop over cases; requests; texts; and the figures of a small model."""
 
 import json
 import math
@@ -25,20 +25,20 @@ from backlens.editing.evaluate import (
 from backlens.editing.methods.forward_shift import ForwardShift
 from backlens.editing.request import Metrics, Request, read_requests
 from backlens.errors import BacklensError
-from tests.editing.plain import plain_case
+from tests.editing.reference_metrics import case_metrics
 
 LAYER, RATE = 5, 1.6
 
 
 def test_metrics_are_those_of_a_plain_loop_on_fifty_cases(demo, requests):
-    """After an edit of each case: batched and in place here; one prompt at a time there."""
+    """Compared after an edit of each case: batches in place, against one prompt at a time."""
     records = json.loads(FACTS.read_text("utf-8"))
     chosen = random.Random(0).sample(range(len(requests)), 50)
     method = ForwardShift((LAYER,), RATE)
     for number in chosen:
         with edited(demo, method(demo, requests[number])):
             (ours,) = evaluate(demo, [prepare(demo, requests[number])])
-            wanted = plain_case(demo.model, demo.tokenizer, records[number])
+            wanted = case_metrics(demo.model, demo.tokenizer, records[number])
         for kind in KINDS:
             assert (ours.success[kind], ours.accuracy[kind]) == wanted[kind], (number, kind)
 
@@ -63,9 +63,9 @@ def test_figures_do_not_depend_on_what_else_is_in_the_batch(demo, requests):
 def test_targets_of_several_tokens_are_teacher_forced(demo):
     request = Request(0, "here", "Jomek Kelford", " moved to a flat in", None, " has a home in", ("x",))
     (result,) = evaluate(demo, [prepare(demo, request)])
-    from tests.editing.plain import plain_score
+    from tests.editing.reference_metrics import target_score
 
-    nll, _ = plain_score(demo.model, demo.tokenizer, request.prompt, request.target_new)
+    nll, _ = target_score(demo.model, demo.tokenizer, request.prompt, request.target_new)
     assert result.target.nll == pytest.approx(nll, rel=1e-4)
     assert len(result.target.correct) == len(demo.tokenizer.encode(request.target_new)) > 1
 

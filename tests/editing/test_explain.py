@@ -1,4 +1,4 @@
-"""The sign of what an edit adds: that of its effect at the position it is made for, whatever gives the directions."""
+"""The sign of an explained direction: that of the edit's effect at the edited position, whatever the factors."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_the_new_target_is_added_and_not_taken_away(
 
 
 def inputs(loaded: LoadedModel, request: Request, module: str) -> torch.Tensor:
-    """What a module of the layer reads of the prompt, by a hook of our own."""
+    """The input of a module for the prompt, by a hook of the test."""
     block = loaded.parts.blocks[LAYER]
     kept: list[torch.Tensor] = []
     hook = block.module.get_submodule(block.matrices[module].path).register_forward_hook(
@@ -73,7 +73,7 @@ def listed(loaded: LoadedModel, vector: torch.Tensor) -> tuple[list[str], list[s
 def test_a_direction_has_the_sign_of_the_edited_positions_part_along_it(
     module: str, position: str, demo: LoadedModel, requests: list[Request]
 ) -> None:
-    """For a matrix of full rank, given in factors that say nothing of it, and for its negative."""
+    """Tried for a matrix of full rank in arbitrary factors, and for its negative."""
     request = next(each for each in requests if each.subject)
     assert request.subject is not None
     x = inputs(demo, request, module)

@@ -1,4 +1,4 @@
-"""MEND's editor: what it is before it learns, its gradient through an edit, and its training as a user meets it."""
+"""MEND's editor: its untrained state, its gradient through an edit, and its training from the command line."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def llama(tmp_path: Path) -> LoadedModel:
 
 
 def untrained(loaded: LoadedModel, layers: tuple[int, ...], rate: float) -> Editor:
-    """With a normalisation that is not the trivial one."""
+    """An editor with a normalisation other than the identity."""
     torch.manual_seed(0)
     editor = Editor(feed_forward_shapes(loaded, layers), rank=8, rate=rate)
     for name, values in editor.named_buffers():
@@ -47,7 +47,7 @@ def test_an_editor_that_has_learned_nothing_is_a_step_of_gradient_descent(
 
 
 def test_the_losses_and_their_gradients_are_those_of_edited_weights(llama: LoadedModel) -> None:
-    """Against autograd through whole matrices: functional_call with W + Σ u ⊗ v, one unpadded prompt at a time."""
+    """Compared with autograd through whole matrices, by functional_call with W + Σ u ⊗ v, one prompt at a time."""
     requests = [Request(0, "a", "ab cd", " x", "cd"), Request(1, "b", "the end", " yz", "end")]
     encode = llama.tokenizer.encode
     lessons = [
@@ -77,7 +77,7 @@ def test_the_losses_and_their_gradients_are_those_of_edited_weights(llama: Loade
 
 
 def plain_loss(loaded: LoadedModel, editor: Editor, lesson: Lesson) -> torch.Tensor:
-    """Of one edit: its mean negative log-likelihood, and three times the mean divergence of what should stay."""
+    """Loss of one edit: its mean negative log-likelihood, and three times the mean divergence of other predictions."""
     weights = {
         name: value.detach().clone().requires_grad_() for name, value in loaded.model.named_parameters()
     }

@@ -1,4 +1,4 @@
-"""What each method's change is, against direct linear algebra and autograd."""
+"""The change of each method, against direct linear algebra and autograd."""
 
 import copy
 from dataclasses import replace
@@ -81,7 +81,7 @@ def test_the_ridge_share_of_memit_is_direct_linear_algebra():
 
 
 def test_rome_is_the_constrained_least_change(demo, requests, moments):
-    """Of all changes that give the key its value, the one with the least effect E‖x D‖²."""
+    """The change has the least effect E‖x D‖² of all that give the key its value."""
     (delta,) = Rome(LAYER, moments, place="last")(demo, requests[0])
     k = input_of_down(demo, requests[0].prompt)[-1].double()
     c = moments.at(LAYER).double()

@@ -1,4 +1,4 @@
-"""Requests as they are read: where their subject is, which is where ROME's key is taken, and what is refused."""
+"""Reading of requests: the place of the subject, which is the position of ROME's key, and refusals."""
 
 import json
 import unicodedata

@@ -1,4 +1,4 @@
-"""Sweeps run on the executors of runs: their rows are the same, and deaths cost no more than the work in hand."""
+"""Sweeps on the executors of runs: the rows are the same, and a death costs only the current shard."""
 
 from pathlib import Path
 from typing import Any

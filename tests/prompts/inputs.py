@@ -1,4 +1,4 @@
-"""Prompts as files of every format, and what is read from them."""
+"""Writers of prompt files in every format, and readers of them."""
 
 import csv
 import json

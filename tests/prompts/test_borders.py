@@ -1,4 +1,4 @@
-"""Where a prompt ends and its target begins, for each kind of tokenizer, when a token would reach over the border.
+"""The border between prompt and target, for each kind of tokenizer, when a token would cross it.
 
 The tokenizers are built by hand, so that what they join is known: " is", " Paris", " Fr", "ance", " France" and
 runs of white space are tokens.
@@ -20,7 +20,7 @@ LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How the tiktoken tokenizer of Llama 3 splits texts."""
+"""The pattern by which the tiktoken tokenizer of Llama 3 splits texts."""
 
 WORDS = [
     ["ance"],
@@ -34,11 +34,11 @@ WORDS = [
     [":", "\n\n"],
     ["  "],
 ]
-"""Tokens, each by the pieces it is joined from last."""
+"""Tokens, each with the two pieces that its last merge joins."""
 
 
 def joined(words: Iterable[list[str]], space: str, newline: str) -> list[tuple[str, str]]:
-    """Merges that make each word out of its pieces, and each piece out of letters."""
+    """Merges that build each word from its pieces, and each piece from letters."""
     merges: dict[tuple[str, str], None] = {}
     for word in words:
         pieces = [piece.replace(" ", space).replace("\n", newline) for piece in word]
@@ -58,7 +58,7 @@ def byte_level_model(ignore_merges: bool = False) -> models.BPE:
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """GPT-2's kind."""
+    """A tokenizer like GPT-2's."""
     backend = Tokenizer(byte_level_model())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     backend.decoder = decoders.ByteLevel()  # pyright: ignore
@@ -66,7 +66,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def tiktoken() -> PreTrainedTokenizerFast:
-    """Llama 3's kind: its own way to split, and a word that is a token is one whatever the merges say."""
+    """A tokenizer like Llama 3's: it has its own pattern, and a word that is a token stays one token."""
     backend = Tokenizer(byte_level_model(ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore
         [
@@ -91,12 +91,12 @@ SENTENCEPIECE_MERGES = [pair for pair in SENTENCEPIECE_MERGES if "\n" not in "".
 
 
 def sentencepiece() -> PreTrainedTokenizerBase:
-    """Llama 2's kind, by its own class: the whole text is one piece, with a space put before it."""
+    """A tokenizer like Llama 2's, by its own class: the whole text is one piece, with an added space before it."""
     return LlamaTokenizer(vocab=sentencepiece_vocabulary(SENTENCEPIECE_MERGES), merges=SENTENCEPIECE_MERGES)
 
 
 def sentencepiece_legacy() -> PreTrainedTokenizerFast:
-    """The same as older files write it: the space is put there by a normalizer."""
+    """The same tokenizer in the form of older files: a normalizer adds the space."""
     merges = SENTENCEPIECE_MERGES
     backend = Tokenizer(
         models.BPE(sentencepiece_vocabulary(merges), merges, fuse_unk=True, byte_fallback=True)
@@ -111,7 +111,7 @@ def sentencepiece_legacy() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_unigram() -> PreTrainedTokenizerFast:
-    """T5's and XGLM's kind: the likeliest pieces, words split at spaces."""
+    """A tokenizer like those of T5 and XGLM: the most probable pieces, with words split at spaces."""
     words = {"".join(word).replace(" ", "▁") for word in WORDS if "\n" not in "".join(word)} | {"▁ance"}
     pieces = [(token, -12.0) for token in sentencepiece_vocabulary([])] + [
         (word, -2.0) for word in sorted(words)
@@ -137,7 +137,7 @@ every_kind = pytest.mark.parametrize("tokenizer", KINDS.values(), ids=KINDS)
 def divided(
     tokenizer: PreTrainedTokenizerBase, text: str, target: str, subject: str | None = None
 ) -> Example:
-    """Without special tokens before it."""
+    """Ids without special tokens before them."""
     one = Prompt(0, text, target, "p.jsonl:1", subject=subject)
     (found,) = tokenize([one], tokenizer, prepend_bos="false", target_mode="first", context=None)
     assert isinstance(found, Example), found
@@ -150,7 +150,7 @@ def own(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
-    """Tokens as text, with spaces and line breaks as they are in a text."""
+    """Tokens as text, with plain spaces and line breaks."""
     tokens = [*tokenizer.convert_ids_to_tokens(list(ids))]
     signs = {"Ġ": " ", "▁": " ", "Ċ": "\n", "<0x0A>": "\n"}
     for sign, character in signs.items():

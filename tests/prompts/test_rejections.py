@@ -1,4 +1,4 @@
-"""Records and files that are no prompts: each is said where it stands, and costs only itself."""
+"""Records and files that are no prompts: each is reported with its place, and only itself is lost."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""Prompts cut into shards: contiguous ranges, each cut before the next is read."""
+"""Prompts divided into shards: contiguous ranges, each complete before the next is read."""
 
 import pytest
 from hypothesis import given

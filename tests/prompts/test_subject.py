@@ -1,4 +1,4 @@
-"""Where a prompt names its subject: the slot of its template, else whole words, read alike."""
+"""The place of the subject in a prompt: the slot of its template, else whole words."""
 
 import unicodedata
 

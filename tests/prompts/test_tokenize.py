@@ -1,4 +1,4 @@
-"""Tokenization: where the loss is taken, what the target is, which tokens the subject is."""
+"""Tokenization: position of the loss, tokens of the target and of the subject."""
 
 import itertools
 import logging
@@ -32,7 +32,7 @@ CORPUS = [
 
 
 def byte_level(template: str | None = None) -> PreTrainedTokenizerFast:
-    """GPT-2's kind: tokens are byte strings, a space belongs to the word after it."""
+    """A tokenizer like GPT-2's: tokens are byte strings, and a space belongs to the word after it."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
@@ -46,7 +46,7 @@ def byte_level(template: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def metaspace(template: str | None = "<s> $A") -> PreTrainedTokenizerFast:
-    """SentencePiece's kind: a space is written ▁, one is put before the text, and <s> before it all."""
+    """A tokenizer like SentencePiece's: ▁ is a space, one is added before the text, and <s> before both."""
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     # Zero-width spaces vanish: texts of one character can have no tokens.
     tokenizer.normalizer = normalizers.Replace("\u200b", "")  # pyright: ignore
@@ -316,7 +316,7 @@ def test_subject_positions_agree_with_counting_bytes(before: str, subject: str, 
 
 
 def bytes_to_letters() -> dict[int, str]:
-    """GPT-2's printable stand-ins for the 256 bytes."""
+    """The printable characters that stand for the 256 bytes in GPT-2's tokenizer."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {

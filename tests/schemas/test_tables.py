@@ -26,7 +26,7 @@ def example_value(data_type: pa.DataType):
 
 
 def example_rows(table: Table) -> pa.Table:
-    """Two rows: one with every value, one with null wherever null is allowed."""
+    """Two rows: one with every value, one with null in every column that allows it."""
     columns = {
         column.name: [
             example_value(column.type),

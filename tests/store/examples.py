@@ -102,7 +102,7 @@ def arrow(rows: Rows) -> dict[str, pa.Table]:
 
 @dataclass(frozen=True)
 class ExampleRun:
-    """A written run, and every one of its rows."""
+    """A written run, and all of its rows."""
 
     run: RunDirectory
     rows: Rows
@@ -133,7 +133,7 @@ def example_run(
     experts: bool = False,
     seed: int = 0,
 ) -> ExampleRun:
-    """A run of `shards` shards of four prompts of which the first `committed` (default: all) are there."""
+    """A run of `shards` shards of four prompts, of which the first `committed` (default: all) are committed."""
     random_state = random.Random(seed)
     committed = shards if committed is None else committed
     run = start_run(directory, prompts=4 * shards)

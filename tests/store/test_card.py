@@ -1,4 +1,4 @@
-"""The dataset card's own lines, as `datasets` takes them."""
+"""The dataset card's own lines, run with `datasets`."""
 
 import os
 import re
@@ -93,7 +93,7 @@ def published(folder: Path):
 
 
 def test_runs_of_earlier_versions_are_read(tmp_path: Path):
-    """Their empty tables hold a row group of no rows, and their records whole paths."""
+    """Their empty tables have a row group of 0 rows, and their records hold absolute paths."""
     from backlens.atlas import Atlas
 
     example: ExampleRun = example_run(Directory.at(tmp_path))

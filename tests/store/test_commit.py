@@ -1,4 +1,4 @@
-"""A shard is there whole or not at all, whenever the process that writes it dies."""
+"""A shard is complete or absent, whenever the process that writes it dies."""
 
 import random
 import subprocess
@@ -105,7 +105,7 @@ def test_a_crash_at_any_instant_leaves_all_of_a_shard_or_nothing(tmp_path: Path)
 
 
 def lost(directory: Directory) -> list[str]:
-    """What is not as it was written, in lines."""
+    """One line per file that is missing or changed."""
     return [str(loss) for loss in every_loss(directory, list(committed(directory).values()))]
 
 

@@ -1,4 +1,4 @@
-"""Directories on disks and object stores behave alike, and never show half a file."""
+"""Directories on disks and object stores behave alike, and never show a partial file."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""A command that is given a directory of another kind says in one line what it needs and what it was given."""
+"""A command for a directory of another kind says in one line what it needs and what it got."""
 
 import shutil
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from tests.store.examples import example_run
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run, an edit sweep, and what is neither."""
+    """A folder with a run, an edit sweep, and other folders."""
     folder = tmp_path_factory.mktemp("kinds")
     made = called("edit", "sweep", folder / "sweep", "--layers", 5, "--lr", 0.8, "--limit", 1)
     assert made.status == 0, made.stderr

@@ -1,5 +1,7 @@
-"""One driver per run directory, and none that is dead."""
+"""One driver per run directory; a dead driver holds no lock."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -90,6 +92,24 @@ def test_a_lock_is_free_after_its_block_and_leaves_no_file(tmp_path: Path):
     assert directory.names() == []
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    directory = Directory.at(tmp_path)
+    with pytest.raises(BacklensError) as refusal, DriverLock(directory):
+        pass
+    problem = f"out: cannot lock {tmp_path} ({os.strerror(number)})"
+    assert str(refusal.value) == f"{problem}; use an --out on a file system that has locks"
+    assert lock.find_holder(directory) is None
+    with lock.exclusively(directory, "_commits.lock"):
+        pass
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Directory:
     return Directory.at(f"memory://{tmp_path.name}")
@@ -97,7 +117,7 @@ def store(tmp_path: Path) -> Directory:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases that are renewed, looked at and stale in a fraction of a second."""
+    """Leases that are renewed, checked and stale within a fraction of a second."""
     for name, seconds in {"REFRESH_SECONDS": 0.05, "LOOK_SECONDS": 0.05, "STALE_SECONDS": 0.5}.items():
         monkeypatch.setattr(lock, name, seconds)
 

@@ -1,4 +1,4 @@
-"""Directories may be called anything: a name is never read as a pattern, a partition or a chain of file systems."""
+"""Any name of a directory works: none is read as a pattern, a partition or a chain of file systems."""
 
 import os
 from pathlib import Path

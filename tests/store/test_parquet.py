@@ -1,4 +1,4 @@
-"""What a written file looks like inside, and that rows are sorted as their table says."""
+"""The layout of written files, and the order of their rows."""
 
 import hashlib
 from pathlib import Path
@@ -157,7 +157,7 @@ rows_in_any_order = st.lists(
 
 
 def in_python(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Stable, nulls last."""
+    """Python's sort of the rows: stable, nulls last."""
     return sorted(
         rows,
         key=lambda row: (

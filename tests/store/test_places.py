@@ -1,4 +1,4 @@
-"""A run directory is resumed and replayed from its own `config.yaml`, wherever it was moved or copied to."""
+"""A run directory is resumed and repeated from its own `config.yaml`, wherever it was moved or copied to."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same folders elsewhere, so that each test may move them."""
+    """A copy of the folders, so that each test may move them."""
     folder = tmp_path / "project"
     shutil.copytree(project, folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no-cache"))

@@ -1,4 +1,4 @@
-"""Requests to a store: what is asked again, what is given up, and in which words."""
+"""Requests to a store: which are retried, which are given up, and the error messages."""
 
 from collections.abc import Callable
 

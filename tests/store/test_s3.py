@@ -57,7 +57,7 @@ def local(command: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory)
 
 
 def _fetched(server: S3Server, name: str, folder: Path) -> Path:
-    """A copy of a run on the store, made past the proxy."""
+    """A copy of a run in the store, made without the proxy."""
     server.store.get(f"{BUCKET}/{name}", str(folder / name), recursive=True)
     return folder / name
 
@@ -126,7 +126,7 @@ def _records(server: S3Server) -> dict[str, str]:
 
 
 def _can_be_asked(url: str, local: Path) -> None:
-    """The commands that read a run answer as on a disk; building an atlas there changes no answer."""
+    """Commands that read a run give the same results as on a disk, also after an atlas is built there."""
     status = json.loads(called("status", url, "--json").stdout)
     assert (status["state"], status["prompts_done"]) == ("done", PROMPTS)
     question = ("--token", "a", "--json")

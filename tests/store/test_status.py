@@ -1,4 +1,4 @@
-"""What `status` says of a run is what its directory holds."""
+"""`status` reports the content of a run directory."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""A partial copy, or one damaged file: what needs it says so by name, all else is answered."""
+"""A partial copy, or one damaged file: commands that need the file name it, and others work."""
 
 import json
 import shutil

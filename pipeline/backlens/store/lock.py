@@ -9,7 +9,6 @@ one of them finds that it has `lost` the lease, and ends. Until then they write 
 """
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -36,17 +35,21 @@ LOOK_SECONDS = 2.0
 """Interval at which a waiting driver checks whether the lease is renewed."""
 FILE_SECONDS = 0.05
 """Wait for a file's lock. It is not 0, because `find_holder` holds the lock for an instant."""
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""Errors of file systems that have no locks."""
 
 
 def file_lock(path: str, **options: Any) -> filelock.FileLock:
     """A lock that the kernel keeps and releases when its holder dies; a forked child does not share it.
 
-    `acquire` raises OSError with one of `NO_LOCKS` on a file system without locks: the marker file that `filelock`
-    could use there would outlive a killed process.
+    `acquire` raises OSError on a file system without locks (`has_no_locks`): the marker file that `filelock` could use
+    there would outlive a killed process.
     """
     return filelock.FileLock(path, poll_interval=0.01, thread_local=False, fallback_to_soft=False, **options)
+
+
+def has_no_locks(error: OSError) -> bool:
+    """True for an error of the locking itself, whose number depends on the file system. It names no file, unlike an
+    error of opening the lock file."""
+    return error.filename is None
 
 
 @contextlib.contextmanager
@@ -63,7 +66,7 @@ def exclusively(directory: Directory, name: str) -> Iterator[None]:
         try:
             lock.acquire()
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if not has_no_locks(error):
                 raise
     try:
         yield
@@ -144,7 +147,7 @@ class _FileLock:
             except filelock.Timeout:
                 raise BacklensError(_in_use(self.directory, _content(self.directory) or b"")) from None
             except OSError as error:
-                if error.errno not in NO_LOCKS:
+                if not has_no_locks(error):
                     raise
                 raise BacklensError(
                     f"out: cannot lock {self.directory} ({error.strerror}); "
