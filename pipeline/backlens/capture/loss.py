@@ -1,7 +1,7 @@
 """The loss whose gradients are read, and what `prompts` says of each prompt's forward pass.
 
 A loss is an object that maps logits to one number per prompt. `NLL` is the one of the paper; another one subclasses
-`Loss` and is passed to `BackwardLens.gradient(loss=…)` or `capture(loss=…)`.
+`LossFunction` and is passed to `BackwardLens.gradient(loss=…)` or `capture(loss=…)`.
 """
 
 from dataclasses import dataclass, fields
@@ -30,7 +30,7 @@ class Outcome:
         return Outcome(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-class Loss:
+class LossFunction:
     """A differentiable number per prompt. The gradient is that of the sum over the batch, never of a mean."""
 
     def positions(self, batch: Batch) -> Int[Tensor, "prompt step"]:
@@ -79,7 +79,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class NegativeLogLikelihood(Loss):
+class NegativeLogLikelihood(LossFunction):
     """−log p(target | prompt), summed over the target's tokens, in nats (arXiv 2402.12865, §3)."""
 
     def __call__(
