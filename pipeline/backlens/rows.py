@@ -34,7 +34,7 @@ from backlens.capture.factors import (
     spectrum,
 )
 from backlens.capture.hooks import Gradient, capture
-from backlens.capture.loss import NLL, Loss, Outcome
+from backlens.capture.loss import NLL, LossFunction, Outcome
 from backlens.columns import MatrixRows, Projections, Ragged
 from backlens.models.load import LoadedModel
 from backlens.projection.lens import Lens
@@ -57,7 +57,7 @@ class RowOptions:
     positions: Positions = "all"
     top_k: int = 10
     target_mode: TargetMode = "first"
-    loss: Loss = NLL
+    loss: LossFunction = NLL
     neurons: int = 16
     """Neurons per prompt, layer and module, by gradient norm; −1 for all."""
     save_factors: bool = False

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from backlens.capture.batch import Batch, Slots, make_batch
-from backlens.capture.loss import NLL, Loss, Outcome
+from backlens.capture.loss import NLL, LossFunction, Outcome
 from backlens.errors import BacklensError
 from backlens.models.blocks import Located
 from backlens.models.experts import Begin, Watcher, watching
@@ -64,7 +64,7 @@ def capture(
     modules: Collection[str],
     consume: Consumer,
     *,
-    loss: Loss = NLL,
+    loss: LossFunction = NLL,
     activation_checkpointing: bool = False,
     scored: slice | Int[Tensor, " token"] = slice(None),
 ) -> Outcome:

@@ -1,7 +1,7 @@
 """The loss whose gradients are read, and what `prompts` says of each prompt's forward pass.
 
 A loss is an object that maps logits to one number per prompt. `NLL` is the one of the paper; another one subclasses
-`Loss` and is passed to `BackwardLens.gradient(loss=…)` or `capture(loss=…)`.
+`LossFunction` and is passed to `BackwardLens.gradient(loss=…)` or `capture(loss=…)`.
 """
 
 from dataclasses import dataclass, fields
@@ -15,12 +15,12 @@ from backlens.capture.batch import Batch
 
 @dataclass(frozen=True)
 class Outcome:
-    """Facts of a batch's forward pass, one value per prompt; each field is a column of `prompts`."""
+    """Facts of a batch's forward pass, one value per prompt: columns of `prompts`."""
 
     loss: Float[Tensor, " prompt"]
     """The loss whose gradients are taken, float32; in nats for `NLL`."""
-    target_prob: Float[Tensor, " prompt"]
-    """p(target | prompt), over all target tokens that are used, float32."""
+    target_log_prob: Float[Tensor, " prompt"]
+    """log p(target | prompt), over all target tokens that are used, float32; `prompts` has p itself."""
     target_rank: Int[Tensor, " prompt"]
     """Number of scored tokens with a larger logit than the target's first token (0 = predicted)."""
     predicted_id: Int[Tensor, " prompt"]
@@ -30,7 +30,7 @@ class Outcome:
         return Outcome(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-class Loss:
+class LossFunction:
     """A differentiable number per prompt. The gradient is that of the sum over the batch, never of a mean."""
 
     def positions(self, batch: Batch) -> Int[Tensor, "prompt step"]:
@@ -49,15 +49,15 @@ class Loss:
         """
         raise NotImplementedError
 
-    def target_prob(
+    def target_log_prob(
         self,
         logits: Float[Tensor, "prompt step vocabulary"],
         loss: Float[Tensor, " prompt"],
         targets: Int[Tensor, "prompt target"],
         mask: Bool[Tensor, "prompt target"],
     ) -> Float[Tensor, " prompt"]:
-        """Compute p(target | prompt)."""
-        return NLL(logits[:, : targets.shape[1]], targets, mask).neg().exp()
+        """Compute log p(target | prompt)."""
+        return NLL(logits[:, : targets.shape[1]], targets, mask).neg()
 
     def facts(
         self,
@@ -72,14 +72,14 @@ class Loss:
         predicted = among.argmax(-1)
         return Outcome(
             loss,
-            self.target_prob(logits, loss, batch.targets, batch.target_mask),
+            self.target_log_prob(logits, loss, batch.targets, batch.target_mask),
             (among > target).sum(-1),
             predicted if isinstance(scored, slice) else scored[predicted],
         )
 
 
 @dataclass(frozen=True)
-class NegativeLogLikelihood(Loss):
+class NegativeLogLikelihood(LossFunction):
     """−log p(target | prompt), summed over the target's tokens, in nats (arXiv 2402.12865, §3)."""
 
     def __call__(
@@ -91,14 +91,14 @@ class NegativeLogLikelihood(Loss):
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return losses.view_as(targets).masked_fill(~mask, 0.0).sum(-1)
 
-    def target_prob(
+    def target_log_prob(
         self,
         logits: Float[Tensor, "prompt step vocabulary"],
         loss: Float[Tensor, " prompt"],
         targets: Int[Tensor, "prompt target"],
         mask: Bool[Tensor, "prompt target"],
     ) -> Float[Tensor, " prompt"]:
-        return loss.neg().exp()
+        return loss.neg()
 
 
 NLL = NegativeLogLikelihood()

@@ -91,7 +91,7 @@ def _tables(
     ids = torch.randint(spec.vocabulary, (2, len(prompts)), generator=generator)
     yield (
         "prompts",
-        prompt_table(prompts, [Outcome(loss, loss.neg().exp(), ids[0], ids[1])] if prompts else []),
+        prompt_table(prompts, [Outcome(loss, loss.neg(), ids[0], ids[1])] if prompts else []),
     )
     yield "failures", TABLES["failures"].empty()
     facts = pilot.blocks if pilot else _blocks(spec, numbered(prompts, _few(spec, sample)), generator)
