@@ -2,11 +2,11 @@
 
     python -m benchmarks.atlas [--prompts 6512] [--folder FOLDER] [--memory 2GB]
 
-Writes a run of 12 layers, two modules, 16 neurons and 8 to 16 positions a prompt through the store, without a model:
-token frequencies fall as 1 / (rank + 10), so the most common token has 1.2 % of all entries. `backlens atlas` and the
-questions run in processes of their own, whose peak memory is printed. Answer times are of `Atlas` in a process that
-has answered something before, each over several tokens, neurons or prompts; then come whole pages of the explorer
-(`benchmarks.explorer`). What is in FOLDER already, the run or its atlas, is not made again.
+The benchmark writes a run of 12 layers, two modules, 16 neurons and 8 to 16 positions per prompt through the store,
+without a model. Token frequencies fall as 1 / (rank + 10), so the most common token has 1.2 % of all entries.
+`backlens atlas` and the questions run in processes of their own, whose peak memory is printed. Answer times are medians
+over several tokens, neurons or prompts, in a process that has answered a question before; the pages of the explorer
+follow (`benchmarks.explorer`). A run or an atlas that is already in FOLDER is used as it is.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from benchmarks.asked import what_to_ask
 from benchmarks.explorer import time_pages
 from benchmarks.memory import peak_of
+from benchmarks.questions import choose_subjects
 from benchmarks.shape import VOCABULARY, word
 
 from backlens.store.commit import commit_shard, write_vocab
@@ -37,7 +37,7 @@ LAYERS, MODULES, NEURONS, WIDTH, K = 12, ("mlp.up", "mlp.down"), 16, 3072, 10
 SHARD = 256
 RELATIONS = 30
 MEMORY = "600MB"
-"""What each question may use."""
+"""Memory limit of a question."""
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prompts", type=int, default=6512)
-    parser.add_argument("--folder", help="keep the run here, and take the one that is there")
+    parser.add_argument("--folder", help="folder that keeps the run, or has one already")
     parser.add_argument("--memory", default="2GB")
     parser.add_argument("--ask", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -77,7 +77,7 @@ def size_of(folder: Path) -> str:
 
 
 def write_run(folder: str, prompts: int) -> None:
-    """Random rows of the shape that a run has; a shard at a time."""
+    """Write random rows in the shape of a run, one shard at a time."""
     directory = Directory.at(folder)
     shards = -(-prompts // SHARD)
     config = {"model": "random", "top_k": K, "neurons": NEURONS}
@@ -195,7 +195,7 @@ def projections(generator: np.random.Generator, count: int) -> dict[str, Any]:
 
 
 def common_tokens(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Token ids, of which id r has the frequency 1 / (r + 10); no id twice in the last dimension."""
+    """Random token ids; id r has the frequency 1 / (r + 10), and no id occurs twice in the last dimension."""
     share = np.cumsum(1 / (np.arange(VOCABULARY) + 10.0))
     ids = np.searchsorted(share, generator.random(shape) * share[-1])
     if shape[-1] > 1:
@@ -215,14 +215,14 @@ def lists(values: np.ndarray, of: pa.DataType) -> pa.Array:
 
 
 def ask(folder: str) -> None:
-    """What a server would: many questions to one opened run."""
+    """Ask one opened run many questions, as a server does."""
     import resource
 
     from backlens.atlas import Atlas
 
-    asked = what_to_ask(folder)
-    prompts, common, rare = asked.prompts, asked.common, asked.rare
-    neurons, strongest = asked.neurons, asked.strongest
+    subjects = choose_subjects(folder)
+    prompts, common, rare = subjects.prompts, subjects.common, subjects.rare
+    neurons, strongest = subjects.neurons, subjects.strongest
     atlas = Atlas(folder, memory=MEMORY)
     atlas.coverage()
     count = atlas.snapshot.record.plan.prompts

@@ -1,4 +1,4 @@
-"""What benchmarks ask a run of `benchmarks.atlas` about: the same prompts, tokens and neurons each time."""
+"""The prompts, tokens and neurons that benchmarks of a run of `benchmarks.atlas` ask about, always the same."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from benchmarks.shape import word
 from backlens.atlas import Atlas
 
 TIMES = 8
-"""Of each kind; in pages the last is to warm up with."""
+"""Subjects per kind; for pages the last one warms up the server."""
 MOST_KEPT_FIRST = """
 SELECT concat_ws('.', layer, module, neuron) AS address
 FROM neuron_summary ORDER BY prompts DESC, layer, module, neuron
@@ -17,8 +17,8 @@ FROM neuron_summary ORDER BY prompts DESC, layer, module, neuron
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Whom questions are about."""
+class Subjects:
+    """The subjects of questions."""
 
     prompts: Sequence[int]
     common: Sequence[str]
@@ -27,15 +27,15 @@ class Asked:
     """Tokens of about the median frequency."""
     neurons: Sequence[str]
     strongest: Sequence[str]
-    """Those that are kept for the most prompts."""
+    """The neurons that are kept for the most prompts."""
 
 
-def what_to_ask(folder: str) -> Asked:
-    """Chosen at random, but always alike."""
+def choose_subjects(folder: str) -> Subjects:
+    """Choose subjects at random, with a fixed seed."""
     chosen = random.Random(0)
     atlas = Atlas(folder)
     addresses = atlas.sql(MOST_KEPT_FIRST, 1_000_000).column("address").to_pylist()
-    return Asked(
+    return Subjects(
         prompts=chosen.sample(range(atlas.snapshot.record.plan.prompts), TIMES),
         common=[word(rank) for rank in range(TIMES)],
         rare=[word(20_000 + rank) for rank in range(TIMES)],
