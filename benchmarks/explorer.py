@@ -1,10 +1,10 @@
-"""Measure pages of `backlens serve` over HTTP in milliseconds, and the server's peak memory.
+"""Whole pages of `backlens serve` over HTTP, as a browser asks for them: milliseconds, and the server's peak memory.
 
     python -m benchmarks.explorer FOLDER
 
-FOLDER is a run with an atlas, as `benchmarks.atlas --folder` leaves it. The server is a process of its own, without
-options. The client requests one page after the other on one connection and reads it to the end. Style sheet and script
-are not counted, because browsers keep them. Every kind of page is requested once beforehand.
+FOLDER is a run of `benchmarks.atlas --folder`, with its atlas. The server is a process of its own, without options; the
+client reads one page after the other on one connection. Style sheet and script are not counted, because browsers cache
+them. One page of every kind warms up the server.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import quote
 
-from benchmarks.query_keys import QueryKeys, choose_keys
+from benchmarks.questions import Subjects, choose_subjects
 
 
 def main() -> None:
@@ -33,8 +33,8 @@ def main() -> None:
 
 
 def time_pages(folder: str) -> None:
-    """Request every kind of page of a run several times, and print the times."""
-    kinds = pages(choose_keys(folder))
+    """Time several pages of every kind and print the results."""
+    kinds = pages(choose_subjects(folder))
     with serving(folder) as server:
         for addresses in kinds.values():
             server.seconds(addresses[-1])
@@ -45,26 +45,26 @@ def time_pages(folder: str) -> None:
     print(f"peak memory of the server: {peak:,.0f} MiB, {os.cpu_count()} cores")
 
 
-def pages(asked: QueryKeys) -> dict[str, Sequence[str]]:
-    """Addresses by kind of page; the last of each kind is for warming up."""
+def pages(subjects: Subjects) -> dict[str, Sequence[str]]:
+    """Addresses by kind of page; the last of each kind warms up the server."""
 
     def tokens(texts: Sequence[str], more: str = "") -> list[str]:
         return [f"/token?text={quote(text)}{more}" for text in texts]
 
-    prompts = asked.prompts
+    prompts = subjects.prompts
     return {
-        "neuron": [f"/neuron/{neuron}" for neuron in asked.neurons],
-        "neuron, most kept": [f"/neuron/{neuron}" for neuron in asked.strongest],
-        "neuron, with similar ones": [f"/neuron/{neuron}?show=similar" for neuron in asked.neurons],
+        "neuron": [f"/neuron/{neuron}" for neuron in subjects.neurons],
+        "neuron, most kept": [f"/neuron/{neuron}" for neuron in subjects.strongest],
+        "neuron, with similar ones": [f"/neuron/{neuron}?show=similar" for neuron in subjects.neurons],
         "neuron, most kept, with similar ones": [
-            f"/neuron/{neuron}?show=similar" for neuron in asked.strongest
+            f"/neuron/{neuron}?show=similar" for neuron in subjects.strongest
         ],
-        "rare token": tokens(asked.rare),
-        "rare token, places": tokens(asked.rare, "&show=places"),
-        "rare token, search": [f"/search?q={token}" for token in asked.rare],
-        "common token": tokens(asked.common),
-        "common token, places": tokens(asked.common, "&show=places"),
-        "common token, search": [f"/search?q={token}" for token in asked.common],
+        "rare token": tokens(subjects.rare),
+        "rare token, places": tokens(subjects.rare, "&show=places"),
+        "rare token, search": [f"/search?q={token}" for token in subjects.rare],
+        "common token": tokens(subjects.common),
+        "common token, places": tokens(subjects.common, "&show=places"),
+        "common token, search": [f"/search?q={token}" for token in subjects.common],
         "prompt": [f"/prompt/{prompt}" for prompt in prompts],
         "prompt, other module": [f"/prompt/{prompt}?module=mlp.up" for prompt in prompts],
         "prompt, as JSON": [f"/prompt/{prompt}.json" for prompt in prompts],
@@ -85,7 +85,7 @@ class Server:
     client: HTTPConnection
 
     def seconds(self, address: str) -> float:
-        """Seconds from the request to the page's last byte."""
+        """Seconds from the request of a page to its last byte."""
         started = time.perf_counter()
         self.client.request("GET", address)
         answer = self.client.getresponse()
@@ -96,14 +96,14 @@ class Server:
         return taken
 
     def peak(self) -> float:
-        """The server's peak resident memory in MiB. `wait4` would not do: it reports at least the parent's memory."""
+        """Peak resident memory in MiB. (`wait4` reports at least the memory of the parent.)"""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) / 1024
 
 
 @contextmanager
 def serving(folder: str) -> Iterator[Server]:
-    """Start a server, and stop it at the end."""
+    """A server in a process of its own."""
     entry = [sys.executable, "-c", "from backlens.cli.entry import main; main()"]
     process = subprocess.Popen([*entry, "serve", folder, "--port", "0"], stdout=subprocess.PIPE, text=True)
     try:

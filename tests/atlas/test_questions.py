@@ -218,7 +218,7 @@ def summary(example: ExampleRun, keys: tuple) -> Row:
         "lists": lists_of(example, keys),
         "entries_norm": math.sqrt(sum(count**2 for count in counts.values())),
     }
-    # what its own weights say takes the model (test_weights.py)
+    # the lens of its own weights takes the model (test_weights.py)
     found |= {
         f"weight_{part}": None
         for part in ("norm", *(f"{s}_{w}" for s in SIDES for w in ("tokens", "scores")))

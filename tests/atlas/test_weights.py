@@ -140,7 +140,7 @@ def test_a_model_that_is_gone_is_said_to_be_and_can_be_named_later(
         assert re.search(r"--weights .*other: .*has other weights", capsys.readouterr().err)
         assert call(["atlas", out, "--weights", str(moved)]) == 0
         printed = capsys.readouterr()
-        assert "what the neurons' weights say is added" in printed.err
+        assert "neuron_weights is added" in printed.err
         pieces = [line for line in printed.err.splitlines() if " pieces: " in line]
         assert [line for line in pieces if "(done before)" not in line] == [
             p for p in pieces if "weights" in p

@@ -44,8 +44,8 @@ class CutOff:
         if self.neurons == 0:
             return "no neurons are kept (--neurons 0)"
         return (
-            f"only the {self.neurons} strongest neurons per prompt, layer and module are kept; "
-            "one that is missing for a prompt is weaker than those, which is not zero"
+            f"kept: the {self.neurons} strongest neurons per prompt, layer and module; "
+            "one that is missing for a prompt is weaker than those, not zero"
         )
 
 

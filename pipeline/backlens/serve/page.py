@@ -61,11 +61,11 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A template and its content. `asked` are the tables; the CSV twin has the first unless another is named."""
+    """A template and its content. The CSV twin has the first of the tables unless another is named."""
 
     template: str
     title: str
-    asked: Sequence[AnsweredQuestion] = ()
+    tables: Sequence[AnsweredQuestion] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Further content, which the JSON twin has too."""
     view: Mapping[str, Any] = field(default_factory=dict)
@@ -74,11 +74,11 @@ class Page:
 
     def rows(self, name: str) -> Sequence[Row]:
         """The rows of a table; empty if the page does not have it."""
-        return next((asked.rows for asked in self.asked if asked.name == name), ())
+        return next((table.rows for table in self.tables if table.name == name), ())
 
     def is_cut(self, name: str) -> bool:
         """True if a table lacks some rows."""
-        return any(asked.is_cut for asked in self.asked if asked.name == name)
+        return any(table.is_cut for table in self.tables if table.name == name)
 
 
 MOST_ROWS = 1000
@@ -158,24 +158,24 @@ def one_of(name: str, value: str | None, known: Sequence[str]) -> str | None:
 
 def as_json(page: Page, facts: dict[str, Any]) -> bytes:
     """The page as one JSON object with its tables by name."""
-    tables = {asked.name: [dict(row) for row in asked.rows] for asked in page.asked}
+    tables = {table.name: [dict(row) for row in table.rows] for table in page.tables}
     document = {"title": page.title, **facts, **page.facts, "tables": tables}
     return json_text(document).encode("utf-8", "backslashreplace")
 
 
 def as_csv(page: Page, name: str | None) -> bytes:
     """The named table of a page, or its first, as CSV; lists are JSON."""
-    asked = _table(page, name)
+    table = _table(page, name)
     written = io.StringIO()
     writer = csv.writer(written)
-    writer.writerow(asked.columns)
-    for row in asked.rows:
-        writer.writerow([_in_one_cell(row[column]) for column in asked.columns])
+    writer.writerow(table.columns)
+    for row in table.rows:
+        writer.writerow([_in_one_cell(row[column]) for column in table.columns])
     return written.getvalue().encode("utf-8", "backslashreplace")
 
 
 def _table(page: Page, name: str | None) -> AnsweredQuestion:
-    tables = {asked.name: asked for asked in page.asked}
+    tables = {table.name: table for table in page.tables}
     if not tables:
         raise BacklensError("this page has no tables; its JSON twin has its content")
     name = name or next(iter(tables))

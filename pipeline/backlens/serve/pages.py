@@ -349,11 +349,11 @@ def sql_page(served: Served, path: Mapping[str, str], given: Parameters) -> Page
             f"and {MOST_BYTES >> 20} MB; narrow the query, or give limit for the first rows"
         )
     rows = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
-    asked = AnsweredQuestion(
+    table = AnsweredQuestion(
         "rows", answer.columns, rows, f"atlas.sql({statement!r}, limit={limit})", statement, answer.is_cut
     )
     facts = {"q": statement, "is_cut": answer.is_cut}
-    return Page("sql.html", "SQL", (asked,), facts, view)
+    return Page("sql.html", "SQL", (table,), facts, view)
 
 
 def prompt_document(atlas: Atlas, out: str, prompt_id: int) -> str:

@@ -55,7 +55,7 @@ def ask(
     limit = bound.arguments["limit"]
     bound.arguments["limit"] = _one_more(limit)
     answer = method(*bound.args, **bound.kwargs)
-    return _asked(name, answer.table, limit, python, with_values(question, given))
+    return _cut(name, answer.table, limit, python, with_values(question, given))
 
 
 def together(*questions: Callable[[], AnsweredQuestion]) -> list[AnsweredQuestion]:
@@ -70,7 +70,7 @@ def look_up(opened: duckdb.DuckDBPyConnection, name: str, question: str, **given
     limit = given.get("limit")
     values = given | ({"limit": _one_more(limit)} if "limit" in given else {})
     answer = opened.sql(question, params=values).to_arrow_table()
-    return _asked(name, answer, limit, f"atlas.sql({statement!r})", statement)
+    return _cut(name, answer, limit, f"atlas.sql({statement!r})", statement)
 
 
 def _one_more(limit: int | None) -> int:
@@ -78,7 +78,7 @@ def _one_more(limit: int | None) -> int:
     return (MOST_OF_ALL if limit is None else limit) + 1
 
 
-def _asked(name: str, answer: pa.Table, limit: int | None, python: str, sql: str) -> AnsweredQuestion:
+def _cut(name: str, answer: pa.Table, limit: int | None, python: str, sql: str) -> AnsweredQuestion:
     """The answer cut to the limit. Raises BacklensError if there is none and the answer is too large for a page."""
     if limit is None and answer.num_rows > MOST_OF_ALL:
         raise BacklensError(

@@ -1,4 +1,4 @@
-"""Prompts, tokens and neurons that the atlas and explorer benchmarks query: the same ones each time."""
+"""The prompts, tokens and neurons that benchmarks of a run of `benchmarks.atlas` ask about, always the same."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from benchmarks.shape import word
 from backlens.atlas import Atlas
 
 TIMES = 8
-"""Keys per kind; the explorer's benchmark warms up with the last one."""
+"""Subjects per kind; for pages the last one warms up the server."""
 MOST_KEPT_FIRST = """
 SELECT concat_ws('.', layer, module, neuron) AS address
 FROM neuron_summary ORDER BY prompts DESC, layer, module, neuron
@@ -17,8 +17,8 @@ FROM neuron_summary ORDER BY prompts DESC, layer, module, neuron
 
 
 @dataclass(frozen=True)
-class QueryKeys:
-    """The keys of a run that are queried."""
+class Subjects:
+    """The subjects of questions."""
 
     prompts: Sequence[int]
     common: Sequence[str]
@@ -27,15 +27,15 @@ class QueryKeys:
     """Tokens of about the median frequency."""
     neurons: Sequence[str]
     strongest: Sequence[str]
-    """Neurons that are kept for the most prompts."""
+    """The neurons that are kept for the most prompts."""
 
 
-def choose_keys(folder: str) -> QueryKeys:
-    """Choose keys of a run that `benchmarks.atlas` wrote, at random with a fixed seed."""
+def choose_subjects(folder: str) -> Subjects:
+    """Choose subjects at random, with a fixed seed."""
     chosen = random.Random(0)
     atlas = Atlas(folder)
     addresses = atlas.sql(MOST_KEPT_FIRST, 1_000_000).column("address").to_pylist()
-    return QueryKeys(
+    return Subjects(
         prompts=chosen.sample(range(atlas.snapshot.record.plan.prompts), TIMES),
         common=[word(rank) for rank in range(TIMES)],
         rare=[word(20_000 + rank) for rank in range(TIMES)],
