@@ -215,7 +215,7 @@ class RunConfig:
         out = self.out or ("./demo-run" if is_demo else None)
         if out is None:
             raise BacklensError("--out: name the directory for the results, e.g. --out ./run")
-        values = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
         named = {"model": self.model or str(MODEL), "prompts": self.prompts or str(FACTS), "out": out}
         return ResolvedConfig(**values | named)
 
@@ -229,9 +229,9 @@ class RunConfig:
 class ResolvedConfig(RunConfig):
     """The options of a run whose model, prompts and directory are named; `RunConfig.with_demo_defaults` makes it."""
 
-    model: str
-    prompts: str
-    out: str
+    model: str  # pyright: ignore[reportGeneralTypeIssues] - a keyword that has no default here
+    prompts: str  # pyright: ignore[reportGeneralTypeIssues]
+    out: str  # pyright: ignore[reportGeneralTypeIssues]
 
     def with_demo_defaults(self) -> Self:
         return self

@@ -177,7 +177,7 @@ def query(
 ) -> int:
     """Query a run with one of --token, --neuron, --prompt and --sql, or the whole run with --show or --compare.
 
-    "promoted" tokens are those that an update raises (bottom lists), "demoted" those that it lowers (top lists).
+    "promoted" tokens are those that an update raises (bottom lists), "suppressed" those that it lowers (top lists).
     `backlens atlas` makes queries about tokens and neurons fast; the answers are the same without it.
 
     Example: backlens query ./demo-run --neuron 5.mlp.down.123 --show tokens
