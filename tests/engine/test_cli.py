@@ -33,7 +33,7 @@ FLAGS = [f"--{flag(field.name)}" for field in fields(RunConfig)]
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not refused as it should be runs the demo into ./demo-run: not here."""
+    """Run in a temporary folder: a command that is wrongly accepted runs the demo into ./demo-run."""
     monkeypatch.chdir(tmp_path)
 
 
