@@ -216,11 +216,7 @@ class RunConfig:
         if out is None:
             raise BacklensError("--out: name the directory for the results, e.g. --out ./run")
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
-        named: dict[str, Any] = {
-            "model": self.model or str(MODEL),
-            "prompts": self.prompts or str(FACTS),
-            "out": out,
-        }
+        named = {"model": self.model or str(MODEL), "prompts": self.prompts or str(FACTS), "out": out}
         return ResolvedConfig(**values | named)
 
     def to_yaml(self) -> str:
@@ -233,9 +229,9 @@ class RunConfig:
 class ResolvedConfig(RunConfig):
     """The options of a run whose model, prompts and directory are named; `RunConfig.with_demo_defaults` makes it."""
 
-    model: str = ""
-    prompts: str = ""
-    out: str = ""
+    model: str  # pyright: ignore[reportGeneralTypeIssues] - a keyword that has no default here
+    prompts: str  # pyright: ignore[reportGeneralTypeIssues]
+    out: str  # pyright: ignore[reportGeneralTypeIssues]
 
     def with_demo_defaults(self) -> Self:
         return self

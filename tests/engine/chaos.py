@@ -17,12 +17,12 @@ from tests.engine.command import Finished, count_commits, finish, start, wait_fo
 from tests.engine.conftest import some_prompts
 
 What = Literal["process", "node", "driver"]
-"""What to kill; a process is a worker, or a rank of a gang, whichever the driver of the moment has."""
+"""Processes to kill; a process is a worker or a rank, depending on the present driver."""
 
 SHARD = 8
 """Prompts of a shard."""
 RANKS = ("Leader", "Peer")
-"""Of the actors that are a gang; there is one gang at a time."""
+"""Classes of the ranks of a replica; one such replica exists at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class _Living:
 
     nodes: Nodes
     orphans: Sequence[psutil.Process]
-    """Of the one before, which Ray may not have ended yet."""
+    """Processes of the driver before, which Ray may not have ended yet."""
 
     def replicas(self, *below: int) -> list[psutil.Process]:
         """The processes below those of some nodes, or of all."""

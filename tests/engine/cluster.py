@@ -110,7 +110,7 @@ class Nodes:
 
     @property
     def pids(self) -> list[int]:
-        """Of the process that each node is below, the head first."""
+        """The top process of each node, the head first."""
         return [self.head, *(node.pid for node in self._others)]
 
     def __len__(self) -> int:

@@ -45,17 +45,17 @@ KEYS = {
     "factors": ("layer", "module", "expert", "prompt_id", "position"),
     "failures": ("prompt_id",),
 }
-"""What no two rows of a table may share."""
+"""Columns whose values no two rows of a table share."""
 
 TOLERANCE = 1e-4
-"""Of a value relative to the largest of its row."""
+"""Largest difference of a value, relative to the largest value of its row."""
 TIE = 1e-5
 """Scores closer than this, relative to the largest of their row, may change places."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left: its exit status, and what it printed."""
+    """The exit status of a command, and its output."""
 
     status: int
     stdout: str
@@ -119,7 +119,7 @@ def peak_memory(*arguments: object, folder: Path) -> int:
 
 
 def environment() -> dict[str, str]:
-    """Of every command: one thread each, no network, and no say by the caller's own cluster."""
+    """Environment of every command: one thread, no network, and no cluster of the caller."""
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | QUIET
 
 
@@ -147,13 +147,13 @@ def wait_for(condition: Callable[[], Any], timeout: float = 120, every: float = 
     raise TimeoutError(f"not within {timeout} s: {condition}")
 
 
-# A folder whose files have names of ours, of the standard library's, and of what a user may well write
+# A folder whose files have names of this project, of the standard library, and of a user's own files
 
 HIDING = ("pipeline.py", "schemas.py", "pipeline/__init__.py", "test.py", "jobs.py")
 
 
 def beside_hiding_files(folder: Path) -> Path:
-    """A folder below `folder` with such files; one that is imported leaves a mark in `folder`/imported."""
+    """Make a folder below `folder` with such files; a file that is imported leaves a mark in `folder`/imported."""
     marks, beside = folder / "imported", folder / "beside"
     marks.mkdir()
     for name in HIDING:
@@ -351,7 +351,7 @@ def _assert_same_ids(
 
 
 def _scale(left: pa.Table, right: pa.Table, table: str, name: str) -> np.ndarray:
-    """What a float may be off relative to: itself; for norms of positions, the largest of their prompt and module."""
+    """Scale of the tolerance: the float itself; for norms of positions, the largest in their prompt and module."""
     values = np.maximum(np.abs(_numbers(left[name])), np.abs(_numbers(right[name])))
     if name not in ("vjp_norm", "grad_norm") or table == "layers":
         return values

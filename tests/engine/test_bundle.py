@@ -20,7 +20,7 @@ MIB = 2**20
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """As much of Ray's job server as a submission asks for."""
+    """The part of Ray's job server that a submission needs."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -214,7 +214,7 @@ def test_a_configuration_with_another_number_of_blocks_is_refused(
 
 
 def test_a_block_that_the_class_ignores_by_its_number_is_refused(tmp_path: Path) -> None:
-    """Of DeepSeek-V3's layer 61 the class takes for granted that it predicts further tokens."""
+    """The class assumes that layer 61 of DeepSeek-V3 predicts further tokens."""
     model = random_model(CONFIGS["deepseek_v3"])
     model.save_pretrained(tmp_path / "whole")
     byte_tokenizer().save_pretrained(tmp_path / "whole")

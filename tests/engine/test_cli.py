@@ -33,7 +33,7 @@ FLAGS = [f"--{flag(field.name)}" for field in fields(RunConfig)]
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not refused as it should be runs the demo into ./demo-run: not here."""
+    """Run in a temporary folder: a command that is wrongly accepted runs the demo into ./demo-run."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -139,7 +139,8 @@ def test_an_option_that_does_not_fit_model_or_prompts_is_one_line(
 
 def test_a_model_folder_without_weights_is_one_line(gpt2: Path, prompts_file: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text((gpt2 / "config.json").read_text())
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / file).write_text((gpt2 / file).read_text())
     refused = run(tmp_path / "model", prompts_file, tmp_path / "out")
     assert refused.status == 2
     assert refused.stderr.splitlines()[-1].startswith(

@@ -181,7 +181,7 @@ def test_ctrl_c_while_the_interpreter_ends_says_nothing(tmp_path: Path) -> None:
 
 
 def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
-    """As under nohup, which a shell arranges for what it starts in the background."""
+    """The signal is ignored under nohup, and in processes that a shell starts in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         done = interrupted_at("cyclopts", ACTS["raised"], tmp_path, "--version")

@@ -37,7 +37,7 @@ ONE_BATCH = 1_000_000
 
 
 def texts() -> list[str]:
-    """Of 1 to 200 tokens, in no order."""
+    """Prompts of 1 to 200 tokens, in random order."""
     draw = random.Random(5)
     lengths = [*LENGTHS, *(draw.randint(4, 40) for _ in range(PROMPTS - len(LENGTHS)))]
     return ["".join(draw.choices("abcdefghijklmnop ", k=length - 1)) + "x" for length in lengths]

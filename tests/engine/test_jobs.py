@@ -210,7 +210,7 @@ def test_a_job_that_fails_says_so(server: str, tmp_path: Path, monkeypatch: pyte
     identity = called("submit", path, "--address", server).stdout.strip()
     ended = _ended(server, identity)
     assert (ended["state"], ended["exit_status"]) == ("failed", 2)
-    assert "model: '/no/such/model'" in called("jobs", "logs", identity, "--address", server).stdout
+    assert "no directory /no/such/model" in called("jobs", "logs", identity, "--address", server).stdout
 
 
 @pytest.mark.slow

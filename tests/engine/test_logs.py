@@ -35,6 +35,7 @@ def test_every_line_of_a_run_is_an_object_with_shards_failures_and_a_summary(
     lines = events(done.stderr)
     assert [line["event"] for line in lines] == [
         "planned",
+        "note",
         "started",
         "shard",
         "shard",

@@ -1,4 +1,4 @@
-"""What Prometheus would read of a run, from the endpoint of a real Ray node."""
+"""The metrics of a run at the endpoint of a real Ray node, where Prometheus reads them."""
 
 import logging
 import re

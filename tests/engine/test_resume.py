@@ -53,7 +53,7 @@ def long_job(gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 @pytest.fixture(scope="module")
 def uninterrupted(job: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `job` makes when it is left alone."""
+    """The result of `job` when nothing disturbs it."""
     return _left_alone(job, tmp_path_factory, PROMPTS)
 
 

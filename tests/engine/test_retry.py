@@ -81,7 +81,7 @@ WITH_ITS_NODE = "The actor died because its node has died. Node Id: 12ab"
     ],
 )
 def test_a_death_that_nobody_on_the_node_tells_of_is_the_node_s(error: RayError, with_node: bool) -> None:
-    """Of a worker or of a gang's leader; and of another rank, which the leader hands on."""
+    """The death of a worker or leader, and that of another rank, which the leader passes on."""
     handed_on = RayTaskError("run", "Traceback", error).as_instanceof_cause()
     for each in (error, handed_on):
         assert isinstance(each, ReplicaLost)

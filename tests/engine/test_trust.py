@@ -1,4 +1,4 @@
-"""What is read of a model folder, and what only when the user says so: pickles, and Python code."""
+"""Pickles and Python code in a model folder are read only when the user says so."""
 
 import json
 import os

@@ -5,28 +5,32 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from backlens.cli.console import LogFormat, console, progress_bar, say, say_json
-from backlens.engine.executors.base import ReplicaCounts
-from backlens.engine.plan import RunPlan
-from backlens.engine.run import NoProgress, Report
-from backlens.engine.run import RunProgress as ProgressProtocol
 from backlens.printable import human_bytes, human_seconds
 from backlens.prompts.prompt import subject_lines
 from backlens.store.commit import ShardCommit
 from backlens.store.status import RunStatus, run_status, verify
 
+if TYPE_CHECKING:  # `status` and `verify` load no model library
+    from backlens.engine.executors.base import ReplicaCounts
+    from backlens.engine.plan import RunPlan
+    from backlens.engine.run import Report, RunProgress
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def shown_progress(format: LogFormat) -> Iterator[ProgressProtocol]:
+def shown_progress(format: LogFormat) -> Iterator["RunProgress"]:
     """Choose the progress for standard error: events, lines, or a bar on a terminal."""
     if format == "json":
+        from backlens.engine.run import NoProgress
+
         yield NoProgress()
         return
     with progress_bar(TextColumn("prompts"), TextColumn("{task.fields[pace]}")) as bar:
@@ -39,7 +43,7 @@ class BarProgress:
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
 
-    def planned(self, plan: RunPlan, already_done: int) -> None:
+    def planned(self, plan: "RunPlan", already_done: int) -> None:
         self.note(_plan_line(plan, already_done))
         self._pace = _Pace(plan.shards.prompts, already_done)
         self._task = self._bar.add_task("loading", total=plan.shards.prompts, completed=already_done, pace="")
@@ -49,7 +53,7 @@ class BarProgress:
         self._bar.update(self._task, description="projecting")
         self._pace.begin()
 
-    def committed(self, commit: ShardCommit, counts: ReplicaCounts) -> None:
+    def committed(self, commit: ShardCommit, counts: "ReplicaCounts") -> None:
         self._bar.update(self._task, advance=commit.prompts, pace=self._pace.after(commit, counts))
 
     def note(self, text: str) -> None:
@@ -59,7 +63,7 @@ class BarProgress:
 class PlainProgress:
     """A line at the start, one every ten seconds, one at the end."""
 
-    def planned(self, plan: RunPlan, already_done: int) -> None:
+    def planned(self, plan: "RunPlan", already_done: int) -> None:
         self._pace = _Pace(plan.shards.prompts, already_done)
         self.note(_plan_line(plan, already_done))
 
@@ -68,7 +72,7 @@ class PlainProgress:
         self._shown_at = time.monotonic()
         self.note(_start_line(workers, devices, seconds))
 
-    def committed(self, commit: ShardCommit, counts: ReplicaCounts) -> None:
+    def committed(self, commit: ShardCommit, counts: "ReplicaCounts") -> None:
         pace, now = self._pace.after(commit, counts), time.monotonic()
         if not self._pace.left or now - self._shown_at >= SECONDS_BETWEEN_LINES:
             self._shown_at = now
@@ -95,7 +99,7 @@ class _Pace:
     def begin(self) -> None:
         self._started = time.monotonic()
 
-    def after(self, commit: ShardCommit, counts: ReplicaCounts) -> str:
+    def after(self, commit: ShardCommit, counts: "ReplicaCounts") -> str:
         self.done += commit.prompts
         self._prompts += commit.prompts
         self._failures += commit.rows.get("failures", 0)
@@ -117,7 +121,7 @@ def _counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def _plan_line(plan: RunPlan, already_done: int) -> str:
+def _plan_line(plan: "RunPlan", already_done: int) -> str:
     wanted = plan.options
     resumed = f"; {already_done:,} of them are done already" if already_done else ""
     return (
@@ -142,7 +146,7 @@ STAGES = {
 }
 
 
-def print_report(report: Report) -> None:
+def print_report(report: "Report") -> None:
     """Print prompts, rows, speed, the time per stage, and what to do next."""
     shown = console()
     none_done = _none_done(report)
@@ -171,12 +175,12 @@ def print_report(report: Report) -> None:
         shown.print(f"  {command}", soft_wrap=True)
 
 
-def _none_done(report: Report) -> bool:
+def _none_done(report: "Report") -> bool:
     """Tell whether every prompt failed: the report then begins with that, and proposes no queries."""
     return bool(report.rows.get("failures")) and not report.rows.get("prompts")
 
 
-def _print_failures(shown: Console, report: Report) -> None:
+def _print_failures(shown: Console, report: "Report") -> None:
     which = "every prompt failed: " if _none_done(report) else ""
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in report.failures.items())
     shown.print(
@@ -188,7 +192,7 @@ def _print_failures(shown: Console, report: Report) -> None:
     shown.print(f"  {command}", soft_wrap=True)
 
 
-def _troubles(report: Report) -> Iterator[str]:
+def _troubles(report: "Report") -> Iterator[str]:
     """Say what failed and was repaired, and which prompts lack their subject."""
     counts = report.replicas
     if counts.deaths:
@@ -214,7 +218,7 @@ def next_commands(out: str, prompt: int) -> tuple[str, str, str]:
     )
 
 
-def _rows_table(report: Report) -> Table:
+def _rows_table(report: "Report") -> Table:
     table = Table("table", "rows", title=None)
     table.columns[1].justify = "right"
     for name, rows in report.rows.items():
@@ -222,7 +226,7 @@ def _rows_table(report: Report) -> Table:
     return table
 
 
-def _stages_table(report: Report) -> Table:
+def _stages_table(report: "Report") -> Table:
     """Show worker seconds; writing overlaps computing, so their sum can exceed the wall time."""
     table = Table("stage", "seconds", "share")
     for column in table.columns[1:]:

@@ -133,6 +133,13 @@ def run(given: RunConfig, progress: RunProgress) -> Report:
             break
         resumed = sum(commit.prompts for commit in done.values())
         progress.planned(plan, resumed)
+        emit(
+            "planned",
+            prompts=plan.shards.prompts,
+            shards=plan.shards.shards,
+            prompts_done=resumed,
+            shards_done=len(done),
+        )
         if config.positions == "subject+last":
             for line in subject_lines(plan.survey.subjects_absent, 0, config.positions):
                 progress.note(line)
@@ -141,13 +148,6 @@ def run(given: RunConfig, progress: RunProgress) -> Report:
             progress.note(others)
         for remark in plan.remarks:
             progress.note(remark)
-        emit(
-            "planned",
-            prompts=plan.shards.prompts,
-            shards=plan.shards.shards,
-            prompts_done=resumed,
-            shards_done=len(done),
-        )
         tally = _run_shards(plan, proof, opened, set(done), lock, progress, started)
         directory.remove_leftovers()  # those of dead workers
         forget_all(directory)  # those of killed drivers
