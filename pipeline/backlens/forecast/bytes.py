@@ -61,7 +61,7 @@ ID_BYTES_PER_BIT = 0.1
 FACTOR_BYTES = {torch.float32: 3.4, torch.bfloat16: 2.25, torch.float16: 2.45}
 """Bytes per number of `factors`, by the weights' type."""
 REACH = 2**19
-"""zstd finds a vector again that was written at most so many bytes before."""
+"""Distance in bytes up to which zstd finds repeated values."""
 
 
 @dataclass(frozen=True)
@@ -253,12 +253,12 @@ def _file_bytes(
 
     A file of one row is subtracted, so that few rows do not count the file's own bytes many times.
     """
-    written = partial(write_table, directory, f"{table}.parquet", table=TABLES[table])
+    write = partial(write_table, directory, f"{table}.parquet", table=TABLES[table])
     if measured is None or not rows:
-        return written(TABLES[table].empty()).bytes + per_row * rows
-    one = written(measured.slice(0, 1)).bytes
+        return write(TABLES[table].empty()).bytes + per_row * rows
+    one = write(measured.slice(0, 1)).bytes
     further = max(1, measured.num_rows - 1)
-    return one + (written(measured).bytes - one) / further * (rows - 1)
+    return one + (write(measured).bytes - one) / further * (rows - 1)
 
 
 def _row_bytes(plan: RunPlan, matrices: Sequence[MatrixSize], prompts: TypicalPrompts) -> dict[str, float]:

@@ -269,11 +269,15 @@ class Times:
 
     @property
     def bottleneck(self) -> str:
-        return max(self.shares, key=lambda name: self.shares[name])
+        """Longest part of those that decide; computing, Parquet and storage go on at the same time."""
+        shares = self.shares
+        sides = (tuple(self.stages), ("Parquet",), ("storage",))
+        slowest = max(sides, key=lambda side: sum(shares[name] for name in side))
+        return max((*slowest, "loading"), key=lambda name: shares[name])
 
 
-def times_of(work: Operations, cluster: Cluster, fit: Fit, written: int) -> Times:
-    """Seconds that `work` takes on `cluster`, if the tables have `written` bytes."""
+def times_of(work: Operations, cluster: Cluster, fit: Fit, table_bytes: int) -> Times:
+    """Seconds that `work` takes on `cluster`, if the tables have `table_bytes` bytes."""
     reached = cluster.efficiency
     weights = sum(use.weights for use in fit.devices)
     per_node = max(1, -(-fit.replicas // cluster.nodes))
@@ -290,7 +294,7 @@ def times_of(work: Operations, cluster: Cluster, fit: Fit, written: int) -> Time
             "small operations": work.small * cluster.operation_us * 1e-6,
             "network": work.moved_bytes / (1e9 * cluster.link_gbps * reached),
         },
-        encoding=written / (1e6 * cluster.encode_mbps),
-        storage=written / (1e9 * cluster.storage_gbps * min(cluster.nodes, fit.replicas)),
+        encoding=table_bytes / (1e6 * cluster.encode_mbps),
+        storage=table_bytes / (1e9 * cluster.storage_gbps * min(cluster.nodes, fit.replicas)),
         replicas=fit.replicas,
     )
