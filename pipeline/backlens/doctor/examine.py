@@ -113,7 +113,7 @@ def token_checks(loaded: LoadedModel, examples: Sequence[Example], config: RunCo
     if count > 1:
         yield info(SPELLED_OUT, count, detail, "do not write it into prompts, or use --prepend-bos true")
     else:
-        yield Check(WRITTEN, "pass", detail, count, 1)
+        yield Check(SPELLED_OUT, "pass", detail, count, 1)
 
 
 def _leading(example: Example, bos: int) -> int:

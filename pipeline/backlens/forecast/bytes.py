@@ -263,30 +263,31 @@ def _file_bytes(
 
 def _row_bytes(plan: RunPlan, matrices: Sequence[MatrixSize], prompts: TypicalPrompts) -> dict[str, float]:
     """Mean bytes per row of each table, by the constants."""
-    mean, positions, k = prompts.mean_length, prompts.positions, 2 * plan.options.top_k
-    ids = k * ID_BYTES_PER_BIT * math.log2(plan.tokens)
-    lists = ids + k * SCORE_BYTES
-    number = FACTOR_BYTES[stored_dtype(plan.model_config, plan.config.dtype)]
+    mean, positions, k = prompts.mean_length, prompts.positions, plan.options.top_k
     shard = min(plan.shards.shard_prompts, plan.shards.prompts)
-    rows = dict.fromkeys(("layers", "neurons", "tokens"), 0.0)
-    found = dict.fromkeys(("layers", "neurons", "tokens", "factors"), 0.0)
+    ids = 2 * k * ID_BYTES_PER_BIT * math.log2(plan.tokens)
+    lists = ids + 2 * k * SCORE_BYTES
+    dtype = stored_dtype(plan.model_config, plan.config.dtype)
+    number = FACTOR_BYTES.get(dtype, FACTOR_BYTES[torch.float32])
+    rows: dict[str, float] = dict.fromkeys(("layers", "neurons", "tokens", "factors"), 0.0)
+    sizes = dict(rows)
     for m in matrices:
-        here, seen = m.tokens(positions), m.seen_by(mean)
-        rows["layers"] += seen
-        rows["neurons"] += seen * m.kept(plan.options.neurons)
-        rows["tokens"] += here
+        seen, here = m.seen_by(mean), m.tokens(positions)
+        neurons = seen * m.kept(plan.options.neurons)
+        counts = {"layers": seen, "neurons": neurons, "tokens": here, "factors": here}
+        # Behind the last attention, δ is zero at all positions but the one whose logits the loss reads.
+        alone = m.layer == len(plan.blocks) - 1 and m.module not in ("attn.k", "attn.v")
+        nonzero = min(1.0, 1 / positions) if alone and plan.options.target_mode == "first" else 1.0
+        listed = nonzero if m.module in WRITES else 1.0
+        repeated = [not m.leads and 4 * shard * here * numbers < REACH for numbers in (k, m.wide)]
         values = min(m.tokens(mean), seen * min(m.wide, m.high))
-        found["layers"] += seen * lists + values * SCORE_BYTES
-        # Behind the last attention, δ is zero at all but the position whose logits the loss reads.
-        last = m.layer == len(plan.blocks) - 1 and m.module not in ("attn.k", "attn.v")
-        nonzero = min(1.0, 1 / positions) if last and plan.options.target_mode == "first" else 1.0
-        again = not m.leads and shard * here * k / 2 * 4 < REACH
-        listed = here * (nonzero if m.module in WRITES else 1.0)
-        found["tokens"] += listed * (ids if again else lists)
-        again = not m.leads and shard * here * m.wide * 4 < REACH
-        found["factors"] += here * number * (m.high * nonzero + (0 if again else m.wide))
-    found["neurons"] = rows["neurons"] * lists
-    return SCALARS | {
-        table: SCALARS.get(table, 0.0) + size / max(rows[table.replace("factors", "tokens")], 1e-9)
-        for table, size in found.items()
-    }
+        taken = {
+            "layers": seen * lists + values * SCORE_BYTES,
+            "neurons": neurons * lists,
+            "tokens": here * listed * (ids if repeated[0] else lists),
+            "factors": here * number * (m.high * nonzero + (0 if repeated[1] else m.wide)),
+        }
+        rows = {table: count + counts[table] for table, count in rows.items()}
+        sizes = {table: size + taken[table] for table, size in sizes.items()}
+    means = {table: size / rows[table] for table, size in sizes.items() if rows[table]}
+    return SCALARS | {table: SCALARS.get(table, 0.0) + mean for table, mean in means.items()}
