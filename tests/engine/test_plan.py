@@ -198,6 +198,17 @@ def test_a_calibrated_plan_foresees_the_time(gpt2: Path, prompts: Path, tmp_path
     assert taken / 3 <= sum(planned.values()) <= taken * 3
 
 
+def test_without_weights_a_plan_is_calibrated_on_random_ones(gpt2: Path, tmp_path: Path) -> None:
+    shutil.copy(gpt2 / "config.json", tmp_path)
+    forecast = make_forecast(
+        RunConfig(model=str(tmp_path)), PlanOptions(prompt_count=1000, prompt_tokens="8", calibrate=True)
+    )
+    assert forecast.measured
+    assert forecast.expected.computed == 0
+    assert forecast.times.stages.keys() == {"model", "factors", "lens", "rows"}
+    assert all(seconds > 0 for seconds in forecast.times.stages.values())
+
+
 def ahead(model: Path, cluster: Path, **options: object) -> Forecast:
     config = RunConfig(model=str(model), **options)  # pyright: ignore[reportArgumentType]
     return make_forecast(config, PlanOptions(cluster=str(cluster), prompt_count=100_000))
