@@ -82,7 +82,7 @@ def compare(folder: Path, label: str, model: Path, arguments: list[str], threads
         *arguments,
     ]
     _, bound, *_ = app.parse_args(["run", *common])
-    outlook = make_forecast(bound.arguments["options"], PlanOptions(calibrate=True))
+    forecast = make_forecast(bound.arguments["options"], PlanOptions(calibrate=True))
     entry = [
         sys.executable,
         "-c",
@@ -97,11 +97,11 @@ def compare(folder: Path, label: str, model: Path, arguments: list[str], threads
     sizes: Counter[str] = Counter()
     for file in (out / "_commits").glob("*.json"):
         commit = json.loads(file.read_text())
-        seconds.update({stage: commit["stats"][f"seconds_{stage}"] for stage in outlook.times.stages})
+        seconds.update({stage: commit["stats"][f"seconds_{stage}"] for stage in forecast.times.stages})
         sizes.update({table: record["bytes"] for table, record in commit["files"].items()})
-    planned, taken = sum(outlook.times.stages.values()), sum(seconds.values())
+    planned, taken = sum(forecast.times.stages.values()), sum(seconds.values())
     print(f"{label}: {planned:.2f} s planned, {taken:.2f} taken, {planned / taken:.2f}", flush=True)
-    expected = outlook.expected.bytes
+    expected = forecast.expected.bytes
     parts = ", ".join(f"{table} {expected[table] / size:.2f}" for table, size in sizes.items())
     print(f"    bytes {sum(expected.values()) / sum(sizes.values()):.3f} ({parts})", flush=True)
 

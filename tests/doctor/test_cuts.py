@@ -27,7 +27,7 @@ def thirds(**starts: int) -> dict[str, Any]:
 
 
 def run_of(model: Path, out: Path, *options: object) -> tuple[dict[str, str], str]:
-    """What run.json says of cuts, and what the command printed."""
+    """Run the model; return the unproven cuts in run.json and the standard error."""
     prompts = write_jsonl(out.with_suffix(".jsonl"), [{"prompt": "A prompt", "target": " x"}])
     run = called("run", "--model", model, "--prompts", prompts, "--out", out, "--executor", "local", *options)
     assert run.status == 0, run.stderr

@@ -38,7 +38,7 @@ TABLE = (
 
 
 def doctor(model: Path, *options: object) -> tuple[Finished, dict[str, Any]]:
-    """What the doctor says of a model, and its checks by name."""
+    """Run the doctor on a model; return its JSON as `said`, and its checks by name."""
     finished = called("doctor", "--model", model, "--json", *options)
     said = json.loads(finished.stdout)
     return finished, {check["name"]: check for check in said["checks"]} | {"said": said}

@@ -4,6 +4,7 @@ A loss is an object that maps logits to one number per prompt. `NLL` is the one 
 `LossFunction` and is passed to `BackwardLens.gradient(loss=…)` or `capture(loss=…)`.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 
 import torch
@@ -30,13 +31,14 @@ class Outcome:
         return Outcome(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-class LossFunction:
+class LossFunction(ABC):
     """A differentiable number per prompt. The gradient is that of the sum over the batch, never of a mean."""
 
     def positions(self, batch: Batch) -> Int[Tensor, "prompt step"]:
         """Columns of the batch whose logits are computed: `batch.loss_positions`, and any further ones behind them."""
         return batch.loss_positions
 
+    @abstractmethod
     def __call__(
         self,
         logits: Float[Tensor, "prompt step vocabulary"],
@@ -47,7 +49,6 @@ class LossFunction:
 
         The logits of step i predict `targets[:, i]`; `mask` is False where a prompt has fewer targets.
         """
-        raise NotImplementedError
 
     def target_log_prob(
         self,

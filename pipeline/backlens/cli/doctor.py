@@ -1,4 +1,4 @@
-"""What `backlens doctor` prints: its table, or the blocks that it does not know and a description to edit."""
+"""`backlens doctor`: the table of checks; for unknown blocks, their matrices and a description to edit."""
 
 import sys
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ COLOURS = {"pass": "green", "FAIL": "bold red", "info": "cyan", "skip": "dim"}
 
 
 def print_diagnosis(config: RunConfig, as_json: bool) -> int:
-    """Examine the model, print what was found, and return the exit status."""
+    """Examine the model, print the checks, and return the exit status."""
     with _shown_notes() as note:
         diagnosis = examine(config, note)
     if as_json:
@@ -30,7 +30,7 @@ def print_diagnosis(config: RunConfig, as_json: bool) -> int:
 
 @contextmanager
 def _shown_notes() -> Iterator[Note]:
-    """On standard error: the last one beside a spinner on a terminal, a line each elsewhere."""
+    """Show notes on standard error: beside a spinner on a terminal, else one line per note."""
     if not sys.stderr.isatty():
         yield lambda text: say(text, stderr=True)
         return
@@ -42,11 +42,11 @@ def _print(diagnosis: Diagnosis) -> None:
     shown = console(wide=WIDE)
     shown.print(f"{diagnosis.model}: {diagnosis.family}, on {diagnosis.device}", soft_wrap=True)
     shown.print(_table(diagnosis.checks))
-    if diagnosis.draft is not None:
+    if diagnosis.proposed is not None:
         for block in diagnosis.blocks:
             say(_block(block))
         say("\nA description to edit:\n")
-        say(diagnosis.draft.text)
+        say(diagnosis.proposed.text)
         say(f"Then: backlens doctor --model {diagnosis.model} --anatomy FILE")
     failed = [check.name for check in diagnosis.checks if check.passed is False]
     say(f"failed: {', '.join(failed)}" if failed else "nothing failed")
@@ -81,7 +81,7 @@ def _block(block: SeenBlock) -> str:
 
 
 def _layers(layers: tuple[int, ...]) -> str:
-    """`layers 0-2, 5`."""
+    """Write layers as `layers 0-2, 5`."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:

@@ -87,10 +87,10 @@ def plan(
 
     Example: backlens plan --model gpt2 --prompt-count 100000 --cluster docs/h100.yaml
     """
-    from backlens.cli.plan import print_outlook
+    from backlens.cli.plan import print_forecast
     from backlens.forecast.forecast import make_forecast
 
-    print_outlook(make_forecast(options, planning))
+    print_forecast(make_forecast(options, planning))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`backlens plan`: what a run would take, as tables."""
+"""`backlens plan`: the forecast of a run as tables."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,15 +6,14 @@ from rich.table import Table
 
 from backlens.cli.console import console
 from backlens.forecast.forecast import Forecast
-from backlens.forecast.pilot import Pilot
 from backlens.printable import human_bytes, human_seconds
 from backlens.prompts.prompt import subject_lines
 
 
-def print_outlook(outlook: Forecast) -> None:
-    """The plan's size, rows and bytes, operations, devices, and time."""
+def print_forecast(forecast: Forecast) -> None:
+    """Print the size of the run, rows and bytes, operations, devices, and time."""
     shown = console()
-    plan, expected = outlook.plan, outlook.expected
+    plan, expected = forecast.plan, forecast.expected
     facts = plan.model_facts
     shown.print(
         f"{facts['name']}: {facts['family']}, {facts['layers']} layers, d_model {facts['d_model']}, "
@@ -32,16 +31,16 @@ def print_outlook(outlook: Forecast) -> None:
         f"{expected.prompts:,} prompts, about {expected.tokens:,} tokens, in {plan.shards.shards:,} shards "
         f"of {plan.shards.shard_prompts:,}"
     )
-    shown.print(_tables(outlook))
-    shown.print(_measured_on(expected.pilot), soft_wrap=True)
-    for table in (_work(outlook), _devices(outlook), _times(outlook)):
+    shown.print(_tables(forecast))
+    shown.print(_measured_on(expected.computed), soft_wrap=True)
+    for table in (_work(forecast), _devices(forecast), _times(forecast)):
         shown.print(table)
-    for line in _summary(outlook):
+    for line in _summary(forecast):
         shown.print(line, soft_wrap=True)
 
 
-def _tables(outlook: Forecast) -> Table:
-    rows, sizes = outlook.expected.rows, outlook.expected.bytes
+def _tables(forecast: Forecast) -> Table:
+    rows, sizes = forecast.expected.rows, forecast.expected.bytes
     lines = [(name, f"{count:,}", human_bytes(sizes[name])) for name, count in rows.items()]
     return _table(
         ("table", "rows", "size"),
@@ -49,21 +48,20 @@ def _tables(outlook: Forecast) -> Table:
     )
 
 
-def _measured_on(pilot: Pilot | None) -> str:
-    if pilot is None:
-        return "sizes measured on rows made from random factors"
-    weights = "the model's weights" if pilot.trained else "random weights"
-    prompts = "1 prompt" if pilot.prompts == 1 else f"{pilot.prompts} prompts"
-    return f"sizes measured on rows of {prompts}, computed here with {weights}"
+def _measured_on(computed: int) -> str:
+    if not computed:
+        return "sizes from constants per list entry and per scalar (docs/plan.md)"
+    prompts = "1 prompt" if computed == 1 else f"{computed} prompts"
+    return f"sizes from the rows of {prompts}, computed here with the model's weights"
 
 
-def _work(outlook: Forecast) -> Table:
-    flops = outlook.work.flops
+def _work(forecast: Forecast) -> Table:
+    flops = forecast.work.flops
     lines = [(name, f"{value:.2e}") for name, value in flops.items()]
     return _table(("work", "operations"), [*lines, ("all", f"{sum(flops.values()):.2e}")])
 
 
-def _devices(outlook: Forecast) -> Table:
+def _devices(forecast: Forecast) -> Table:
     return _table(
         ("device of a copy", "blocks", "weights", "activations", "lens", "peak"),
         [
@@ -72,35 +70,35 @@ def _devices(outlook: Forecast) -> Table:
                 _ranges(use.blocks),
                 *map(human_bytes, (use.weights, use.activations, use.lens, use.total)),
             )
-            for use in outlook.fit.devices
+            for use in forecast.fit.devices
         ],
     )
 
 
-def _times(outlook: Forecast) -> Table:
-    shares = outlook.times.shares
+def _times(forecast: Forecast) -> Table:
+    shares = forecast.times.shares
     return _table(("time", "alone"), [(name, human_seconds(seconds)) for name, seconds in shares.items()])
 
 
-def _summary(outlook: Forecast) -> Iterable[str]:
-    cluster, times = outlook.cluster, outlook.times
-    count = len(outlook.fit.devices)
-    together = "projecting at once" if outlook.fit.busiest < 1 else "one at work at a time"
+def _summary(forecast: Forecast) -> Iterable[str]:
+    cluster, times = forecast.cluster, forecast.times
+    count = len(forecast.fit.devices)
+    together = "projecting at once" if forecast.fit.busiest < 1 else "one at work at a time"
     devices = "1 device" if count == 1 else f"{count} devices, {together}"
     copies = "1 copy" if times.replicas == 1 else f"{times.replicas:,} copies"
     yield f"{copies} of the model on {cluster.name}, each on {devices}"
-    if count > 1 and outlook.plan.config.sharding == "none":
+    if count > 1 and forecast.plan.config.sharding == "none":
         yield f"run it with --sharding accelerate --gpus-per-replica {count}"
-    how = "measured here on a few blocks" if outlook.measured else "reckoned from stated speeds"
-    if not outlook.measured and cluster.name == "this machine":
+    how = "measured here on some batches" if forecast.measured else "reckoned from stated speeds"
+    if not forecast.measured and cluster.name == "this machine":
         how = "reckoned from short products here; --calibrate measures"
-    price = f", ${outlook.dollars:,.0f}" if outlook.dollars is not None else ""
+    price = f", ${forecast.dollars:,.0f}" if forecast.dollars is not None else ""
     yield f"about {human_seconds(times.seconds)}{price} ({how})"
     yield f"bottleneck: {times.bottleneck}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 → 0-2, 5."""
+    """Write 0, 1, 2, 5 as 0-2, 5."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:

@@ -1,1 +1,1 @@
-"""`backlens doctor`: is this model understood, and are its numbers right on this machine?"""
+"""Checks of a model on this machine (`backlens doctor`): its matrices, and its numbers against autograd and logits."""

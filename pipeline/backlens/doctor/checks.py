@@ -1,12 +1,7 @@
-"""What one check found.
+"""Checks of the doctor.
 
-Is every matrix of the model's blocks known, and does what is said of them fit their widths?
-
-The same prompts in one batch and each by itself, padded on the right and on the left.
-
-What the faster kernels and the smaller weights change: numbers to know, unless they cannot be rounding.
-
-Memory and time that prompts take on this machine, as `backlens run` computes them by default.
+They concern a model's blocks, its numbers in batches, what faster kernels and smaller weights change, and the memory
+and time that prompts take on this machine.
 """
 
 import math
@@ -24,7 +19,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from backlens.backward_lens import BackwardLens
 from backlens.capture.batch import Side
 from backlens.capture.packing import release_freed_memory
 from backlens.config import RunConfig
@@ -38,7 +32,7 @@ from backlens.prompts.tokenize import Example
 from backlens.rows import RowOptions
 
 Status = Literal["pass", "FAIL", "info", "skip"]
-"""`info`: a number to know, which no promise depends on. `skip`: not looked at, and why."""
+"""`info`: a number that no promise depends on. `skip`: not checked; the detail says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,42 +42,43 @@ class Check:
     name: str
     status: Status
     detail: str
-    """What was measured, and where it was worst; or why it was not."""
+    """The quantity that was measured and where it was worst, or the reason why it was not measured."""
     measured: float | None = None
     limit: float | None = None
-    """The largest value that passes."""
+    """Largest value that passes."""
     remedy: str = ""
-    """What to do about it; of no use where it passed."""
+    """Advice for a check that did not pass."""
 
     @property
     def passed(self) -> bool | None:
-        """None where nothing was to be passed."""
+        """True or False for a check with a limit, None for any other."""
         return {"pass": True, "FAIL": False}.get(self.status)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; a number that is not finite is null."""
+        """Return plain values; a number that is not finite is null."""
         finite = self.measured is not None and math.isfinite(self.measured)
         return asdict(self) | {"passed": self.passed, "measured": self.measured if finite else None}
 
 
 def at_most(name: str, measured: float, limit: float, detail: str, remedy: str) -> Check:
-    """Passes up to `limit`; not for NaN."""
+    """Make a check that passes up to `limit` and fails for NaN."""
     return Check(name, "pass" if measured <= limit else "FAIL", detail, measured, limit, remedy)
 
 
-def told(name: str, measured: float | None, detail: str, remedy: str = "") -> Check:
-    """A number to know."""
+def info(name: str, measured: float | None, detail: str, remedy: str = "") -> Check:
+    """Make a line with a number that no promise depends on."""
     return Check(name, "info", detail, measured, remedy=remedy)
 
 
 def skipped(name: str, reason: str, remedy: str = "") -> Check:
+    """Make a line that says why something was not checked."""
     return Check(name, "skip", reason, remedy=remedy)
 
 
-def attempted(name: str, remedy: str, look: Callable[[], Iterable[Check]]) -> tuple[Check, ...]:
-    """What `look` finds; a problem of the model's that stops it is a failure of `name`."""
+def attempted(name: str, remedy: str, checks: Callable[[], Iterable[Check]]) -> tuple[Check, ...]:
+    """Run `checks`; a BacklensError that stops them becomes a failed check called `name`."""
     try:
-        return tuple(look())
+        return tuple(checks())
     except BacklensError as error:
         return (Check(name, "FAIL", str(error), remedy=remedy),)
 
@@ -93,53 +88,55 @@ DESCRIBE = "save the description below to a file, correct it, and pass it as --a
 
 
 @dataclass(frozen=True)
-class Structure:
-    """What the model's structure says, before any weight is read."""
+class BlockChecks:
+    """Checks of the model's blocks that read no weights."""
 
     checks: tuple[Check, ...]
     seen: tuple[SeenBlock, ...] = ()
-    """The blocks as they are; empty when they cannot be told."""
-    draft: ProposedLayout | None = None
-    """A description to edit; None where nothing is wrong, or no blocks were found."""
+    """The blocks with their matrices; empty if no blocks were found."""
+    proposed: ProposedLayout | None = None
+    """A description to edit; None if nothing is wrong or no blocks were found."""
     unproven: Mapping[str, str] = field(default_factory=dict)
-    """Cuts of fused matrices that nothing proves, of the description in use or else of the draft, by module."""
+    """Cuts of fused matrices that no check proves, by module; of the description in use, else of `proposed`."""
 
     @property
-    def understood(self) -> bool:
+    def recognized(self) -> bool:
         return all(check.passed is not False for check in self.checks)
 
 
-def look_at_blocks(model: PreTrainedModel, layout: Layout | None) -> Structure:
-    """Find every block's matrices by `layout`, or that of the model's family; the meta device will do."""
+def check_blocks(model: PreTrainedModel, layout: Layout | None) -> BlockChecks:
+    """Find every block's matrices by `layout`, or by that of the model's family; no weights are needed."""
     try:
         seen = see_blocks(model)
     except BacklensError as error:
-        return Structure((Check(FOUND, "FAIL", str(error), remedy="no description of blocks can help here"),))
+        return BlockChecks(
+            (Check(FOUND, "FAIL", str(error), remedy="no description of blocks can help here"),)
+        )
     try:
         blocks = describe_blocks(model, layout or layout_of(model.config))
     except BacklensError as error:
-        return _drafted(model, seen, (Check(FOUND, "FAIL", str(error), remedy=DESCRIBE),))
+        return _proposed(model, seen, (Check(FOUND, "FAIL", str(error), remedy=DESCRIBE),))
     checks = (_found(blocks), _widths(blocks, int(model.config.get_text_config().hidden_size)))
     unproven = unproven_cuts(layout, model.config)
-    structure = Structure((*checks, *_cuts("--anatomy", unproven)), seen, unproven=unproven)
-    return structure if structure.understood else _drafted(model, seen, checks)
+    checked = BlockChecks((*checks, *_cuts("--anatomy", unproven)), seen, unproven=unproven)
+    return checked if checked.recognized else _proposed(model, seen, checks)
 
 
-def _drafted(model: PreTrainedModel, seen: Sequence[SeenBlock], checks: Sequence[Check]) -> Structure:
-    draft = propose_layout(model)
-    unproven = unproven_cuts(draft.layout, model.config)
-    return Structure((*checks, *_cuts("the description below", unproven)), tuple(seen), draft, unproven)
+def _proposed(model: PreTrainedModel, seen: Sequence[SeenBlock], checks: Sequence[Check]) -> BlockChecks:
+    proposed = propose_layout(model)
+    unproven = unproven_cuts(proposed.layout, model.config)
+    return BlockChecks((*checks, *_cuts("the description below", unproven)), tuple(seen), proposed, unproven)
 
 
 def _cuts(source: str, unproven: Mapping[str, str]) -> Iterator[Check]:
-    """Xᵀ Δ agrees with autograd under any cut, so the other checks say nothing of it."""
+    """List cuts that no check proves: Xᵀ Δ agrees with autograd under any cut."""
     if unproven:
         said = ", ".join(f"{module} ({cut})" for module, cut in unproven.items())
         detail = f"unproven parts of fused matrices, by {source}: {said}"
         remedy = (
             "compare them with the model's code: no check tells a wrong cut, and run.json says so of a run"
         )
-        yield told(CUTS, len(unproven), detail, remedy)
+        yield info(CUTS, len(unproven), detail, remedy)
 
 
 def _found(blocks: Sequence[Block]) -> Check:
@@ -150,7 +147,7 @@ def _found(blocks: Sequence[Block]) -> Check:
     )
     detail = f"matrices in {len(blocks)} blocks: {', '.join(modules_of(blocks))}"
     if experts:
-        detail += f"; up to {experts} experts a block"
+        detail += f"; up to {experts} experts per block"
     left_out = {path: what for block in blocks for path, what in block.not_covered.items()}
     if left_out:
         detail += f"; not covered: {', '.join(f'{path} ({what})' for path, what in left_out.items())}"
@@ -178,73 +175,73 @@ RIGHT, LEFT, ROWS = "batch, right-padded", "batch, left-padded", "batch, project
 
 LIMIT = 1e-4
 HALF_LIMIT = 0.1
-"""For weights in bfloat16 or float16, or inputs in 8 bits: in another batch products round differently."""
+"""Limit for weights in bfloat16 or float16, or inputs in 8 bits: products in another batch round differently."""
 
 
-def padding_checks(trial: ModelCopy, by_itself: Sequence[Factors]) -> Iterator[Check]:
-    """x and δ of a batch against those of each prompt by itself."""
-    if len(trial.examples) < 2:
+def padding_checks(copy: ModelCopy, by_itself: Sequence[Factors]) -> Iterator[Check]:
+    """Compare x and δ of a batch with those of each prompt alone, for both padding sides."""
+    if len(copy.examples) < 2:
         yield from (
             skipped(name, "there is only one prompt", "give more --prompts") for name in (RIGHT, LEFT)
         )
         return
     sides: tuple[tuple[str, Side], ...] = ((RIGHT, "right"), (LEFT, "left"))
     for name, side in sides:
-        found = apart(together(trial, side), by_itself)
+        found = apart(together(copy, side), by_itself)
         what = f"x and δ of {found.prompts} prompts against each by itself, largest difference, relative"
-        if found.rerouted == found.prompts and trial.coarse:
-            yield told(name, None, "rounding sent a token of every prompt to other experts", _remedy(trial))
+        if found.rerouted == found.prompts and copy.coarse:
+            yield info(name, None, "rounding sent a token of every prompt to other experts", _remedy(copy))
             continue
         if found.place:
             what += f"; worst: {found.place}"
         if found.rerouted:
             what += f"; not compared: {found.rerouted} prompts of which a token came to other experts"
-        largest = found.largest if trial.coarse or not found.rerouted else float("inf")
-        yield at_most(name, largest, _limit(trial), what, _remedy(trial))
+        largest = found.largest if copy.coarse or not found.rerouted else float("inf")
+        yield at_most(name, largest, _limit(copy), what, _remedy(copy))
 
 
-def row_check(trial: ModelCopy, in_batch: Rows) -> Iterator[Check]:
-    """Scores of a batch's rows, token by token, against those of each prompt by itself."""
-    if len(trial.examples) < 2:
+def row_check(copy: ModelCopy, in_batch: Rows) -> Iterator[Check]:
+    """Compare the scores of a batch's rows with those of each prompt alone, token by token."""
+    if len(copy.examples) < 2:
         yield skipped(ROWS, "there is only one prompt", "give more --prompts")
         return
-    found = drift(in_batch, rows_alone(trial))
+    found = drift(in_batch, rows_alone(copy))
     what = f"scores of {len(found.scores):,} rows' top and bottom tokens, largest difference, relative"
     if found.missing:
         what += f"; {found.missing} rows are on one side only"
     largest = float(found.beyond_rounding.max(initial=0.0))
-    if found.missing and not trial.coarse:
+    if found.missing and not copy.coarse:
         largest = float("inf")
-    if trial.coarse and largest > HALF_LIMIT:  # top scores of a vector that is mostly rounding
-        yield told(ROWS, largest, what, _remedy(trial))
+    if copy.coarse and largest > HALF_LIMIT:  # These are the top scores of a vector that is mostly rounding.
+        yield info(ROWS, largest, what, _remedy(copy))
     else:
-        yield at_most(ROWS, largest, _limit(trial), what, _remedy(trial))
+        yield at_most(ROWS, largest, _limit(copy), what, _remedy(copy))
 
 
-def _limit(trial: ModelCopy) -> float:
-    return HALF_LIMIT if trial.coarse else LIMIT
+def _limit(copy: ModelCopy) -> float:
+    return HALF_LIMIT if copy.coarse else LIMIT
 
 
-def _remedy(trial: ModelCopy) -> str:
-    if trial.loaded.model.config._attn_implementation != "eager":
+def _remedy(copy: ModelCopy) -> str:
+    if copy.loaded.model.config._attn_implementation != "eager":
         return "use --attention exact"
-    if trial.half:
+    if copy.half:
         return "use --dtype float32 where rows have to be comparable"
-    if trial.coarse:
+    if copy.coarse:
         return "use unquantized weights where rows have to be comparable"
     return "run each prompt by itself (--batch-tokens 1), and report it as a defect"
 
 
 ATTENTION = "exact and fast attention"
 ANOTHER_MODEL = 1e-2
-"""In float32, kernels that are further apart do not compute the same thing."""
+"""Largest difference of two kernels in float32 that compute the same thing."""
 SCORES, TOKENS = "half precision, scores", "half precision, top tokens"
 
 
 def attention_check(
     found: Sequence[Factors], expected: Sequence[Factors], kernel: str, half: bool
 ) -> Iterator[Check]:
-    """x and δ with the model's own kernel against those with the exact one."""
+    """Compare x and δ with the model's own kernel and with the exact one."""
     between = apart(found, expected)
     detail = f"x and δ with {kernel} and with eager attention, largest difference, relative"
     if between.place:
@@ -252,7 +249,7 @@ def attention_check(
     if between.rerouted:
         detail += f"; not compared: {between.rerouted} prompts of which a token came to other experts"
     if between.largest <= ANOTHER_MODEL or half:
-        yield told(
+        yield info(
             ATTENTION, between.largest, detail, "--attention exact, the default, does not depend on the batch"
         )
         return
@@ -261,53 +258,52 @@ def attention_check(
 
 
 def half_checks(half: Rows, full: Rows, dtype: str) -> Iterator[Check]:
-    """Scores and top tokens of weights in half precision against float32."""
+    """Compare scores and top tokens of weights in half precision with those in float32."""
     found = drift(half, full)
     median = float(np.median(found.scores)) if len(found.scores) else 0.0
     mean = float(found.overlap.mean()) if len(found.overlap) else 1.0
     remedy = "--dtype float32, where the device has room for it"
     missing = f"; {found.missing} rows are on one side only" if found.missing else ""
     detail = f"{dtype} against float32, median difference over {len(found.scores):,} rows, relative{missing}"
-    yield told(SCORES, median, detail, remedy)
+    yield info(SCORES, median, detail, remedy)
     detail = (
         f"{dtype} against float32, share of the top and bottom {full.ids.shape[-1]} tokens that stay listed"
     )
-    yield told(TOKENS, mean, detail, remedy)
+    yield info(TOKENS, mean, detail, remedy)
 
 
 MEMORY, TIME = "memory", "time"
 SMALL = 128
-"""Tokens of the smaller of two batches."""
+"""Tokens in the smaller of two batches."""
 LARGER = 3
-"""How many times as many the other has: the difference is what tokens take, without what any batch takes."""
+"""Factor between the two batches. Their difference leaves out what a batch of any size takes."""
 SECONDS_BETWEEN_LOOKS = 0.002
 
 
 @dataclass
 class _Peak:
-    """Bytes above what was in use at the start; None where the system does not say."""
+    """Most bytes in use above those at the start; None if the system does not say."""
 
     bytes: int | None = None
 
 
-def cost_checks(trial: ModelCopy, texts: Sequence[Prompt], config: RunConfig) -> Iterator[Check]:
-    """Memory, then the seconds of each stage, per 1,000 tokens."""
-    assert trial.lens is not None
-    modules = tuple(name for name in trial.loaded.parts.modules if name.startswith("mlp"))
-    lens = BackwardLens.from_parts(trial.loaded, trial.lens)
-    options = RowOptions(tuple(trial.layers), modules or trial.loaded.parts.modules)
+def cost_checks(copy: ModelCopy, texts: Sequence[Prompt], config: RunConfig) -> Iterator[Check]:
+    """Measure memory and the seconds of each stage, per 1,000 tokens."""
+    assert copy.lens is not None
+    modules = tuple(name for name in copy.loaded.parts.modules if name.startswith("mlp"))
+    options = RowOptions(tuple(copy.layers), modules or copy.loaded.parts.modules)
     peaks, seconds, tokens = [], {}, []
-    for batch in _batches(trial.examples):
+    for batch in _two_batches(copy.examples):
         release_freed_memory()
-        with _peak_of(trial.loaded.model.device) as peak:
-            seconds = lens.rows(batch, options).seconds
+        with _peak_of(copy.loaded.model.device) as peak:
+            seconds = copy.lens.rows(batch, options).seconds
         peaks.append(peak.bytes)
         tokens.append(len(batch) * len(batch[0].token_ids))
-    yield _memory(peaks, tokens, str(trial.loaded.model.device))
+    yield _memory(peaks, tokens, str(copy.loaded.model.device))
     started = time.perf_counter()
-    tokenized(texts, trial.loaded, config)
+    tokenized(texts, copy.loaded, config)
     taken = time.perf_counter() - started
-    yield _time("tokenize", 1000 * taken / sum(len(example.token_ids) for example in trial.examples), options)
+    yield _time("tokenize", 1000 * taken / sum(len(example.token_ids) for example in copy.examples), options)
     for stage in ("model", "factors", "lens", "rows"):
         yield _time(stage, 1000 * seconds[stage] / tokens[-1], options)
 
@@ -316,7 +312,7 @@ def _time(stage: str, seconds: float, options: RowOptions) -> Check:
     said = f"seconds per 1,000 tokens, {stage}" + (
         "" if stage == "tokenize" else f" ({', '.join(options.modules)})"
     )
-    return told(f"{TIME}, {stage}", seconds, said)
+    return info(f"{TIME}, {stage}", seconds, said)
 
 
 def _memory(peaks: Sequence[int | None], tokens: Sequence[int], device: str) -> Check:
@@ -325,14 +321,14 @@ def _memory(peaks: Sequence[int | None], tokens: Sequence[int], device: str) -> 
         return skipped(MEMORY, "this system does not say how much memory a process uses")
     mib = max(0.0, (large - small) / (tokens[1] - tokens[0]) * 1000 / 2**20)
     detail = (
-        f"MiB on {device} for every 1,000 tokens of a batch, padding included; "
+        f"MiB on {device} per 1,000 tokens of a batch, padding included; "
         f"a batch of {tokens[1]:,} took {large / 2**20:,.0f} MiB above the weights"
     )
-    return told(MEMORY, mib, detail, "less: a smaller --batch-tokens")
+    return info(MEMORY, mib, detail, "less: a smaller --batch-tokens")
 
 
-def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """The prompts, longest first, over and over: a batch of SMALL tokens with their padding, and one LARGER."""
+def _two_batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """Repeat the prompts, longest first: a batch of SMALL tokens, padding included, and one LARGER times as large."""
     longest_first = sorted(examples, key=lambda example: -len(example.token_ids))
     count = -(-SMALL // len(longest_first[0].token_ids))
     for size in (count, LARGER * count):
@@ -341,7 +337,7 @@ def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
 
 @contextmanager
 def _peak_of(device: torch.device) -> Iterator[_Peak]:
-    """The most memory in use inside, on the device or, on a CPU, of the process."""
+    """Measure the most memory in use inside the block: of the device or, on a CPU, of the process."""
     peak = _Peak()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -371,7 +367,7 @@ def _peak_of(device: torch.device) -> Iterator[_Peak]:
 
 
 def _resident() -> int | None:
-    """Bytes of this process that are in memory; None where there is no /proc."""
+    """Resident bytes of this process; None where there is no /proc."""
     try:
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
     except OSError:

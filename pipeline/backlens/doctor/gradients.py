@@ -1,8 +1,7 @@
 """Xᵀ Δ and Σδ against autograd on the weights themselves, matrix by matrix.
 
-Autograd's side shares nothing with capture: the model is called as anyone would call it, with one prompt, no mask
-and its own experts; only the weights that are being checked require grad. As many layers are taken at a time as
-their gradients find room for, down to one.
+Autograd's side shares nothing with capture: the model is called with one prompt, no mask and its own experts, and only
+the weights that are checked require grad. As many layers are checked at a time as their gradients have room for.
 """
 
 import inspect
@@ -27,77 +26,77 @@ WEIGHTS, BIASES = "weight gradients", "bias gradients"
 
 LIMIT = 1e-5
 HALF_LIMIT = 5e-2
-"""For weights in bfloat16 or float16, where autograd rounds the gradient itself."""
+"""Limit for weights in bfloat16 or float16, where autograd rounds the gradient itself."""
 
 FLOOR = 0.03
-"""A gradient that is smaller than this part of its prompt's largest is measured against that part."""
+"""Share of a prompt's largest gradient that smaller ones are compared with."""
 
 MOST_PROMPTS = 3
 SHARE = 0.5
-"""Of the free memory, what gradients may take."""
+"""Share of the free memory that gradients may take."""
 
 REMEDY = "the tables would be wrong for this model; check what --anatomy says of it, or report it as a defect"
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One matrix (or bias) and one prompt."""
+    """Our gradient of one matrix or bias for one prompt, compared with autograd's."""
 
     place: Place
     error: float
-    """Norm of the difference to autograd's gradient."""
+    """Norm of the difference from autograd's gradient."""
     norm: float
-    """Of autograd's gradient."""
+    """Norm of autograd's gradient."""
 
 
-def gradient_checks(trial: ModelCopy, why_half: str = "") -> Iterator[Check]:
-    """One check for weights, one for biases; `why_half` says why weights in half precision had to do."""
-    quantized = _without_float_weights(trial.loaded.parts.blocks)
+def gradient_checks(copy: ModelCopy, why_half: str = "") -> Iterator[Check]:
+    """Check weights and biases; `why_half` says why a copy in half precision is used."""
+    quantized = _without_float_weights(copy.loaded.parts.blocks)
     if quantized:
         reason = f"quantized weights have no gradient to compare with ({quantized})"
         yield from (skipped(name, reason, "check the unquantized model") for name in (WEIGHTS, BIASES))
         return
     errors: dict[str, list[tuple[float, Place]]] = {WEIGHTS: [], BIASES: []}
-    for example in _spread(trial.probes):
-        found = _compare(trial, example)
+    for example in _of_different_lengths(copy.probes):
+        found = _compare(copy, example)
         for name, compared in found.items():
             floor = FLOOR * max((each.norm for each in compared), default=0.0)
             errors[name] += [(each.error / max(each.norm, floor, 1e-30), each.place) for each in compared]
-    limit = HALF_LIMIT if trial.half else LIMIT
+    limit = HALF_LIMIT if copy.half else LIMIT
     for name, formula in ((WEIGHTS, "Xᵀ Δ"), (BIASES, "Σ δ")):
         if not errors[name]:
             yield skipped(name, "these matrices have no biases")
             continue
         worst, place = max(errors[name], key=lambda each: (each[0] != each[0], each[0]))
         detail = (
-            f"{formula} against autograd, {len(errors[name]):,} comparisons in {_precision(trial)}{why_half}; "
+            f"{formula} against autograd, {len(errors[name]):,} comparisons in {_precision(copy)}{why_half}; "
             f"worst: {place_name(place)}"
         )
         yield at_most(name, worst, limit, detail, REMEDY)
 
 
-def _precision(trial: ModelCopy) -> str:
-    return str(trial.loaded.model.dtype).removeprefix("torch.")
+def _precision(copy: ModelCopy) -> str:
+    return str(copy.loaded.model.dtype).removeprefix("torch.")
 
 
-def _spread(examples: Sequence[Example]) -> list[Example]:
-    """The shortest, the longest, and one between."""
+def _of_different_lengths(examples: Sequence[Example]) -> list[Example]:
+    """Choose the shortest prompt, the longest, and one between."""
     by_length = sorted(examples, key=lambda example: len(example.token_ids))
     wanted = sorted({0, len(by_length) // 2, len(by_length) - 1})
     return [by_length[index] for index in wanted[:MOST_PROMPTS]]
 
 
-def _compare(trial: ModelCopy, example: Example) -> dict[str, list[Compared]]:
+def _compare(copy: ModelCopy, example: Example) -> dict[str, list[Compared]]:
     found: dict[str, list[Compared]] = {WEIGHTS: [], BIASES: []}
-    for layers in _chunks(trial):
-        blocks = {layer: trial.loaded.parts.blocks[layer] for layer in layers}
-        with _weight_gradients(trial.loaded.model, [*blocks.values()], example):
-            _compare_layers(trial, example, blocks, found)
+    for layers in _chunks(copy):
+        blocks = {layer: copy.loaded.parts.blocks[layer] for layer in layers}
+        with _weight_gradients(copy.loaded.model, [*blocks.values()], example):
+            _compare_layers(copy, example, blocks, found)
     return found
 
 
 def _compare_layers(
-    trial: ModelCopy, example: Example, blocks: dict[int, Block], found: dict[str, list[Compared]]
+    copy: ModelCopy, example: Example, blocks: dict[int, Block], found: dict[str, list[Compared]]
 ) -> None:
     reached: set[Place] = set()
 
@@ -111,9 +110,9 @@ def _compare_layers(
             if bias is not None:
                 found[BIASES].append(_compared(place, vjp.double().sum(0), bias))
 
-    batch = make_batch([sequence(example, "first")], trial.loaded.model.device)
-    capture(trial.loaded, batch, [*blocks], trial.loaded.parts.modules, consume)
-    for place in set(_places(blocks)) - reached:  # experts that no token came to: autograd says zero, too
+    batch = make_batch([sequence(example, "first")], copy.loaded.model.device)
+    capture(copy.loaded, batch, [*blocks], copy.loaded.parts.modules, consume)
+    for place in set(_places(blocks)) - reached:  # No token went to these experts: autograd gives zero too.
         weight, bias = _autograds(blocks[place[0]], *place[1:])
         found[WEIGHTS].append(_compared(place, torch.zeros_like(weight), weight))
         if bias is not None:
@@ -134,7 +133,7 @@ def _places(blocks: dict[int, Block]) -> Iterator[Place]:
 
 
 def _autograds(block: Block, module: str, expert: int | None) -> tuple[Tensor, Tensor | None]:
-    """Autograd's gradients of one matrix, as (in, out), and of its bias, (out,), if it has one."""
+    """Autograd's gradients of one matrix, shape (in, out), and of its bias, shape (out,), if it has one."""
     if expert is None:
         located = block.matrices[module]
         holder = block.module.get_submodule(located.path)
@@ -180,7 +179,7 @@ def _parameters(block: Block) -> Iterator[nn.Parameter]:
 
 
 def _without_float_weights(blocks: Sequence[Block]) -> str:
-    """The kind of a module whose weight autograd cannot differentiate; empty if there is none."""
+    """Class name of a module whose weight autograd cannot differentiate; empty if there is none."""
     for block in blocks:
         holders = [
             (block.module.get_submodule(located.path), "weight") for located in block.matrices.values()
@@ -194,17 +193,17 @@ def _without_float_weights(blocks: Sequence[Block]) -> str:
     return ""
 
 
-def _chunks(trial: ModelCopy) -> Iterator[range]:
-    blocks = trial.loaded.parts.blocks
+def _chunks(copy: ModelCopy) -> Iterator[range]:
+    blocks = copy.loaded.parts.blocks
     largest = max(sum(p.numel() * p.element_size() for p in _parameters(block)) for block in blocks)
-    size = max(1, int(SHARE * free_memory(trial.loaded.model.device) / largest))
+    size = max(1, int(SHARE * free_memory(copy.loaded.model.device) / largest))
     for start in range(0, len(blocks), size):
         yield range(start, min(start + size, len(blocks)))
 
 
 @contextmanager
 def _weight_gradients(model: PreTrainedModel, blocks: Sequence[Block], example: Example) -> Iterator[None]:
-    """Inside, the blocks' weights and biases have their gradients in `.grad`, and are frozen again."""
+    """Put the gradients of the blocks' weights and biases into `.grad` for the block; then freeze and clear them."""
     parameters = [parameter for block in blocks for parameter in _parameters(block)]
     ids = torch.tensor([example.token_ids], device=model.device)
     try:
@@ -221,7 +220,7 @@ def _weight_gradients(model: PreTrainedModel, blocks: Sequence[Block], example: 
 
 
 def _last_only(model: PreTrainedModel) -> dict[str, int]:
-    """Where a model offers it: logits of several positions at once are rounded differently from those of one."""
+    """Ask for the last logits alone, if the model can: logits of several positions are rounded differently."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
@@ -232,7 +231,7 @@ def _require_grad(parameters: Sequence[nn.Parameter], required: bool) -> None:
 
 @contextmanager
 def _own_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Experts by the loop of the model's own file, whichever implementation is set."""
+    """Compute experts by the loop of the model's own file, whichever implementation is set."""
     before = getattr(model.config, "_experts_implementation", None)
     if before is None:
         yield

@@ -1,7 +1,4 @@
-"""A copy of the model and the prompts it is tried on; and how far two answers to the same prompts are apart.
-
-Projected rows of the prompts, and how far two sets of them are apart.
-"""
+"""A loaded copy of the model, the prompts it is checked with, and distances between the results of two copies."""
 
 import itertools
 import math
@@ -19,7 +16,6 @@ from backlens.columns import MatrixRows
 from backlens.config import RunConfig
 from backlens.errors import BacklensError
 from backlens.models.load import LoadedModel
-from backlens.projection.lens import Lens
 from backlens.prompts.prompt import Prompt, Rejected
 from backlens.prompts.read import read_prompts
 from backlens.prompts.tokenize import Example, context_length, tokenize
@@ -28,7 +24,7 @@ from backlens.terms import WRITES
 
 MOST_PROMPTS = 8
 MOST_TOKENS = 512
-"""Of all prompts together, unless the first alone is longer."""
+"""Tokens of all prompts together, unless the first alone is longer."""
 
 TEXTS = (
     ("I", " Zurich"),
@@ -41,34 +37,35 @@ TEXTS = (
 """Prompts of different lengths, down to a single token in most vocabularies, and targets that few models expect."""
 
 FLOOR = 1e-2
-"""A δ that is smaller than this part of its prompt's largest is measured against that part: rounding is relative to
-what the backward pass carries, not to what is left of it."""
+"""Share of a prompt's largest δ that smaller ones are compared with: rounding is relative to what the backward pass
+carries, not to what is left of it."""
 
 Place = tuple[int, str, int | None]
 """Layer, module, expert."""
 Factors = Mapping[Place, tuple[Tensor, Tensor]]
-"""(x, δ) of one prompt's own tokens, by matrix; on the CPU."""
+"""(x, δ) of one prompt's tokens without padding, by matrix; on the CPU."""
 
 
 @dataclass(frozen=True)
 class ModelCopy:
-    """A loaded copy of the model, its lens if it has one, and the prompts."""
+    """A loaded copy of the model and the prompts."""
 
     loaded: LoadedModel
-    lens: Lens | None
+    lens: BackwardLens | None
+    """None if the model's final norm and unembedding are no lens."""
     examples: tuple[Example, ...]
     probes: tuple[Example, ...]
-    """The same prompts with unlikely targets, for what is promised of any target: where a model is nearly certain of
-    its target, a gradient is what rounding leaves of 1 − p."""
+    """The same prompts with unlikely targets. If a model is nearly certain of a target, the gradient is what rounding
+    leaves of 1 − p, so that two computations of it differ."""
 
     @property
     def half(self) -> bool:
-        """Whether the weights have less than float32's precision."""
+        """True if the weights have less than float32's precision."""
         return self.loaded.model.dtype != torch.float32
 
     @property
     def coarse(self) -> bool:
-        """Whether its products have less: 8-bit layers round their inputs too, whatever their weights' type."""
+        """True if products have less than float32's precision: 8-bit layers round their inputs too."""
         return self.half or getattr(self.loaded.model, "is_loaded_in_8bit", False)
 
     @property
@@ -78,18 +75,18 @@ class ModelCopy:
 
 @dataclass(frozen=True, slots=True)
 class Apart:
-    """How far two sets of factors are apart."""
+    """Distance between two sets of factors."""
 
     largest: float
     """Largest relative difference (Frobenius) of an x or a δ."""
     place: str
     rerouted: int
-    """Prompts of which a token came to other experts; their factors are not compared."""
+    """Number of prompts with a token that went to other experts; their factors are not compared."""
     prompts: int
 
 
 def read_texts(config: RunConfig) -> list[Prompt]:
-    """The first few prompts of the user's, or short texts of ours.
+    """Read the first few prompts of the user, or take the built-in ones.
 
     Raises BacklensError when none can be read.
     """
@@ -104,7 +101,7 @@ def read_texts(config: RunConfig) -> list[Prompt]:
 
 
 def tokenized(texts: Sequence[Prompt], loaded: LoadedModel, config: RunConfig) -> tuple[Example, ...]:
-    """The prompts as the model is given them. Raises BacklensError when none can be used."""
+    """Tokenize the prompts as a run does. Raises BacklensError if none can be used."""
     results = tokenize(
         texts,
         loaded.tokenizer,
@@ -123,7 +120,7 @@ def tokenized(texts: Sequence[Prompt], loaded: LoadedModel, config: RunConfig) -
 
 @torch.no_grad()
 def with_unlikely_targets(examples: Sequence[Example], loaded: LoadedModel) -> tuple[Example, ...]:
-    """The prompts with the token that the model expects least."""
+    """Give each prompt the token that the model expects least as its target."""
     tokens = torch.tensor(loaded.token_ids, device=loaded.device)
     ids = (torch.tensor([example.token_ids], device=loaded.model.device) for example in examples)
     logits = (loaded.model(input_ids=each, use_cache=False).logits[0, -1] for each in ids)
@@ -137,18 +134,18 @@ def _refuse_none(good: Sequence[object], records: Sequence[object], source: str)
         raise BacklensError(problem or f"prompts: {source} holds no prompts")
 
 
-def alone(trial: ModelCopy) -> list[Factors]:
-    """Every prompt's factors, each in a batch of its own."""
-    return [factors for example in trial.probes for factors in _captured(trial, [example], "right")]
+def alone(copy: ModelCopy) -> list[Factors]:
+    """Factors of every prompt, each in a batch of its own."""
+    return [factors for example in copy.probes for factors in _captured(copy, [example], "right")]
 
 
-def together(trial: ModelCopy, side: Side) -> list[Factors]:
-    """Every prompt's factors, all of them in one batch, padded on one side."""
-    return _captured(trial, trial.probes, side)
+def together(copy: ModelCopy, side: Side) -> list[Factors]:
+    """Factors of every prompt, all of them in one batch padded on `side`."""
+    return _captured(copy, copy.probes, side)
 
 
-def _captured(trial: ModelCopy, examples: Sequence[Example], side: Side) -> list[Factors]:
-    batch = make_batch([sequence(example, "first") for example in examples], trial.loaded.model.device, side)
+def _captured(copy: ModelCopy, examples: Sequence[Example], side: Side) -> list[Factors]:
+    batch = make_batch([sequence(example, "first") for example in examples], copy.loaded.model.device, side)
     found: list[dict[Place, tuple[Tensor, Tensor]]] = [{} for _ in examples]
 
     def keep(group: Sequence[Gradient]) -> None:
@@ -158,12 +155,12 @@ def _captured(trial: ModelCopy, examples: Sequence[Example], side: Side) -> list
             for prompt, own, x, vjp in zip(slots.prompts, slots.mask, gradient.x, gradient.vjp, strict=True):
                 found[int(prompt)][place] = x[own].float().cpu(), vjp[own].float().cpu()
 
-    capture(trial.loaded, batch, trial.layers, trial.loaded.parts.modules, keep)
+    capture(copy.loaded, batch, copy.layers, copy.loaded.parts.modules, keep)
     return [*found]
 
 
 def apart(found: Sequence[Factors], expected: Sequence[Factors]) -> Apart:
-    """The largest relative difference over all prompts and matrices."""
+    """Largest relative difference over all prompts and matrices."""
     largest, place, rerouted = 0.0, "", 0
     for ours, theirs in zip(found, expected, strict=True):
         if _tokens_by_matrix(ours) != _tokens_by_matrix(theirs):
@@ -195,48 +192,46 @@ Key = tuple[int, int, str, int | None, int]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of `tokens` that have a projection."""
+    """Rows of `tokens` that have a projection."""
 
     index: dict[Key, int]
     ids: np.ndarray
-    """(row, 2, k): top, then bottom."""
+    """Shape (row, 2, k): top, then bottom."""
     scores: np.ndarray
     norms: np.ndarray
-    """Of each row's δ where that is what is projected, else infinite."""
+    """Length of each row's δ if that is the projected vector, else infinity."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far rows are from those expected of the same tokens."""
+    """Distance of rows from those expected of the same tokens."""
 
     scores: np.ndarray
     """Largest difference of a listed token's score in each row, relative to the row's largest score."""
     beyond_rounding: np.ndarray
-    """The same, less by as much as a δ is smaller than FLOOR of its prompt's largest."""
+    """The same, scaled down for a δ that is smaller than FLOOR times its prompt's largest."""
     overlap: np.ndarray
-    """Share of each row's listed tokens that are in the other's lists."""
+    """Share of each row's listed tokens that the other side lists too."""
     missing: int
-    """Rows that only one side has."""
+    """Number of rows that only one side has."""
 
 
-def rows_alone(trial: ModelCopy) -> Rows:
-    """Every prompt in a batch of its own."""
-    return _rows(trial, [[example] for example in trial.examples], "right")
+def rows_alone(copy: ModelCopy) -> Rows:
+    """Rows of every prompt, each in a batch of its own."""
+    return _rows(copy, [[example] for example in copy.examples], "right")
 
 
-def rows_together(trial: ModelCopy, side: Side = "right") -> Rows:
-    """All prompts in one batch."""
-    return _rows(trial, [trial.examples], side)
+def rows_together(copy: ModelCopy, side: Side = "right") -> Rows:
+    """Rows of all prompts in one batch padded on `side`."""
+    return _rows(copy, [copy.examples], side)
 
 
-def _rows(trial: ModelCopy, batches: Sequence[Sequence[Example]], side: Side) -> Rows:
-    assert trial.lens is not None
-    modules = trial.loaded.parts.modules
-    options = RowOptions(tuple(trial.layers), modules, top_k=min(10, trial.lens.vocabulary), neurons=0)
-    lens = BackwardLens.from_parts(trial.loaded, trial.lens)
-    blocks = [
-        block for examples in batches for block in lens.rows(examples, options, side=side).blocks["tokens"]
-    ]
+def _rows(copy: ModelCopy, batches: Sequence[Sequence[Example]], side: Side) -> Rows:
+    assert copy.lens is not None
+    modules = copy.loaded.parts.modules
+    options = RowOptions(tuple(copy.layers), modules, top_k=min(10, copy.lens.lens.vocabulary), neurons=0)
+    computed = [copy.lens.rows(examples, options, side=side) for examples in batches]
+    blocks = [block for rows in computed for block in rows.blocks["tokens"]]
     keys = [key for block in blocks for key in _keys(block)]
     there = [block.projections.columns for block in blocks if block.projections is not None]
     ids = [np.stack([found["top_ids"], found["bottom_ids"]], axis=1) for found in there]
@@ -263,7 +258,7 @@ def _norms(block: MatrixRows) -> np.ndarray:
 
 
 def drift(found: Rows, expected: Rows) -> Drift:
-    """Compare by token, not by place in the list: a token that left a list had at most the score that ends it."""
+    """Compare rows by token, not by place in the list: a token that left a list has at most the list's last score."""
     common = [key for key in expected.index if key in found.index]
     ours, theirs = ([rows.index[key] for key in common] for rows in (found, expected))
     ids, scores = expected.ids[theirs], expected.scores[theirs]
@@ -281,7 +276,7 @@ def drift(found: Rows, expected: Rows) -> Drift:
 
 
 def _largest_of_prompt(keys: Sequence[Key], norms: np.ndarray) -> np.ndarray:
-    """The largest δ of each row's prompt."""
+    """Length of the largest δ of each row's prompt."""
     prompts = np.array([key[0] for key in keys], dtype=np.int64)
     finite = np.where(np.isfinite(norms), norms, 0.0)
     largest = {prompt: finite[prompts == prompt].max() for prompt in set(prompts.tolist())}

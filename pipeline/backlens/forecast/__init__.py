@@ -1,1 +1,1 @@
-"""What a run will take, before it runs: `backlens plan`."""
+"""Forecast of a run before it runs (`backlens plan`): rows, bytes, operations, devices, time and cost."""

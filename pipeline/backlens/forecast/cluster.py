@@ -1,4 +1,4 @@
-"""The machines that a plan is for: described in a YAML file, or this one."""
+"""Machines that a run is planned for: described in a YAML file, or this one."""
 
 import os
 import re
@@ -16,21 +16,22 @@ from backlens.errors import BacklensError, nearest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """Nodes of one kind. Speeds are of one device; of all of them the share `efficiency` is reached."""
+    """Nodes of one kind. Speeds are per device; a run reaches the share `efficiency` of each."""
 
     name: str = "cluster"
     nodes: int = 1
     gpus: int = 1
-    """Of a node; 0 for nodes that compute on their CPUs, as one device each."""
+    """GPUs per node; 0 for nodes that compute on their CPUs, which count as one device per node."""
     memory: int = 80 * 10**9
-    """Bytes of one device. In YAML a size such as 80GB."""
+    """Bytes per device. In YAML a size such as 80GB."""
     tflops: float
-    """Dense products in the weights' type."""
+    """Teraflops per device for dense products in the weights' type."""
     float32_tflops: float
-    """Dense products in float32, for the lens."""
+    """Teraflops per device for dense products in float32, which the lens computes in."""
     float64_tflops: float
+    """Teraflops per device in float64, which Gram matrices and spectra are computed in."""
     memory_gbps: float
-    """GB/s of the device's own memory."""
+    """GB/s between a device and its own memory."""
     link_gbps: float
     """GB/s between two devices of one node."""
     storage_gbps: float
@@ -38,22 +39,27 @@ class Cluster:
     encode_mbps: float = 12.0
     """MB/s of Parquet that one replica's writing thread makes. Measured on one core of an AMD EPYC: 9 to 20."""
     operation_us: float = 10.0
-    """Microseconds that one small operation takes from Python."""
+    """Microseconds that one small operation takes when Python starts it."""
     efficiency: float = 0.5
+    """Share of the stated speeds that a run reaches."""
     dollars_per_hour: float | None = None
-    """Of one node."""
+    """Price per node."""
 
     @property
     def devices(self) -> int:
-        """Of a node."""
+        """Devices per node."""
         return max(1, self.gpus)
 
 
 _PROBE_SECONDS = 0.1
+"""Seconds that each speed of this machine is measured for."""
 
 
 def read_cluster(path: str) -> Cluster:
-    """Raises BacklensError for a file that is no such description, naming what is missing or unknown."""
+    """Read a description of machines.
+
+    Raises BacklensError for any other file, and names the key that is missing or unknown.
+    """
     try:
         with open(path, encoding="utf-8") as stream:
             content = yaml.safe_load(stream)
@@ -94,7 +100,7 @@ def _value(path: str, name: str, value: Any) -> Any:
 
 
 def this_machine() -> Cluster:
-    """What a few short products and passes over memory say of the device that a run here would take."""
+    """Measure the device that a run here would use, with a few short products and passes over memory."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     passing = torch.randn(2**22, device=device)
     size = 1024
