@@ -216,8 +216,8 @@ class RunConfig:
         if out is None:
             raise BacklensError("--out: name the directory for the results, e.g. --out ./run")
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
-        named = {"model": self.model or str(MODEL), "prompts": self.prompts or str(FACTS), "out": out}
-        return ResolvedConfig(**values | named)
+        values |= {"model": self.model or str(MODEL), "prompts": self.prompts or str(FACTS), "out": out}
+        return ResolvedConfig(**values)
 
     def to_yaml(self) -> str:
         """Write all options, defaults included, as YAML that `backlens run` reads."""

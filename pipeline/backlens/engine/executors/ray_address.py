@@ -121,7 +121,7 @@ def _grpc_answer(address: str, ask: Callable[[Any], Any]) -> Any:
 
     channel = None
     try:
-        # as Ray's own connections do
+        # no proxy, as for Ray's own connections
         channel = init_grpc_channel(address, [("grpc.enable_http_proxy", 0)])
         return ask(channel)
     except RayError as error:
