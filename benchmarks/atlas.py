@@ -1,12 +1,12 @@
-"""Measure how long an atlas takes to build and to answer, and its size: by default 50 million random list entries.
+"""Build time, size and answer times of an atlas and of its explorer: 50 million list entries of random rows by default.
 
     python -m benchmarks.atlas [--prompts 6512] [--folder FOLDER] [--memory 2GB]
 
-Writes a run of random rows through the store, without a model: 12 layers, two modules, 16 neurons per matrix and 8 to
-16 positions per prompt. Token frequencies fall as 1 / (rank + 10), so the most common token has 1.2 % of all entries.
-`backlens atlas` and the queries run in processes of their own, whose peak memory is printed. Answer times are those of
-`Atlas` after its first answer, over several tokens, neurons or prompts. Whole pages of the explorer follow
-(`benchmarks.explorer`). A run or an atlas that is already in FOLDER is used as it is.
+Writes a run of 12 layers, two modules, 16 neurons and 8 to 16 positions a prompt through the store, without a model:
+token frequencies fall as 1 / (rank + 10), so the most common token has 1.2 % of all entries. `backlens atlas` and the
+questions run in processes of their own, whose peak memory is printed. Answer times are of `Atlas` in a process that
+has answered something before, each over several tokens, neurons or prompts; then come whole pages of the explorer
+(`benchmarks.explorer`). What is in FOLDER already, the run or its atlas, is not made again.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from benchmarks.asked import what_to_ask
 from benchmarks.explorer import time_pages
 from benchmarks.memory import peak_of
-from benchmarks.query_keys import choose_keys
 from benchmarks.shape import VOCABULARY, word
 
 from backlens.store.commit import commit_shard, write_vocab
@@ -37,7 +37,7 @@ LAYERS, MODULES, NEURONS, WIDTH, K = 12, ("mlp.up", "mlp.down"), 16, 3072, 10
 SHARD = 256
 RELATIONS = 30
 MEMORY = "600MB"
-"""Memory limit of each query."""
+"""What each question may use."""
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def size_of(folder: Path) -> str:
 
 
 def write_run(folder: str, prompts: int) -> None:
-    """Random rows in the shape of a run's tables, one shard at a time."""
+    """Random rows of the shape that a run has; a shard at a time."""
     directory = Directory.at(folder)
     shards = -(-prompts // SHARD)
     config = {"model": "random", "top_k": K, "neurons": NEURONS}
@@ -195,7 +195,7 @@ def projections(generator: np.random.Generator, count: int) -> dict[str, Any]:
 
 
 def common_tokens(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Draw token ids: id r has the frequency 1 / (r + 10), and no id is twice in the last dimension."""
+    """Token ids, of which id r has the frequency 1 / (r + 10); no id twice in the last dimension."""
     share = np.cumsum(1 / (np.arange(VOCABULARY) + 10.0))
     ids = np.searchsorted(share, generator.random(shape) * share[-1])
     if shape[-1] > 1:
@@ -203,7 +203,7 @@ def common_tokens(generator: np.random.Generator, shape: tuple[int, ...]) -> np.
         ordered = np.take_along_axis(ids, order, -1)
         twice = np.zeros(shape, bool)
         np.put_along_axis(twice, order[..., 1:], ordered[..., 1:] == ordered[..., :-1], -1)
-        # rare tokens are almost never drawn, so these are new
+        # rare tokens are nearly never drawn, so that these are new
         ids[twice] = generator.integers(VOCABULARY // 2, VOCABULARY, twice.sum())
     return np.minimum(ids, VOCABULARY - 1).astype(np.int32)
 
@@ -215,12 +215,12 @@ def lists(values: np.ndarray, of: pa.DataType) -> pa.Array:
 
 
 def ask(folder: str) -> None:
-    """Put many queries to one opened run, as a server does."""
+    """What a server would: many questions to one opened run."""
     import resource
 
     from backlens.atlas import Atlas
 
-    asked = choose_keys(folder)
+    asked = what_to_ask(folder)
     prompts, common, rare = asked.prompts, asked.common, asked.rare
     neurons, strongest = asked.neurons, asked.strongest
     atlas = Atlas(folder, memory=MEMORY)

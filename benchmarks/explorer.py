@@ -1,10 +1,10 @@
-"""Measure pages of `backlens serve` over HTTP in milliseconds, and the server's peak memory.
+"""Whole pages of `backlens serve` over HTTP, as a browser asks for them: milliseconds, and the server's peak memory.
 
     python -m benchmarks.explorer FOLDER
 
-FOLDER is a run with an atlas, as `benchmarks.atlas --folder` leaves it. The server is a process of its own, without
-options. The client requests one page after the other on one connection and reads it to the end. Style sheet and script
-are not counted, because browsers keep them. Every kind of page is requested once beforehand.
+FOLDER is a run that `benchmarks.atlas --folder` has left, with its atlas. The server is a process of its own, without
+options; the client asks one page after the other on one connection and reads all of it. What a page loads besides (a
+style sheet, a script) is kept by browsers and not counted. First every kind of page is asked for once.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import quote
 
-from benchmarks.query_keys import QueryKeys, choose_keys
+from benchmarks.asked import Asked, what_to_ask
 
 
 def main() -> None:
@@ -33,8 +33,8 @@ def main() -> None:
 
 
 def time_pages(folder: str) -> None:
-    """Request every kind of page of a run several times, and print the times."""
-    kinds = pages(choose_keys(folder))
+    """Asks for every kind of page of a run, several times over, and prints what it took."""
+    kinds = pages(what_to_ask(folder))
     with serving(folder) as server:
         for addresses in kinds.values():
             server.seconds(addresses[-1])
@@ -45,8 +45,8 @@ def time_pages(folder: str) -> None:
     print(f"peak memory of the server: {peak:,.0f} MiB, {os.cpu_count()} cores")
 
 
-def pages(asked: QueryKeys) -> dict[str, Sequence[str]]:
-    """Addresses by kind of page; the last of each kind is for warming up."""
+def pages(asked: Asked) -> dict[str, Sequence[str]]:
+    """Addresses by what they are of; the last of each is to warm up with."""
 
     def tokens(texts: Sequence[str], more: str = "") -> list[str]:
         return [f"/token?text={quote(text)}{more}" for text in texts]
@@ -85,7 +85,7 @@ class Server:
     client: HTTPConnection
 
     def seconds(self, address: str) -> float:
-        """Seconds from the request to the page's last byte."""
+        """How long the page takes from the request to its last byte."""
         started = time.perf_counter()
         self.client.request("GET", address)
         answer = self.client.getresponse()
@@ -96,14 +96,14 @@ class Server:
         return taken
 
     def peak(self) -> float:
-        """The server's peak resident memory in MiB. `wait4` would not do: it reports at least the parent's memory."""
+        """Its peak resident memory in MiB. (What `wait4` says of a process is at least what its parent had.)"""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) / 1024
 
 
 @contextmanager
 def serving(folder: str) -> Iterator[Server]:
-    """Start a server, and stop it at the end."""
+    """A server of its own."""
     entry = [sys.executable, "-c", "from backlens.cli.entry import main; main()"]
     process = subprocess.Popen([*entry, "serve", folder, "--port", "0"], stdout=subprocess.PIPE, text=True)
     try:

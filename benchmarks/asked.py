@@ -1,4 +1,4 @@
-"""Prompts, tokens and neurons that the atlas and explorer benchmarks query: the same ones each time."""
+"""What benchmarks ask a run of `benchmarks.atlas` about: the same prompts, tokens and neurons each time."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from benchmarks.shape import word
 from backlens.atlas import Atlas
 
 TIMES = 8
-"""Keys per kind; the explorer's benchmark warms up with the last one."""
+"""Of each kind; in pages the last is to warm up with."""
 MOST_KEPT_FIRST = """
 SELECT concat_ws('.', layer, module, neuron) AS address
 FROM neuron_summary ORDER BY prompts DESC, layer, module, neuron
@@ -17,8 +17,8 @@ FROM neuron_summary ORDER BY prompts DESC, layer, module, neuron
 
 
 @dataclass(frozen=True)
-class QueryKeys:
-    """The keys of a run that are queried."""
+class Asked:
+    """Whom questions are about."""
 
     prompts: Sequence[int]
     common: Sequence[str]
@@ -27,15 +27,15 @@ class QueryKeys:
     """Tokens of about the median frequency."""
     neurons: Sequence[str]
     strongest: Sequence[str]
-    """Neurons that are kept for the most prompts."""
+    """Those that are kept for the most prompts."""
 
 
-def choose_keys(folder: str) -> QueryKeys:
-    """Choose keys of a run that `benchmarks.atlas` wrote, at random with a fixed seed."""
+def what_to_ask(folder: str) -> Asked:
+    """Chosen at random, but always alike."""
     chosen = random.Random(0)
     atlas = Atlas(folder)
     addresses = atlas.sql(MOST_KEPT_FIRST, 1_000_000).column("address").to_pylist()
-    return QueryKeys(
+    return Asked(
         prompts=chosen.sample(range(atlas.snapshot.record.plan.prompts), TIMES),
         common=[word(rank) for rank in range(TIMES)],
         rare=[word(20_000 + rank) for rank in range(TIMES)],
