@@ -25,7 +25,7 @@ from tests.engine.misbehaving import command, save_misbehaving
 NODES = 3
 KINDS: tuple[What, ...] = ("process", "process", "process", "process", "node", "driver")
 WORKERS = ("--replicas", "auto")
-GANG = ("--sharding", "zero3", "--ranks", 2, "--gpus-per-replica", 0)
+RANKS = ("--sharding", "zero3", "--ranks", 2, "--gpus-per-replica", 0)
 BATCH = ("--batch-tokens", 64)
 """Two or three prompts per batch. The prompts in flight at a kill count as computed."""
 
@@ -36,7 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=480)
-    parser.add_argument("--naps", type=float, default=0.4, help="seconds a prompt takes")
+    parser.add_argument("--naps", type=float, default=0.4, help="seconds per prompt")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -60,7 +60,7 @@ def report(options: argparse.Namespace, folder: Path) -> None:
     began = time.monotonic()
     with several_nodes(NODES) as nodes:
         common = (*command(model, prompts, out), *plan, "--executor", "ray", "--address", nodes.address)
-        commands = [(*common, *WORKERS), (*common, *GANG)]
+        commands = [(*common, *WORKERS), (*common, *RANKS)]
         done, kills = disturb(commands, nodes, out, kinds[: options.kills], draw, partial(print, flush=True))
     if done.status:
         raise SystemExit(done.stderr)
@@ -72,7 +72,7 @@ def report(options: argparse.Namespace, folder: Path) -> None:
 
 def tell(kills: Sequence[Kill], lost: Sequence[Sequence[int]]) -> None:
     """Prompts that were computed again, in shards, per kind of kill."""
-    print("killed       computed again   shards a kill   of one replica, at most")
+    print("killed       computed again   shards per kill   by one replica, at most")
     for what in ("worker", "rank", "node", "driver"):
         line(f"{what}s", [cost for each, cost in zip(kills, lost, strict=True) if each.what == what])
     line("in all", lost)

@@ -1,14 +1,14 @@
-"""Measure an edit and its evaluation, and compare them with the bare forward passes and with the usual way.
+"""What an edit and its evaluation cost, against the forward passes they need and against the usual way.
 
     python -m benchmarks.edit [--cases 40] [--rounds 3] [--model DIR --edits FILE --layer 5 --lr 1.6]
 
-Per case: forward-shift, then CounterFact's questions (1 + 2 + 10 prompts in the demo, each with two targets).
+For each case: forward-shift, then CounterFact's questions (1 + 2 + 10 prompts in the demo, each with two targets).
 
-* ours: compute the change, add it, score all questions in one padded batch, restore the weights.
-* passes: only the forward passes of those batches, on unchanged weights.
-* deep copy: the usual way. Each case gets a copy of the model, and each prompt and target a pass of its own.
+* ours: compute the change, add it, ask everything in one padded batch, restore the weights.
+* passes: nothing but the forward passes of those batches, on weights that nobody touches.
+* deep copy: the usual way. The model is copied for each case, and each prompt and target is a pass of its own.
 
-Rounds are interleaved. Prints the median over rounds of the mean time per case. Tokenization is not counted.
+Rounds are interleaved; medians over rounds of the mean time of a case are printed. Questions are tokenized before.
 """
 
 import argparse

@@ -131,15 +131,15 @@ def products(rows: int, unembedding: Tensor, groups: int) -> Iterator[tuple[str,
 
 def report(medians: dict[str, float], stages: dict[str, list[float]], rows: float) -> None:
     for name, value in medians.items():
-        print(f"{name:>28} {value:8.4f} s a prompt")
+        print(f"{name:>28} {value:8.4f} s per prompt")
     product = min(value for name, value in medians.items() if name.startswith("product"))
     floor = medians["forward and backward"] + product
     flops = 2 * rows * 50_257 * 768 / product / 1e9
-    print(f"{'floor':>28} {floor:8.4f} s a prompt ({rows:.0f} vectors, {flops:.0f} GFLOP/s in the product)")
+    print(f"{'floor':>28} {floor:8.4f} s per prompt ({rows:.0f} vectors, {flops:.0f} GFLOP/s in the product)")
     for name in ("ours, tokens and layers", "ours, with 16 neurons"):
         print(f"{name:>28} {medians[name] / floor:8.2f} x the floor")
     for name, times in stages.items():
-        print(f"{name:>28} {statistics.median(times):8.4f} s a prompt")
+        print(f"{name:>28} {statistics.median(times):8.4f} s per prompt")
 
 
 def batches(prompts: Path, loaded: LoadedModel) -> list[list[Example]]:

@@ -76,7 +76,7 @@ def compare(folder: Path, rounds: int, prompts: int, peer_prompts: int) -> None:
     )
     for name, value in medians.items():
         say(
-            f"{name:>16} {value:8.4f} s a prompt  {value / medians['ours']:6.1f} x ours  {agreement(ids, name)}"
+            f"{name:>16} {value:8.4f} s per prompt  {value / medians['ours']:6.1f} x ours  {agreement(ids, name)}"
         )
 
 

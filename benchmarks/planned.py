@@ -1,9 +1,9 @@
-"""Compare `backlens plan --calibrate` with the run: seconds per stage and bytes per table.
+"""What `backlens plan --calibrate` says, against what the run then takes: seconds of the stages, bytes by table.
 
     python -m benchmarks.planned [--threads 1]
 
-Small models, and GPT-2's width with a few layers; random weights, several settings. This process makes the plan just
-before the run, which is a process of its own.
+Small models and GPT-2's width with a few layers, random weights, several settings; the plan is made just before the
+run, in this process, and the run is one of its own.
 """
 
 import argparse

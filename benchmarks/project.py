@@ -1,11 +1,11 @@
-"""Compare the projection of a batch with its matrix product alone, and with the direct way.
+"""What projecting a batch costs, against the matrix product alone and against the direct way.
 
     python -m benchmarks.project [--rounds 9] [--threads 2]
 
 GPT-2's 124M-parameter shape (width 768, vocabulary 50,257, random weights), 48 prompts of 11 tokens, one group:
 528 residual-side vectors, and per prompt the leading direction and 0 or 16 neurons; then all 3,072 neurons of one
-prompt. All ways are timed in turn, round after round. A ratio is the median over rounds of the ratios within a round,
-because a busy machine slows both sides. `CPU` is processor time, which other processes disturb less than the clock.
+prompt. Everything is timed in turn, round after round, and a ratio is the median over rounds of ratios within a
+round: a busy machine moves both sides. `CPU` is processor time, which other processes disturb less than the clock.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def products(lens: Lens, vectors: Vectors) -> dict[str, Callable[[], object]]:
 
 
 def one_by_one(lens: Lens, vectors: Vectors, target: int, neurons: int) -> None:
-    """The direct way: form the gradient, project each neuron, and select tokens."""
+    """The direct way: form the gradient, project each neuron, select."""
     gradient = vectors.mixes[0, 1:] @ vectors.residual[0]
     for neuron in range(neurons):
         scores = lens.unembedding @ (lens.norm(gradient[neuron]))
@@ -102,7 +102,7 @@ def one_by_one(lens: Lens, vectors: Vectors, target: int, neurons: int) -> None:
 
 
 def with_pytorch_alone(action: Callable[[], object]) -> Callable[[], object]:
-    """The same projection without compiled loops."""
+    """The same without compiled loops."""
 
     def run() -> None:
         with mock.patch.object(topk, "cpu", None):

@@ -36,7 +36,7 @@ def main() -> None:
         for axis in options.only:
             for label, count, arguments, threads in points(axis, options.threads):
                 value = seconds_a_prompt(folder, count, arguments, threads)
-                print(f"{axis:>10} {label:>14} {value:8.4f} s a prompt", flush=True)
+                print(f"{axis:>10} {label:>14} {value:8.4f} s per prompt", flush=True)
 
 
 def points(axis: str, threads: int) -> list[tuple[str, int, list[str], int]]:
