@@ -69,7 +69,7 @@ def make_models(folder: Path) -> None:
 def compare(folder: Path, label: str, model: Path, arguments: list[str], threads: int) -> None:
     from backlens.cli.main import app
     from backlens.config import PlanOptions
-    from backlens.forecast.forecast import make_forecast
+    from backlens.forecast import make_forecast
 
     out = folder / f"run of {label}"
     common = [

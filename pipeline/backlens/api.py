@@ -12,7 +12,7 @@ from backlens.display import Answer, with_texts_beside
 from backlens.engine.run import NoProgress
 from backlens.engine.run import run as run_config
 from backlens.errors import BacklensError, nearest
-from backlens.forecast.forecast import Forecast, make_forecast
+from backlens.forecast import Forecast, make_forecast
 from backlens.store.tables import TABLES
 
 

@@ -14,9 +14,9 @@ from backlens.config import PlanOptions, RunConfig
 from backlens.demo import FACTS, MODEL
 from backlens.engine.plan import make_plan
 from backlens.errors import BacklensError
+from backlens.forecast import Forecast, make_forecast
 from backlens.forecast.bytes import AssumedPrompts, Estimate
 from backlens.forecast.cluster import read_cluster
-from backlens.forecast.forecast import Forecast, make_forecast
 from backlens.forecast.resources import Fit, fit
 from tests.engine.command import called, error_line, write_jsonl
 from tests.engine.conftest import some_prompts
@@ -133,7 +133,7 @@ def test_rows_are_counted_and_bytes_foreseen(
     written = {table: count for table, count in rows.items() if count}
     assert {table: count for table, count in expected.rows.items() if count} == written
     assert_foreseen(expected, sizes, COMPUTED)
-    monkeypatch.setattr("backlens.forecast.forecast.MOST_WEIGHTS", 0)
+    monkeypatch.setattr("backlens.forecast.MOST_WEIGHTS", 0)
     by_constants = make_forecast(config, PlanOptions()).expected
     assert by_constants.computed == 0
     assert by_constants.rows == expected.rows

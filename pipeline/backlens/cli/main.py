@@ -88,7 +88,7 @@ def plan(
     Example: backlens plan --model gpt2 --prompt-count 100000 --cluster docs/h100.yaml
     """
     from backlens.cli.plan import print_forecast
-    from backlens.forecast.forecast import make_forecast
+    from backlens.forecast import make_forecast
 
     print_forecast(make_forecast(options, planning))
     return 0

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 
 from backlens.cli.console import console
-from backlens.forecast.forecast import Forecast
+from backlens.forecast import Forecast
 from backlens.printable import human_bytes, human_seconds
 from backlens.prompts.prompt import subject_lines
 

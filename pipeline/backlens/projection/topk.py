@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 try:
-    from backlens.projection import cpu  # compiled loops; the only place that imports them
+    from backlens.projection import cpu
 except ImportError:  # without numba
     cpu = None
 
