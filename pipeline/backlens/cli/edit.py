@@ -168,7 +168,7 @@ def sweep(
         raise BacklensError(
             "--executor local runs in this process; use --executor ray with --workers or --address"
         )
-    options = options.with_demo_defaults()
+    resolved = options.with_demo_defaults()  # raises for a missing option before anything heavy is imported
     from backlens.cli.edit_report import print_sweep
     from backlens.editing.request import model_source
     from backlens.editing.sweep import Grid, Reports, Side
@@ -177,7 +177,9 @@ def sweep(
     from backlens.models.load import load_config
     from backlens.terms import parse_layers
 
-    depth = int(load_config(model_source(replace(options, model=options.model or _demo()))).num_hidden_layers)
+    depth = int(
+        load_config(model_source(replace(resolved, model=resolved.model or _demo()))).num_hidden_layers
+    )
     grid = Grid(names, parse_layers(layers, depth), rates, counts)
     ray = RayOptions(address, workers, gpus_per_replica) if executor == "ray" else None
     side = Side(untouched, held_out, generate)
