@@ -5,6 +5,9 @@ A forward hook keeps each module's input x and puts a hook on its output *tensor
 (output-tensor hooks survive module reuse and do not wrap modules, DESIGN §8). As soon as every module that
 shares an input has its δ, the group is handed to the consumer and forgotten. Experts are watched one by one
 (`models/experts.py`); an expert's gradient has the rows of the tokens that were routed to it, and no others.
+
+Every matrix that was asked for is awaited, by count: its module has to compute all tokens of the batch, once, and
+its VJP has to come back. A model that passes a module by (a fused kernel that takes its weight) is refused.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,12 +24,16 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import BacklensError
 from pipeline.models.anatomy import Experts, Located
-from pipeline.models.experts import Watcher, watching
+from pipeline.models.experts import Begin, Watcher, watching
 from pipeline.models.layout import READS
 from pipeline.models.load import LoadedModel
-from pipeline.models.structure import graph_from_embeddings
+from pipeline.models.structure import PROBE_TOKENS, graph_from_embeddings
 
 Side = Literal["right", "left"]
+
+
+class MatrixMissed(BacklensError):
+    """A matrix that was asked for did not give its gradient exactly once; the rows of the batch are not complete."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,9 @@ class Outcome:
     loss: Float[Tensor, " prompt"]
     """−log p(target | prompt), summed over the target's tokens, natural logarithm."""
     target_rank: Int[Tensor, " prompt"]
-    """Rank of the first target token among the model's logits (0 = largest)."""
+    """Rank of the first target token among the model's logits of scored tokens (0 = largest)."""
     predicted_id: Int[Tensor, " prompt"]
+    """The scored token with the largest one."""
 
 
 Consumer = Callable[[Sequence[Gradient]], None]
@@ -158,16 +166,17 @@ def capture(
     consume: Consumer,
     *,
     recompute: bool = False,
+    scored: slice | Int[Tensor, " token"] = slice(None),
 ) -> Outcome:
     """Run `batch` and give `consume` every group of gradients of the chosen layers and modules, last layer first.
 
     The loss is the sum over the batch: a mean would make a prompt's gradient depend on its neighbours. With `recompute`
     the forward pass keeps only the blocks' inputs, and the backward pass computes each block once more: a third more
-    work, for the memory of one block instead of all.
+    work, for the memory of one block instead of all. `scored` are the token ids that the outcome counts among.
 
-    Raises BacklensError when a matrix's VJP does not arrive.
+    Raises MatrixMissed when a matrix does not give its gradient, all of it and once.
     """
-    awaited: set[tuple[int, str]] = set()
+    accounts: list[_Account] = []
     with ExitStack() as hooks:
         hooks.enter_context(graph_from_embeddings(loaded.model))
         if loaded.attention == "exact":
@@ -176,17 +185,17 @@ def capture(
             hooks.enter_context(_recomputed([block.module for block in loaded.anatomy.blocks]))
         hooks.enter_context(only_loss_positions(loaded.anatomy.head, batch.loss_positions))
         slots_at = cache(Slots.every(batch).to)
-        watchers: dict[nn.Module, Watcher] = {}
+        watchers: dict[nn.Module, Begin] = {}
         for layer in layers:
             block = loaded.anatomy.blocks[layer]
-            recorder = _LayerRecorder(layer, slots_at, consume, awaited)
+            recorder = _LayerRecorder(layer, slots_at, consume)
             for path, matrices in _by_submodule(block.matrices, modules):
-                submodule = block.module.get_submodule(path)
-                hooks.enter_context(_hook(submodule, recorder.recording(matrices)))
+                accounts.append(_Account(layer, path, matrices))
+                hooks.enter_context(_hook(block.module.get_submodule(path), recorder.recording(accounts[-1])))
             if block.experts is not None:
-                watchers[block.experts.module] = _expert_recording(
-                    layer, block.experts, batch, modules, consume
-                )
+                of_experts = _expert_accounts(layer, block.experts, modules)
+                accounts += of_experts
+                watchers[block.experts.module] = _expert_recording(of_experts, batch, consume)
         hooks.enter_context(watching(loaded.model, watchers))
         logits_BSV = loaded.model(
             input_ids=batch.input_ids,
@@ -195,16 +204,69 @@ def capture(
             use_cache=False,
         ).logits.float()
         loss = _losses(logits_BSV, batch)
-        outcome = _outcome(logits_BSV.detach(), loss.detach(), batch)
+        outcome = _outcome(logits_BSV.detach(), loss.detach(), batch, scored)
         del logits_BSV
         loss.sum().backward()
-    if awaited:
-        layer, module = min(awaited)
-        raise BacklensError(
-            f"model: {module} of layer {layer} was used, but the loss passes no gradient back to it; "
-            "this model computes something that we do not know"
-        )
+    for account in accounts:
+        account.settle()
     return outcome
+
+
+def verify_capture(
+    loaded: LoadedModel, layers: Collection[int], modules: Collection[str], *, recompute: bool = False
+) -> None:
+    """Capture a few tokens. Raises MatrixMissed when a matrix would be missing from the tables."""
+    tokens = range(1, PROBE_TOKENS + 1)
+    capture(
+        loaded,
+        make_batch([(tokens, [1])], loaded.device),
+        layers,
+        modules,
+        lambda _: None,
+        recompute=recompute,
+    )
+
+
+@dataclass(eq=False)
+class _Account:
+    """One weight that was asked for: whether it computed, with a graph, and which VJPs have not come back."""
+
+    layer: int
+    path: str
+    """From the block, or of experts the name of their 3-D weight."""
+    matrices: Sequence[tuple[str, Located]]
+    """The modules that it computes."""
+    called: bool = False
+    computed: bool = False
+    """With a graph; where blocks are recomputed, the first call is without."""
+    awaited: int = 0
+
+    def compute(self, mask: Bool[Tensor, "prompt position"], *values: Tensor) -> None:
+        """Note a call with a graph, by the tensors that should hold every token of the batch."""
+        if self.computed:
+            raise self._missed("is called more than once in a pass")
+        for each in values:
+            if each.shape[:-1] not in (mask.shape, (mask.numel(),)):
+                raise self._missed(
+                    f"computes {tuple(each.shape[:-1])} tokens where the batch has {tuple(mask.shape)}"
+                )
+        self.computed = True
+
+    def settle(self) -> None:
+        """Raises MatrixMissed unless everything came back."""
+        if not self.called:
+            raise self._missed("is never called: the model takes its weight past it, as fused kernels do")
+        if not self.computed:
+            raise self._missed("gives an output without a graph (no_grad, a detached input, or no tensor)")
+        if self.awaited:
+            raise self._missed("was called, but the loss passes no gradient back to it")
+
+    def _missed(self, problem: str) -> MatrixMissed:
+        names = ", ".join(module for module, _ in self.matrices)
+        return MatrixMissed(
+            f"model: {names} of layer {self.layer} cannot be had: {self.path} {problem}; leave it out with --modules, "
+            "or load the model without what does that"
+        )
 
 
 def _losses(logits: Float[Tensor, "prompt step vocabulary"], batch: Batch) -> Float[Tensor, " prompt"]:
@@ -213,43 +275,47 @@ def _losses(logits: Float[Tensor, "prompt step vocabulary"], batch: Batch) -> Fl
 
 
 def _outcome(
-    logits: Float[Tensor, "prompt step vocabulary"], loss: Float[Tensor, " prompt"], batch: Batch
+    logits: Float[Tensor, "prompt step vocabulary"],
+    loss: Float[Tensor, " prompt"],
+    batch: Batch,
+    scored: slice | Int[Tensor, " token"],
 ) -> Outcome:
-    first = logits[:, 0]
-    target = first.gather(1, batch.targets[:, :1])
-    return Outcome(loss, (first > target).sum(-1), first.argmax(-1))
+    target = logits[:, 0].gather(1, batch.targets[:, :1])
+    among = logits[:, 0, scored]
+    predicted = among.argmax(-1)
+    return Outcome(
+        loss, (among > target).sum(-1), predicted if isinstance(scored, slice) else scored[predicted]
+    )
 
 
 class _LayerRecorder:
     """Inputs and VJPs of one layer's modules until a group that shares an input is complete."""
 
-    def __init__(
-        self,
-        layer: int,
-        slots_at: Callable[[torch.device], Slots],
-        consume: Consumer,
-        awaited: set[tuple[int, str]],
-    ) -> None:
+    def __init__(self, layer: int, slots_at: Callable[[torch.device], Slots], consume: Consumer) -> None:
         self._layer = layer
-        self._awaited = awaited
         self._slots_at = slots_at
         self._consume = consume
         self._waiting: dict[object, dict[str, Tensor]] = {}
         self._expected: dict[object, int] = {}
 
-    def recording(self, matrices: Sequence[tuple[str, Located]]) -> Callable[..., None]:
-        """A forward hook for the submodule that holds `matrices`."""
+    def recording(self, account: _Account) -> Callable[..., None]:
+        """A forward hook for the submodule that holds the account's matrices."""
 
-        def on_forward(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._awaited.update((self._layer, module) for module, _ in matrices)
-            if not output.requires_grad:
+        def on_forward(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+        ) -> None:
+            account.called = True
+            if not isinstance(output, Tensor) or not output.requires_grad:
                 return  # to be computed once more, with a graph
             # Not in the backward pass: there a copy from another GPU would wait for what that one projects.
             slots = self._slots_at(output.device)
-            x = self._by_prompt(args[0].detach(), slots)
-            group = self._group(matrices[0][0], x)
-            self._expected[group] = self._expected.get(group, 0) + len(matrices)
-            output.register_hook(lambda vjp: self._receive(group, slots, x, matrices, vjp))
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach()
+            account.compute(slots.mask, x, output)
+            account.awaited += 1
+            x = self._by_prompt(x, slots)
+            group = self._group(account.matrices[0][0], x)
+            self._expected[group] = self._expected.get(group, 0) + len(account.matrices)
+            output.register_hook(lambda vjp: self._receive(group, slots, x, account, vjp))
 
         return on_forward
 
@@ -263,19 +329,12 @@ class _LayerRecorder:
         # Modules that read one tensor (q, k, v; gate, up) have one residual side: found by identity, not by name.
         return (x.data_ptr(), x.shape) if module in READS else module
 
-    def _receive(
-        self,
-        group: object,
-        slots: Slots,
-        x: Tensor,
-        matrices: Sequence[tuple[str, Located]],
-        vjp: Tensor | None,
-    ) -> None:
+    def _receive(self, group: object, slots: Slots, x: Tensor, account: _Account, vjp: Tensor | None) -> None:
         if vjp is None:
             return  # nothing was passed back to this output; it stays awaited
+        account.awaited -= 1
         received = self._waiting.setdefault(group, {})
-        for module, matrix in matrices:
-            self._awaited.discard((self._layer, module))
+        for module, matrix in account.matrices:
             received[module] = self._by_prompt(matrix.part_of(vjp.detach()), slots)
             self._expected[group] -= 1
         if self._expected[group] == 0:
@@ -287,38 +346,56 @@ class _LayerRecorder:
             )
 
 
-def _expert_recording(
-    layer: int, experts: Experts, batch: Batch, modules: Collection[str], consume: Consumer
-) -> Watcher:
+def _expert_accounts(layer: int, experts: Experts, modules: Collection[str]) -> list[_Account]:
+    return [_Account(layer, path, matrices) for path, matrices in _by_submodule(experts.matrices, modules)]
+
+
+def _expert_recording(accounts: Sequence[_Account], batch: Batch, consume: Consumer) -> Begin:
     """Hands over an expert's gradients as the δ of each of its weights arrives."""
-    by_weight = dict(_by_submodule(experts.matrices, modules))
+    by_weight = {account.path: account for account in accounts}
+
+    def begin(hidden_states: Tensor) -> Watcher:
+        for account in accounts:
+            account.called = True
+            if torch.is_grad_enabled():
+                account.compute(batch.mask, hidden_states)
+        return on_expert
 
     def on_expert(expert: int, weight: str, tokens: Tensor, x: Tensor, output: Tensor) -> None:
-        if weight not in by_weight or not output.requires_grad:
+        account = by_weight.get(weight)
+        if account is None or not torch.is_grad_enabled():
             return
         x = x.detach()
         # Not in the backward pass: this waits for the device, which projects then.
         slots, real, row, slot = Slots.routed(tokens, batch)
         if not len(real):
             return  # only padding came this way
+        account.awaited += 1
+        if not output.requires_grad:
+            return
 
         def by_prompt(values: Tensor) -> Float[Tensor, "row slot width"]:
             placed = values.new_zeros(*slots.mask.shape, values.shape[-1])
             placed[row, slot] = values[real]
             return placed
 
-        def receive(vjp: Tensor) -> None:
+        def receive(vjp: Tensor | None) -> None:
+            if vjp is None:
+                return
+            account.awaited -= 1
             shared = by_prompt(x)
             consume(
                 [
-                    Gradient(layer, name, expert, slots, shared, by_prompt(matrix.part_of(vjp.detach())))
-                    for name, matrix in by_weight[weight]
+                    Gradient(
+                        account.layer, name, expert, slots, shared, by_prompt(matrix.part_of(vjp.detach()))
+                    )
+                    for name, matrix in account.matrices
                 ]
             )
 
         output.register_hook(receive)
 
-    return on_expert
+    return begin
 
 
 def _by_submodule(
@@ -332,7 +409,7 @@ def _by_submodule(
 
 @contextmanager
 def _hook(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
         yield
     finally:

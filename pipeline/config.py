@@ -12,6 +12,7 @@ from pipeline.errors import BacklensError, nearest
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PromptFormat = Literal["auto", "jsonl", "json", "csv", "parquet", "counterfact", "zsre", "dataset"]
+Vocabulary = Literal["tokenizer", "model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,8 @@ class RunConfig:
 
     scaling: Annotated[Literal["raw", "unit"], LENS] = "raw"
     """raw: the final norm as it is. unit: vectors are divided by their length first."""
+    vocabulary: Annotated[Vocabulary, LENS] = "tokenizer"
+    """Which rows of the unembedding are in lists and ranks. tokenizer: those that are tokens. model: every row."""
     screening: Annotated[Literal["float32", "bfloat16"], LENS] = "float32"
     """The products that pick tokens to be scored exactly; lists and ranks are the same. bfloat16 is for GPUs."""
 

@@ -18,6 +18,7 @@ Which norm it is, and its w, b and ε, are read off the module's own outputs: cl
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 from pipeline.errors import BacklensError
 from pipeline.models.anatomy import Anatomy
 from pipeline.models.structure import probe
+from pipeline.models.vocabulary import index_of
 
 Scaling = Literal["raw", "unit"]
 
@@ -91,10 +93,34 @@ class Lens:
     scaling: Scaling
     logit_scale: float = 1.0
     """What the model multiplies its head's output by; `constant` has it already."""
+    ids: Int[Tensor, " vocabulary"] | None = None
+    """The token of each row, ascending; None where row t is token t."""
 
     @property
     def vocabulary(self) -> int:
+        """Tokens that are scored."""
         return self.unembedding.shape[0]
+
+    @property
+    def scored(self) -> slice | Int[Tensor, " vocabulary"]:
+        """An index of the scored tokens among all of the model's."""
+        return slice(self.vocabulary) if self.ids is None else self.ids
+
+    def tokens(self, rows: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+        """The tokens of rows."""
+        return rows if self.ids is None else self.ids.to(rows.dtype)[rows.long()]
+
+    def rows(self, tokens: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+        """The rows of tokens. Raises ValueError for one that is not scored."""
+        rows = tokens if self.ids is None else torch.searchsorted(self.ids, tokens)
+        missing = rows >= self.vocabulary
+        if self.ids is not None:
+            missing |= self.tokens(rows.clamp_max(self.vocabulary - 1)) != tokens
+        if missing.any():
+            raise ValueError(
+                f"token {int(tokens[missing][0])} is not in the tokenizer's vocabulary; use --vocabulary model"
+            )
+        return rows
 
     @property
     def d_model(self) -> int:
@@ -107,6 +133,7 @@ class Lens:
             norm=self.norm.to(device),
             unembedding=self.unembedding.to(device),
             constant=self.constant.to(device),
+            ids=None if self.ids is None else self.ids.to(device),
         )
 
     def linear(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
@@ -126,29 +153,30 @@ class Lens:
     def tile(self, start: int, stop: int) -> Float[Tensor, "tile d_model"]:
         return self.unembedding[start:stop].float()
 
-    def rows(self, token_ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
-        return self.unembedding[token_ids].float()
-
 
 @torch.no_grad()
-def make_lens(parts: Anatomy, scaling: Scaling) -> Lens:
+def make_lens(parts: Anatomy, scaling: Scaling, token_ids: Sequence[int] | None = None) -> Lens:
     """Probe the final norm, and fold what lies between it and the logits into U and c.
+
+    Only `token_ids` (ascending) are scored, or every row of the unembedding. Rows are copied where there are gaps.
 
     Raises BacklensError when the norm is not affine up to one scalar per vector.
     """
-    unembedding = parts.head_weight.detach()
+    index = index_of(token_ids, parts.vocabulary)
+    unembedding = parts.head_weight.detach()[index]
+    ids = torch.tensor(index, device=unembedding.device) if isinstance(index, list) else None
     norm = _final_norm(parts, unembedding.device)
     constant = unembedding.new_zeros(len(unembedding), dtype=torch.float32)
     for module in (parts.head, parts.project_out):
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor):
-            constant += bias.float() if module is parts.head else fold_bias(unembedding, bias.float())
+            constant += bias[index].float() if module is parts.head else fold_bias(unembedding, bias.float())
     if parts.project_out is not None:
         weight = parts.project_out.weight
         assert isinstance(weight, Tensor)
         unembedding = unembedding.float() @ weight.float()
     constant += fold_bias(unembedding, norm.bias)
-    return Lens(norm, unembedding, constant * parts.logit_scale, scaling, parts.logit_scale)
+    return Lens(norm, unembedding, constant * parts.logit_scale, scaling, parts.logit_scale, ids)
 
 
 def verify_lens(model: PreTrainedModel, parts: Anatomy, lens: Lens) -> float:
@@ -173,7 +201,7 @@ def lens_error(model: PreTrainedModel, parts: Anatomy, lens: Lens) -> float:
         lambda _module, _args, output: kept.append(output if isinstance(output, Tensor) else output[0])
     )
     try:
-        logits = probe(model).float()
+        logits = probe(model).float()[:, lens.scored]
     finally:
         handle.remove()
     hidden = kept[0].detach().flatten(0, -2).float().to(lens.unembedding.device)

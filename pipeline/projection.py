@@ -12,7 +12,7 @@ Shapes: B prompts, T positions, K mixes a prompt, R rows screened, V vocabulary,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -100,6 +100,7 @@ def project(
     device = lens.unembedding.device
     if tile_bytes is None:
         tile_bytes = 2**30 if device.type == "cuda" else 2**21
+    targets = lens.rows(targets)
     rows = vectors.residual.shape[1] + vectors.mixes.shape[1]
     size = max(1, MIXED_ROWS // rows if compiled_for(device) else tile_bytes // (4 * BLOCK * rows))
     found = []
@@ -114,7 +115,12 @@ def project(
             selection = sweep.selection()
             found.append((selection[:own], selection[own:]))
     own, mixed = zip(*found, strict=True)
-    return _concatenated(own), _concatenated(mixed)
+    return _with_tokens(_concatenated(own), lens), _with_tokens(_concatenated(mixed), lens)
+
+
+def _with_tokens(found: Selection, lens: Lens) -> Selection:
+    """From rows of the lens to token ids; both ascend together, so ties stay as they were settled."""
+    return replace(found, top_ids=lens.tokens(found.top_ids), bottom_ids=lens.tokens(found.bottom_ids))
 
 
 def _concatenated(parts: Sequence[Selection]) -> Selection:

@@ -134,7 +134,7 @@ POSITION = Column(
 VOCAB = Table(
     name="vocab",
     doc="The tokenizer's vocabulary: the text behind every token id in the other tables.",
-    row_per="token of the model's vocabulary",
+    row_per="token that lists and ranks are over: the tokenizer's, or every row (--vocabulary model)",
     sorted_by=("token_id",),
     columns=(
         Column("token_id", pa.int32(), "The token's id in the model's tokenizer."),

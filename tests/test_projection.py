@@ -1,5 +1,8 @@
 """Exact selection: against a full sort in plain Python, however the vocabulary is cut."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -119,3 +122,49 @@ def test_a_target_in_the_top_list_has_the_lists_own_score_and_place() -> None:
         place = own.top_ids[row].tolist().index(targets[row])
         assert own.target_rank[row] == place
         assert own.target_score[row] == own.top_scores[row, place]
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    kept=st.sampled_from(["first", "gaps", "last"]),
+    tile_bytes=st.sampled_from([1, 2**30]),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_lens_of_some_tokens_gives_the_full_projection_over_these_ids(
+    seed: int, kept: str, tile_bytes: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    full = random_lens(3400, 16, False, generator)
+    full.unembedding[1::5] = full.unembedding[0]  # ties go to the smaller id, as the tokenizer counts ids
+    full = replace(full, constant=full.unembedding @ full.norm.bias)
+    among = torch.randperm(3400, generator=generator)[:2900].sort().values
+    ids = {"first": torch.arange(2900), "gaps": among, "last": torch.arange(500, 3400)}[kept]
+    some = Lens(full.norm, full.unembedding[ids], full.constant[ids], "raw", ids=ids)
+    residual = torch.randn(2, 4, 16, generator=generator)
+    scale = some.scale(residual.square().sum(-1), residual.square().sum(-1))
+    nothing = torch.zeros(2, 0, 4)
+    every = torch.ones(2, 4, dtype=torch.bool)
+    vectors = Vectors(residual, scale, every, nothing, nothing[..., 0], nothing[..., 0].bool())
+    targets = ids[torch.tensor([7, 2888])]
+    found, _ = project(vectors, some, targets, 10, tile_bytes)
+    whole, _ = project(vectors, full, targets, 3400, tile_bytes)
+    allowed = set(ids.tolist())
+    for row in range(8):
+        in_order = [token for token in whole.top_ids[row].tolist() if token in allowed]
+        assert found.top_ids[row].tolist() == in_order[:10]
+        upwards = [token for token in whole.bottom_ids[row].tolist() if token in allowed]
+        assert found.bottom_ids[row].tolist() == upwards[:10]
+        places = {token: place for place, token in enumerate(whole.top_ids[row].tolist())}
+        scores = {t: whole.top_scores[row, places[t]].item() for t in in_order}
+        own = scores[int(targets[row // 4])]
+        assert found.target_score[row].item() == own
+        assert found.target_rank[row].item() == sum(score > own for score in scores.values())
+
+
+def test_a_target_that_is_no_token_is_refused() -> None:
+    full = random_lens(50, 4, False, torch.Generator().manual_seed(0))
+    lens = replace(full, ids=torch.arange(0, 100, 2))
+    assert lens.rows(torch.tensor([0, 98])).tolist() == [0, 49]
+    for token in (1, 99, 100):
+        with pytest.raises(ValueError, match=rf"token {token} is not in the tokenizer's vocabulary"):
+            lens.rows(torch.tensor([2, token]))

@@ -90,12 +90,14 @@ class Atlas:
             return "what the neurons' weights say is added by `backlens atlas`"
         return str(manifest.weights) if manifest.weights.digest is None else None
 
-    def by_token(self, token: str, limit: int | None = None) -> Answer:
+    def by_token(
+        self, token: str, limit: int | None = None, layer: int | None = None, module: str | None = None
+    ) -> Answer:
         """The neurons and positions in whose top or bottom lists `token` stands, the most prominent first.
 
         `neuron` is null in a position's rows and `position` in a neuron's; `place` counts from 0 in its list.
         """
-        return self._of_token(questions.TOKEN_PLACES, token, limit=limit)
+        return self._of_token(questions.TOKEN_PLACES, token, limit=limit, layer=layer, module=module)
 
     def token_neurons(
         self, token: str, limit: int | None = None, layer: int | None = None, module: str | None = None
@@ -295,7 +297,7 @@ class Atlas:
         wanted = parse_neuron(neuron) if isinstance(neuron, str) else neuron
         given = {"layer": wanted.layer, "module": wanted.module, "index": wanted.index}
         with self.question() as opened:
-            names.check_place(self.snapshot, opened, wanted.layer, wanted.module)
+            names.check_neuron(self.snapshot, opened, wanted)
             return _answer(opened, question, given | {"expert": wanted.expert, "limit": limit}, self.question)
 
     def _of_prompt(self, question: str, prompt_id: int, **given: Any) -> Answer:

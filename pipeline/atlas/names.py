@@ -7,6 +7,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from pipeline.atlas.address import Neuron
 from pipeline.atlas.snapshot import Snapshot
 from pipeline.errors import BacklensError, nearest
 
@@ -26,16 +27,43 @@ def token_ids(opened: duckdb.DuckDBPyConnection, token: str) -> list[int]:
 def check_place(
     snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, layer: int | None, module: str | None
 ) -> None:
-    """Refuses a layer or module that the run cannot have."""
+    """Refuses a layer or module that the run does not have."""
     if layer is None and module is None:
         return
     layers, modules = _known(snapshot, opened)
+    of_run = _layers_of_run(snapshot)
     if modules and module is not None and module not in modules:
         raise BacklensError(
             f"module: this run has no module {module!r}; it has {', '.join(modules)}{nearest(module, modules)}"
         )
     if layers and layer is not None and layer not in layers:
         raise BacklensError(f"layer: the model has no layer {layer}; it has {min(layers)} to {max(layers)}")
+    if of_run and layer is not None and layer not in of_run:
+        raise BacklensError(f"layer: this run has no layer {layer}; it has {_spans(of_run)} (--layers)")
+
+
+def check_neuron(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, neuron: Neuron) -> None:
+    """Refuses a neuron that the model does not have; one that it has may still be below the cut-off everywhere."""
+    check_place(snapshot, opened, neuron.layer, neuron.module)
+    facts = snapshot.record.model.get("neurons")
+    if facts is None:  # a run of an earlier version: nothing says how wide its modules are
+        return
+    place = f"{neuron.module} of layer {neuron.layer}"
+    there = [fact for fact in facts if fact["module"] == neuron.module and neuron.layer in fact["layers"]]
+    if not there:
+        raise BacklensError(f"neuron: the model has no {place}")
+    if neuron.expert is not None:
+        there = [fact for fact in there if fact["experts"] is not None]
+        if not there:
+            raise BacklensError(f"neuron: {place} has no experts; leave out e{neuron.expert}")
+        experts = there[0]["experts"]
+        if neuron.expert >= experts:
+            raise BacklensError(f"neuron: {place} has no expert {neuron.expert}; it has 0 to {experts - 1}")
+    width = max(fact["neurons"] for fact in there)
+    if not 0 <= neuron.index < width:
+        raise BacklensError(
+            f"neuron: {place} has no neuron {neuron.index}; it is {width} wide: 0 to {width - 1}"
+        )
 
 
 def check_prompt(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, prompt_id: int) -> pa.Table:
@@ -102,6 +130,24 @@ def _known(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection) -> tuple[Seque
         return range(int(facts["layers"])), list(facts["modules"])
     rows = _select(opened, "SELECT DISTINCT layer, module::VARCHAR AS module FROM layers").to_pylist()
     return [row["layer"] for row in rows], sorted({row["module"] for row in rows})
+
+
+def _layers_of_run(snapshot: Snapshot) -> list[int]:
+    """Those that were asked for; empty where the record does not say."""
+    named = snapshot.record.fingerprint.get("layers")
+    parts = named.split(",") if isinstance(named, str) else []
+    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else []
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """`0 to 2, 5`"""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans)
 
 
 def _missing_prompt(snapshot: Snapshot, opened: duckdb.DuckDBPyConnection, prompt_id: int) -> str:

@@ -15,10 +15,10 @@ PROMINENCE = "place, abs(score) DESC, prompt_id, layer, module, expert, neuron, 
 TOKEN_PLACES = f"""
 WITH places AS (
     SELECT prompt_id, layer, module, expert, neuron, NULL::INTEGER AS position, side, place, score
-    FROM token_topk WHERE {THE_TOKEN}
+    FROM token_topk WHERE {THE_TOKEN} AND {FILTER}
     UNION ALL
     SELECT prompt_id, layer, module, expert, NULL::INTEGER AS neuron, position, side, place, score
-    FROM position_topk WHERE {THE_TOKEN}
+    FROM position_topk WHERE {THE_TOKEN} AND {FILTER}
 ), most AS (
     SELECT * FROM places ORDER BY {PROMINENCE} LIMIT $limit
 )

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline import demo
+from pipeline.config import Vocabulary
 from pipeline.errors import BacklensError
 from pipeline.lens import Lens, Scaling, make_lens
 from pipeline.models.checkpoint import ModelSource, Proof, pinned
@@ -41,6 +42,7 @@ class WeightSource:
 
     model: ModelSource
     scaling: Scaling
+    vocabulary: Vocabulary
     top_k: int
     digest: str
     """The weights' hash, which is the run's."""
@@ -79,7 +81,11 @@ def find_weights(directory: Directory, record: RunRecord, given: str | None) -> 
             raise BacklensError(f"--weights {given}: {str(error).removeprefix('model: ')}") from error
         return NoWeights(f"{str(error).removeprefix('model: ')}; name its place with --weights")
     return WeightSource(
-        pinned(source, proof), config.get("scaling", "raw"), int(config.get("top_k", 10)), str(digest)
+        pinned(source, proof),
+        config.get("scaling", "raw"),
+        config.get("vocabulary", "model"),  # before there was a choice
+        int(config.get("top_k", 10)),
+        str(digest),
     )
 
 
@@ -113,7 +119,8 @@ class WeightLens:
     def __init__(self, source: WeightSource) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._loaded = load_model(source.model, device)
-        self._lens = make_lens(self._loaded.anatomy, source.scaling)
+        tokens = self._loaded.token_ids if source.vocabulary == "tokenizer" else None
+        self._lens = make_lens(self._loaded.anatomy, source.scaling, tokens)
         self._k = min(source.top_k, self._lens.vocabulary)
 
     def rows(self, kept: pa.Table) -> pa.Table:
@@ -155,7 +162,7 @@ def _lists(
         mix_scale=nothing[..., 0],
         mix_wanted=nothing[..., 0].bool(),
     )
-    target = torch.zeros(1, dtype=torch.long, device=vectors.device)
+    target = lens.tokens(torch.zeros(1, dtype=torch.long, device=vectors.device))  # any: it is not kept
     selection, _ = project(asked, lens, target, k)
     return {
         f"weight_{name}": _spread(getattr(selection, name), squared > 0)

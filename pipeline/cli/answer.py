@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 from rich.table import Table
 
+from pipeline.atlas.address import Neuron, parse_neuron
 from pipeline.atlas.answer import Answer
 from pipeline.atlas.atlas import Atlas
 from pipeline.atlas.database import MEMORY_LIMIT, TooLarge
@@ -95,6 +96,8 @@ def _kind(question: Question) -> str:
             f"query: give exactly one of {', '.join(asked)} (given: {found}), or of the whole run --show "
             f"{', '.join(SHOWS['run'])}"
         )
+    if question.sql is not None and (question.layer is not None or question.module is not None):
+        raise BacklensError("--layer, --module: do not go with --sql; say it in the SELECT")
     if question.limit is not None and question.limit < 1:
         raise BacklensError(f"--limit {question.limit}: give 1 or more")
     kind = "run" if of_run else named[0].removeprefix("--")
@@ -129,6 +132,7 @@ def _answer(atlas: Atlas, question: Question, kind: str, show: str) -> Answer:
     if question.token is not None:
         return _of_token(atlas, question.token, show, within)
     if question.neuron is not None:
+        _refuse_contradiction(question, parse_neuron(question.neuron))
         return _of_neuron(atlas, question.neuron, show, question.limit)
     if question.prompt is not None:
         return _of_prompt(atlas, question, question.prompt, show, within)
@@ -146,7 +150,17 @@ def _answer(atlas: Atlas, question: Question, kind: str, show: str) -> Answer:
 def _of_token(atlas: Atlas, token: str, show: str, within: dict[str, Any]) -> Answer:
     if show == "neurons":
         return atlas.token_neurons(token, **within)
-    return atlas.token_layers(token, **within) if show == "layers" else atlas.by_token(token, within["limit"])
+    return atlas.token_layers(token, **within) if show == "layers" else atlas.by_token(token, **within)
+
+
+def _refuse_contradiction(question: Question, neuron: Neuron) -> None:
+    """The address says where the neuron is; an option that says otherwise would be ignored."""
+    said = (("layer", question.layer, neuron.layer), ("module", question.module, neuron.module))
+    for flag, given, own in said:
+        if given is not None and given != own:
+            raise BacklensError(
+                f"--{flag} {given}: --neuron {question.neuron} is in {flag} {own}; leave one out"
+            )
 
 
 def _of_neuron(atlas: Atlas, neuron: str, show: str, limit: int | None) -> Answer:

@@ -14,6 +14,7 @@ from pipeline.editing.drive import Swept
 from pipeline.editing.evaluate import KINDS, Result, Summary, ask, exam, summary
 from pipeline.editing.explain import Added, explain
 from pipeline.editing.method import Method
+from pipeline.editing.options import Place
 from pipeline.editing.request import Request
 from pipeline.editing.text import generate
 from pipeline.editing.weights import edited
@@ -131,11 +132,10 @@ def _trials_table(scores: Sequence[TrialScore]) -> Table:
     return table
 
 
-def print_explanation(
-    loaded: LoadedModel, request: Request, layer: int, methods: Mapping[str, Method]
-) -> None:
+def print_explanation(loaded: LoadedModel, request: Request, methods: Mapping[str, Method]) -> None:
     deltas: dict[str, tuple[Delta, ...]] = {name: method(loaded, request) for name, method in methods.items()}
-    found = explain(loaded, request, deltas, layer)
+    places: dict[str, Place] = {name: getattr(method, "place", "last") for name, method in methods.items()}
+    found = explain(loaded, request, deltas, places)
     shown = _console()
     shown.print(f"{request.prompt!r} → {request.target_new!r} (was {request.target_true!r})")
     shown.print(_added_table(found.added))

@@ -299,7 +299,7 @@ def explain(
     for name in names:
         rate = lr if name == names[0] or name in ("forward-shift", "gradient-shift") else None
         made[name] = make_method(options, tools, name, chosen, rate)
-    print_explanation(loaded, requests[case], chosen, made)
+    print_explanation(loaded, requests[case], made)
     return 0
 
 

@@ -21,6 +21,8 @@ def print_outlook(outlook: Outlook) -> None:
         f"vocabulary {facts['vocabulary']:,}",
         soft_wrap=True,
     )
+    for remark in plan.remarks:
+        shown.print(remark, soft_wrap=True)
     if plan.survey.rejected:
         shown.print(f"{plan.survey.rejected:,} of {plan.survey.prompts:,} prompts cannot be read")
     survey = plan.survey

@@ -1,18 +1,18 @@
 """Is every matrix of the model's blocks known, and does what is said of them fit their widths?"""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from pipeline.doctor.check import Check
+from pipeline.doctor.check import Check, told
 from pipeline.errors import BacklensError
-from pipeline.models.anatomy import Block, describe_blocks, layout_of, modules_of
+from pipeline.models.anatomy import Block, describe_blocks, layout_of, modules_of, unproven_cuts
 from pipeline.models.draft import Draft, SeenBlock, draft_layout, see_blocks
 from pipeline.models.layout import Layout
 from pipeline.models.widths import misfits
 
-FOUND, WIDTHS = "modules", "widths"
+FOUND, WIDTHS, CUTS = "modules", "widths", "cuts"
 DESCRIBE = "save the description below to a file, correct it, and pass it as --anatomy FILE"
 
 
@@ -25,6 +25,8 @@ class Structure:
     """The blocks as they are; empty when they cannot be told."""
     draft: Draft | None = None
     """A description to edit; None where nothing is wrong, or no blocks were found."""
+    unproven: Mapping[str, str] = field(default_factory=dict)
+    """Cuts of fused matrices that nothing proves, of the description in use or else of the draft, by module."""
 
     @property
     def understood(self) -> bool:
@@ -40,10 +42,28 @@ def look_at_blocks(model: PreTrainedModel, layout: Layout | None) -> Structure:
     try:
         blocks = describe_blocks(model, layout or layout_of(model.config))
     except BacklensError as error:
-        return Structure((Check(FOUND, "FAIL", str(error), remedy=DESCRIBE),), seen, draft_layout(model))
+        return _drafted(model, seen, (Check(FOUND, "FAIL", str(error), remedy=DESCRIBE),))
     checks = (_found(blocks), _widths(blocks, int(model.config.get_text_config().hidden_size)))
-    structure = Structure(checks, seen)
-    return structure if structure.understood else Structure(checks, seen, draft_layout(model))
+    unproven = unproven_cuts(layout, model.config)
+    structure = Structure((*checks, *_cuts("--anatomy", unproven)), seen, unproven=unproven)
+    return structure if structure.understood else _drafted(model, seen, checks)
+
+
+def _drafted(model: PreTrainedModel, seen: Sequence[SeenBlock], checks: Sequence[Check]) -> Structure:
+    draft = draft_layout(model)
+    unproven = unproven_cuts(draft.layout, model.config)
+    return Structure((*checks, *_cuts("the description below", unproven)), tuple(seen), draft, unproven)
+
+
+def _cuts(source: str, unproven: Mapping[str, str]) -> Iterator[Check]:
+    """Xᵀ Δ agrees with autograd under any cut, so the other checks say nothing of it."""
+    if unproven:
+        said = ", ".join(f"{module} ({cut})" for module, cut in unproven.items())
+        detail = f"unproven parts of fused matrices, by {source}: {said}"
+        remedy = (
+            "compare them with the model's code: no check tells a wrong cut, and run.json says so of a run"
+        )
+        yield told(CUTS, len(unproven), detail, remedy)
 
 
 def _found(blocks: Sequence[Block]) -> Check:

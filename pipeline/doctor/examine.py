@@ -4,7 +4,7 @@ The copy that a run would load comes first. Exactness is checked in float32: whe
 a copy in float32 is loaded for that, if there is room for it. Copies that are compared leave their answers behind.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from pipeline.doctor.logits import REMEDY as WRONG_SCORES
 from pipeline.doctor.precision import ATTENTION, SCORES, TOKENS, attention_check, half_checks
 from pipeline.doctor.room import free_memory, give_back_memory
 from pipeline.doctor.rows import Rows, rows_together
-from pipeline.doctor.tokens import BOS, WRITTEN, token_checks
+from pipeline.doctor.tokens import BOS, VOCABULARY, WRITTEN, token_checks, vocabulary_check
 from pipeline.doctor.trial import Factors, Trial, alone, read_texts, tokenized, with_unlikely_targets
 from pipeline.engine.plan import model_source
 from pipeline.errors import BacklensError
@@ -40,7 +40,7 @@ NO_ROWS = "no rows could be made; see what failed"
 
 TABLE = (
     *(WEIGHTS, BIASES, LENS, RIGHT, LEFT, ROWS, ATTENTION),
-    *(SCORES, TOKENS, BOS, WRITTEN, MEMORY, TIME),
+    *(SCORES, TOKENS, VOCABULARY, BOS, WRITTEN, MEMORY, TIME),
 )
 """The order of the checks, behind those of the structure; each name, or what it begins with."""
 
@@ -59,6 +59,8 @@ class Diagnosis:
     blocks: tuple[SeenBlock, ...]
     draft: Draft | None
     """A description of the blocks to edit, where they are not understood; then nothing else was checked."""
+    unproven_cuts: Mapping[str, str]
+    """By module, the parts of fused matrices that a description gives and no check proves."""
 
     @property
     def healthy(self) -> bool:
@@ -81,6 +83,7 @@ class Diagnosis:
             ],
             "like": list(self.draft.like) if self.draft else [],
             "draft": self.draft.text if self.draft else None,
+            "unproven_cuts": dict(self.unproven_cuts),
         }
 
 
@@ -103,7 +106,9 @@ def examine(config: RunConfig, note: Note) -> Diagnosis:
         del skeleton
         checks += patient.checks(note)
     family = str(model_config.model_type)
-    return Diagnosis(source.path, family, str(device), checks, structure.seen, structure.draft)
+    return Diagnosis(
+        source.path, family, str(device), checks, structure.seen, structure.draft, structure.unproven
+    )
 
 
 @dataclass(frozen=True)
@@ -143,10 +148,11 @@ class _Patient:
     def _as_it_runs(self, note: Note) -> tuple[tuple[Check, ...], _Answers]:
         """The copy that a run would load, with everything that only it can say."""
         loaded = load_model(self.source, self.device)
-        lens, found = _lens_of(loaded)
+        lens, found = self._lens_of(loaded)
         examples = tokenized(self.texts, loaded, self.config)
         trial = Trial(loaded, lens, examples, with_unlikely_targets(examples, loaded))
         found += attempted(BOS, "", lambda: token_checks(loaded, examples, self.config))
+        found += (vocabulary_check(loaded, self.config),)
         if not trial.half:
             note("comparing gradients with autograd's")
             found += attempted(WEIGHTS, WRONG_TABLES, lambda: gradient_checks(trial))
@@ -200,7 +206,15 @@ class _Patient:
     def _copy(self, source: ModelSource, answers: _Answers) -> Trial:
         """Another copy, tried on the same tokens."""
         loaded = load_model(source, self.device)
-        return Trial(loaded, _lens_of(loaded)[0], answers.examples, answers.probes)
+        return Trial(loaded, self._lens_of(loaded)[0], answers.examples, answers.probes)
+
+    def _lens_of(self, loaded: LoadedModel) -> tuple[Lens | None, tuple[Check, ...]]:
+        tokens = loaded.token_ids if self.config.vocabulary == "tokenizer" else None
+        try:
+            lens = make_lens(loaded.anatomy, "raw", tokens)
+        except BacklensError as error:
+            return None, (Check(LENS, "FAIL", str(error), remedy=WRONG_SCORES),)
+        return lens, attempted(LENS, WRONG_SCORES, lambda: lens_check(loaded, lens))
 
     def _no_room(self, dtype: torch.dtype) -> str:
         """Why a copy of the weights in this type is not loaded; empty if it can be."""
@@ -223,14 +237,6 @@ def _batches(trial: Trial) -> tuple[tuple[Check, ...], Sequence[Factors], Rows |
         return (Check(RIGHT, "FAIL", str(error), remedy=WRONG_TABLES),), (), None
     projected = (skipped(ROWS, NO_ROWS),) if rows is None else tuple(row_check(trial, rows))
     return (*padding_checks(trial, factors), *projected), factors, rows
-
-
-def _lens_of(loaded: LoadedModel) -> tuple[Lens | None, tuple[Check, ...]]:
-    try:
-        lens = make_lens(loaded.anatomy, "raw")
-    except BacklensError as error:
-        return None, (Check(LENS, "FAIL", str(error), remedy=WRONG_SCORES),)
-    return lens, attempted(LENS, WRONG_SCORES, lambda: lens_check(loaded, lens))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from pipeline.config import MODEL, PROMPTS, Dtype, PromptFormat, RunConfig
+from pipeline.config import LENS, MODEL, PROMPTS, Dtype, PromptFormat, RunConfig, Vocabulary
 
 
 @Parameter(name="*")
@@ -40,6 +40,9 @@ class DoctorOptions:
     """Begin with the tokenizer's beginning-of-sequence token; auto does as the tokenizer or template does."""
     chat_template: Annotated[bool, PROMPTS] = False
     """Put the prompt as a user's message in the tokenizer's chat template; the target begins the answer."""
+
+    vocabulary: Annotated[Vocabulary, LENS] = "tokenizer"
+    """Which rows of the unembedding are in lists and ranks. tokenizer: those that are tokens. model: every row."""
 
     def as_run(self) -> RunConfig:
         """The run that would be told the same."""

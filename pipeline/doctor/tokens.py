@@ -1,4 +1,4 @@
-"""The beginning-of-sequence token: there once, there twice, or not there."""
+"""Tokens: which rows of the unembedding they are, and how many of them begin a sequence."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,25 @@ from pipeline.models.load import LoadedModel
 from pipeline.prompts.record import Prompt
 from pipeline.prompts.tokenize import Example
 
-BOS, WRITTEN = "beginning of sequence", "beginning written out"
+BOS, WRITTEN, VOCABULARY = "beginning of sequence", "beginning written out", "vocabulary"
+
+
+def vocabulary_check(loaded: LoadedModel, config: RunConfig) -> Check:
+    """Rows of the unembedding that are no tokens, and tokens without an embedding."""
+    rows = loaded.anatomy.vocabulary
+    padding = rows - len(loaded.token_ids)
+    kept = "in lists and ranks" if config.vocabulary == "model" else "left out of lists and ranks"
+    detail = f"of the unembedding's {rows:,} rows are no tokens, {kept} (--vocabulary {config.vocabulary})"
+    beyond = [index for index in loaded.tokenizer.get_vocab().values() if index >= loaded.anatomy.rows]
+    if not beyond:
+        return told(VOCABULARY, padding, detail)
+    some = ", ".join(repr(loaded.tokenizer.convert_ids_to_tokens(index)) for index in sorted(beyond)[:3])
+    detail += (
+        f"; {len(beyond):,} of the tokenizer's tokens have no embedding ({some}…): prompts with them fail"
+    )
+    return told(
+        VOCABULARY, padding, detail, "leave such tokens out, or resize the model's embeddings and train them"
+    )
 
 
 def token_checks(loaded: LoadedModel, examples: Sequence[Example], config: RunConfig) -> Iterator[Check]:

@@ -103,6 +103,7 @@ def tokenized(texts: Sequence[Prompt], loaded: LoadedModel, config: RunConfig) -
         prepend_bos=config.prepend_bos,
         target_mode="first",
         context=context_length(loaded.model.config),
+        rows=loaded.anatomy.rows,
         chat_template=config.chat_template,
     )
     examples = [result for result in results if isinstance(result, Example)]
@@ -115,9 +116,10 @@ def tokenized(texts: Sequence[Prompt], loaded: LoadedModel, config: RunConfig) -
 @torch.no_grad()
 def with_unlikely_targets(examples: Sequence[Example], loaded: LoadedModel) -> tuple[Example, ...]:
     """The prompts with the token that the model expects least."""
+    tokens = torch.tensor(loaded.token_ids, device=loaded.device)
     ids = (torch.tensor([example.token_ids], device=loaded.model.device) for example in examples)
     logits = (loaded.model(input_ids=each, use_cache=False).logits[0, -1] for each in ids)
-    least = [int(each.argmin()) for each in logits]
+    least = [int(tokens[each[tokens].argmin()]) for each in logits]
     return tuple(replace(each, target_ids=(token,)) for each, token in zip(examples, least, strict=True))
 
 

@@ -25,6 +25,7 @@ import torch
 from pipeline.editing.forward import BATCH_TOKENS, batches, encode, logits_of
 from pipeline.editing.request import Metrics, Request
 from pipeline.models.load import LoadedModel
+from pipeline.models.vocabulary import index_of
 
 Kind = Literal["efficacy", "paraphrase", "neighbourhood"]
 KINDS: tuple[Kind, ...] = ("efficacy", "paraphrase", "neighbourhood")
@@ -147,7 +148,9 @@ def ask(loaded: LoadedModel, exams: Sequence[Exam], batch_tokens: int = BATCH_TO
         readings = [
             (place, index, reading) for place, index in enumerate(indices) for reading in by_row[index]
         ]
-        for (_, index, reading), found in zip(readings, _answers(logits, readings), strict=True):
+        for (_, index, reading), found in zip(
+            readings, _answers(logits, readings, loaded.token_ids), strict=True
+        ):
             answers[index, reading.target] = found
 
     def answer(number: int, reading: Reading | None) -> Answer | None:
@@ -159,8 +162,10 @@ def ask(loaded: LoadedModel, exams: Sequence[Exam], batch_tokens: int = BATCH_TO
     ]
 
 
-def _answers(logits: torch.Tensor, readings: Sequence[tuple[int, int, Reading]]) -> list[Answer]:
-    """Every reading's answer, from the logits of their rows."""
+def _answers(
+    logits: torch.Tensor, readings: Sequence[tuple[int, int, Reading]], token_ids: Sequence[int]
+) -> list[Answer]:
+    """Every reading's answer, from the logits of their rows. An id that is no token is never the likeliest."""
     steps = max(len(reading.target) for _, _, reading in readings)
     rows = torch.tensor([place for place, _, _ in readings], device=logits.device)
     targets = torch.tensor(
@@ -169,8 +174,10 @@ def _answers(logits: torch.Tensor, readings: Sequence[tuple[int, int, Reading]])
     chosen = logits[rows, :steps]  # (reading, step, vocabulary)
     own = chosen.gather(-1, targets[..., None])
     nll = (chosen.logsumexp(-1) - own.squeeze(-1)).tolist()
-    correct = (chosen.argmax(-1) == targets).tolist()
-    ranks = (chosen[:, 0] > own[:, 0]).sum(-1).tolist()
+    among = chosen[..., index_of(token_ids, chosen.shape[-1])]
+    likeliest = torch.tensor(token_ids, device=logits.device)[among.argmax(-1)]
+    correct = (likeliest == targets).tolist()
+    ranks = (among[:, 0] > own[:, 0]).sum(-1).tolist()
     return [
         Answer(sum(n[: len(r.target)]) / len(r.target), tuple(c[: len(r.target)]), rank)
         for n, c, rank, (_, _, r) in zip(nll, correct, ranks, readings, strict=True)

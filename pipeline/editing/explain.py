@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.editing.delta import Delta, merged
-from pipeline.editing.forward import down_input, values_at, wordings
+from pipeline.editing.forward import down_input, subject_last, values_at, wordings
 from pipeline.editing.gradient import gradients
+from pipeline.editing.options import Place
 from pipeline.editing.request import Request
 from pipeline.lens import Lens, make_lens
 from pipeline.models.layout import WRITES
@@ -21,7 +22,8 @@ TOKENS_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """One change through the lens: the leading direction of its residual side, with the sign the edit acts in."""
+    """One change through the lens: the leading direction of its residual side, with the sign it has in what the edit
+    adds at the position that it is made for."""
 
     method: str
     layer: int
@@ -54,11 +56,17 @@ class Explanation:
 
 
 def explain(
-    loaded: LoadedModel, request: Request, deltas: Mapping[str, Sequence[Delta]], layer: int
+    loaded: LoadedModel,
+    request: Request,
+    deltas: Mapping[str, Sequence[Delta]],
+    places: Mapping[str, Place] | None = None,
 ) -> Explanation:
-    """Of several methods' deltas for one request; the first one is the one that is explained."""
-    lens = make_lens(loaded.anatomy, "raw")
-    texts, _ = vocabulary(loaded.tokenizer, lens.vocabulary)
+    """Explain the first of several methods' deltas for one request; the others stand beside it.
+
+    `places` says by method which position the edit is made for: the prompt's last unless it is said.
+    """
+    lens = make_lens(loaded.anatomy, "raw", loaded.token_ids)
+    texts, _ = vocabulary(loaded.tokenizer, loaded.anatomy.vocabulary)
     first = next(iter(deltas))
     (example,) = wordings(loaded, request, ("",))
     of = {name: merged(each) for name, each in deltas.items()}
@@ -71,9 +79,21 @@ def explain(
         moved = sum((x @ d.u.T) @ d.v for d in of[first] if (d.layer, d.module) == (index, "mlp.down"))
         assert isinstance(moved, Tensor)
         by_layer.append(moved.norm(dim=-1))
+    last = len(example.token_ids) - 1
+    position = {
+        name: subject_last(example, request.where) if places and places.get(name) == "subject" else last
+        for name in of
+    }
+
+    def key(name: str, delta: Delta) -> Tensor:
+        site = down_input(loaded, delta.layer, delta.module)
+        return values_at(loaded, sequence, [[position[name]]], site)[0][0]
+
     norms = torch.stack(by_layer, -1).tolist() if by_layer else [[] for _ in positions]
     return Explanation(
-        tuple(_added(lens, texts, name, delta) for name, each in of.items() for delta in each),
+        tuple(
+            _added(lens, texts, name, delta, key(name, delta)) for name, each in of.items() for delta in each
+        ),
         layers,
         tuple(texts[token] for token in example.token_ids),
         tuple(tuple(row) for row in norms),
@@ -81,11 +101,11 @@ def explain(
     )
 
 
-def _added(lens: Lens, texts: Sequence[str], method: str, delta: Delta) -> Added:
-    direction = _leading(delta).to(lens.unembedding.device)
+def _added(lens: Lens, texts: Sequence[str], method: str, delta: Delta, key: Float[Tensor, " d_in"]) -> Added:
+    direction = _leading(delta, key).to(lens.unembedding.device)
     scale = lens.norm.scale(direction.square().sum(), lens.norm.centre(direction).square().sum())
     scores = scale * (lens.unembedding.float() @ lens.linear(direction)) + lens.constant
-    order: list[int] = scores.argsort(descending=True).tolist()
+    order: list[int] = lens.tokens(scores.argsort(descending=True)).tolist()
     top, bottom = order[:TOKENS_SHOWN], order[-TOKENS_SHOWN:][::-1]
     return Added(
         method,
@@ -97,17 +117,22 @@ def _added(lens: Lens, texts: Sequence[str], method: str, delta: Delta) -> Added
     )
 
 
-def _leading(delta: Delta) -> Float[Tensor, " d_model"]:
-    """The residual side's leading direction, with the sign in which the change adds it."""
-    strength = delta.u.norm(dim=-1) * delta.v.norm(dim=-1)
-    strongest = int(strength.argmax())
+def _leading(delta: Delta, key: Float[Tensor, " d_in"]) -> Float[Tensor, " d_model"]:
+    """The residual side's leading direction.
+
+    A singular direction has no sign of its own. What a matrix that writes adds at the edited position, and what one
+    that reads sees there (`key`), has a part along the direction; the sign is the one that makes this part positive.
+    """
+    direction = _unsigned(delta)
+    at_key = (key @ delta.u.T) @ delta.v if delta.module in WRITES else key
+    return -direction if float(at_key.double() @ direction.double()) < 0 else direction
+
+
+def _unsigned(delta: Delta) -> Float[Tensor, " d_model"]:
     if len(delta.u) == 1:
-        return (delta.v if delta.module in WRITES else delta.u)[strongest]
+        return (delta.v if delta.module in WRITES else delta.u)[0]
     left, values, right = torch.linalg.svd(delta.matrix(), full_matrices=False)
-    direction = right[0] if delta.module in WRITES else left[:, 0]
-    # of the two signs, the one in which the change adds up over its own pairs
-    total = (delta.u.sum(0) @ delta.matrix()) if delta.module in WRITES else delta.matrix() @ delta.v.sum(0)
-    return values[0] * direction * (1.0 if float(total @ direction) >= 0 else -1.0)
+    return values[0] * (right[0] if delta.module in WRITES else left[:, 0])
 
 
 def _cosines(loaded: LoadedModel, request: Request, of: Mapping[str, Sequence[Delta]]) -> list[Cosine]:

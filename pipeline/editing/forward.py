@@ -41,7 +41,14 @@ def encode(
         )
     ]
     context = context_length(loaded.model.config)
-    encoded = tokenize(prompts, loaded.tokenizer, prepend_bos="auto", target_mode="all", context=context)
+    encoded = tokenize(
+        prompts,
+        loaded.tokenizer,
+        prepend_bos="auto",
+        target_mode="all",
+        context=context,
+        rows=loaded.anatomy.rows,
+    )
     for one in encoded:
         if isinstance(one, Rejected):
             raise BacklensError(one.message)

@@ -107,7 +107,7 @@ def run(config: RunConfig, progress: Progress) -> Report:
         )
         remember(opened.record, asdict(given))
         directory.remove_leftovers()
-        write_vocab(directory, *vocabulary(load_tokenizer(plan.source), plan.model_facts["vocabulary"]))
+        write_vocab(directory, *vocabulary(load_tokenizer(plan.source), plan.rows), plan.token_ids)
         done = committed(directory)
         for loss in losses(directory, done.values()):
             progress.note(str(loss))
@@ -120,6 +120,8 @@ def run(config: RunConfig, progress: Progress) -> Report:
         others = made_with_others([commit.versions for commit in done.values()])
         if others is not None:
             progress.note(others)
+        for remark in plan.remarks:
+            progress.note(remark)
         emit(
             "planned",
             prompts=plan.shards.prompts,

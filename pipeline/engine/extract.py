@@ -135,7 +135,9 @@ def extract_batch(
             device = arisen if arisen in extractions else home
             hand_over(device, partial(extractions[device].add, gradients))
 
-        outcome = capture(loaded, batch, wanted.layers, wanted.modules, consume, recompute=recompute)
+        outcome = capture(
+            loaded, batch, wanted.layers, wanted.modules, consume, recompute=recompute, scored=lens.scored
+        )
     # In the order of the lenses and of each one's groups, whichever was done first.
     finite = outcome.loss.isfinite()
     blocks: defaultdict[str, list[Block]] = defaultdict(list)

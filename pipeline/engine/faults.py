@@ -2,10 +2,11 @@
 
 import torch
 
+from pipeline.capture import MatrixMissed
 from pipeline.errors import Interrupted
 
-PROMPT_ERRORS = (RuntimeError, IndexError, ValueError, ArithmeticError, MemoryError)
-"""What torch and models raise over what they are given."""
+PROMPT_ERRORS = (RuntimeError, IndexError, ValueError, ArithmeticError, MemoryError, MatrixMissed)
+"""What torch and models raise over what they are given; and a model that passes a matrix by for some prompts."""
 
 
 class DeviceLost(Interrupted):

@@ -55,14 +55,13 @@ class _Member(Worker):
         pass. What the executor does about a worker that died finds out whose fault it was.
         """
         computed = Computed()
-        recompute = self._job.activation_checkpointing or self._loaded.offloaded
         try:
             if batch:
-                error = self._extract(batch, computed, recompute)
+                error = self._extract(batch, computed, self._recompute)
                 computed.padded = len(batch) * max(self._lengths(batch))
             else:
                 token = make_batch([([1], [1])], self._loaded.device)
-                capture(self._loaded, token, (), (), lambda _: None, recompute=recompute)
+                capture(self._loaded, token, (), (), lambda _: None, recompute=self._recompute)
                 error = None
         except (*PROMPT_ERRORS, DeviceLost) as raised:
             error = raised

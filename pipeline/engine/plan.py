@@ -12,15 +12,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.config import RunConfig, parse_max_memory
 from pipeline.engine.extract import Wanted
-from pipeline.engine.sizes import MatrixSize, matrices_of
+from pipeline.engine.sizes import MatrixSize, matrices_of, neuron_facts
 from pipeline.engine.worker import Job
 from pipeline.errors import BacklensError, nearest
-from pipeline.models.anatomy import Block, describe_blocks, layout_of, modules_of
+from pipeline.models.anatomy import Block, describe_blocks, layout_of, modules_of, unproven_cuts
 from pipeline.models.checkpoint import ModelSource, Proof, commit_of, pinned, refuse_pickle, weights_here
 from pipeline.models.layout import MODULES
 from pipeline.models.layout_file import read_layout
 from pipeline.models.load import empty_model, load_config, load_tokenizer, verify_checkpoint
 from pipeline.models.spread import Spread
+from pipeline.models.vocabulary import token_ids
 from pipeline.models.widths import misfits
 from pipeline.models.zero3 import Zero3, refuse_unpartitionable
 from pipeline.prompts.survey import Survey, survey
@@ -47,8 +48,21 @@ class RunPlan:
     wanted: Wanted
     blocks: tuple[Block, ...]
     """The model's blocks, without weights."""
+    token_ids: tuple[int, ...] | None
+    """The tokens in lists and ranks, ascending; None for every row of the unembedding."""
+
     norm_floor: float = 0.0
     """The length below which a vector's lists are led by the final norm's bias; 0 if it has none."""
+
+    @property
+    def rows(self) -> int:
+        """Of the unembedding."""
+        return int(self.model_config.vocab_size)
+
+    @property
+    def tokens(self) -> int:
+        """How many are in lists and ranks."""
+        return self.rows if self.token_ids is None else len(self.token_ids)
 
     @property
     def model_facts(self) -> dict[str, Any]:
@@ -58,12 +72,35 @@ class RunPlan:
             "family": str(config.model_type),
             "layers": int(config.num_hidden_layers),
             "d_model": int(config.hidden_size),
-            "vocabulary": int(config.vocab_size),
+            "vocabulary": self.rows,
+            "tokens": self.tokens,
             "norm_floor": self.norm_floor,
             "revision": commit_of(self.source),
             "modules": list(self.wanted.modules),
             "not_covered": {path: what for block in self.blocks for path, what in block.not_covered.items()},
+            "neurons": neuron_facts(self.blocks, config),
+            "unproven_cuts": self.unproven_cuts,
         }
+
+    @property
+    def unproven_cuts(self) -> dict[str, str]:
+        """By module that is asked for, the parts of fused matrices that --anatomy gives and nothing proves."""
+        cuts = unproven_cuts(self.source.layout, self.model_config)
+        return {module: cut for module, cut in cuts.items() if module in self.wanted.modules}
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader of the results should know of this model, a line each."""
+        said = []
+        if self.unproven_cuts:
+            cuts = ", ".join(f"{module} ({cut})" for module, cut in self.unproven_cuts.items())
+            said.append(f"unproven parts of fused matrices, by --anatomy: {cuts}")
+        if left_out := self.rows - self.tokens:
+            said.append(
+                f"{left_out:,} of the unembedding's {self.rows:,} rows are no tokens and in no list or rank "
+                "(--vocabulary model keeps them)"
+            )
+        return tuple(said)
 
     def job(self, directory: Directory, proof: Proof) -> Job:
         """What every worker is told; `proof` is of the model that the plan was made for."""
@@ -73,6 +110,7 @@ class RunPlan:
             zero3=zero3_of(self.config),
             wanted=self.wanted,
             scaling=self.config.scaling,
+            vocabulary=self.config.vocabulary,
             prepend_bos=self.config.prepend_bos,
             chat_template=self.config.chat_template,
             screening=self.config.screening,
@@ -117,8 +155,18 @@ def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
         neurons=config.neurons,
         save_factors=config.save_factors,
     )
-    if config.top_k > int(model_config.vocab_size):
-        raise BacklensError(f"--top-k {config.top_k}: the vocabulary has {model_config.vocab_size} tokens")
+    rows = int(model_config.vocab_size)
+    # Prompts that are only assumed need no tokenizer.
+    chosen = (
+        token_ids(load_tokenizer(source), rows) if config.vocabulary == "tokenizer" and not assumed else None
+    )
+    if config.top_k > (rows if chosen is None else len(chosen)):
+        counted = (
+            f"has {rows} tokens"
+            if chosen is None
+            else f"has {len(chosen)} tokens (--vocabulary model: {rows})"
+        )
+        raise BacklensError(f"--top-k {config.top_k}: the vocabulary {counted}")
     found = assumed or _survey(config)
     if found.first_rejected is not None and config.on_error == "fail":
         raise BacklensError(f"{found.first_rejected.message} (--on-error fail)")
@@ -129,7 +177,7 @@ def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
     )
     shards = ShardPlan(found.prompts, -(-found.prompts // size), size)
     floor = norm_floor(model, blocks) if config.scaling == "raw" else 0.0  # a unit vector is long enough
-    return RunPlan(config, source, model_config, found, shards, wanted, blocks, floor)
+    return RunPlan(config, source, model_config, found, shards, wanted, blocks, chosen, floor)
 
 
 def norm_floor(model: PreTrainedModel, blocks: Sequence[Block]) -> float:
@@ -197,6 +245,7 @@ def fingerprint(plan: RunPlan, proof: Proof) -> dict[str, FingerprintValue]:
         "modules": ",".join(plan.wanted.modules),
         "positions": config.positions,
         "scaling": config.scaling,
+        "vocabulary": config.vocabulary,
         "top-k": config.top_k,
         "neurons": config.neurons,
         "save-factors": config.save_factors,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -24,6 +25,8 @@ class MatrixSize:
     experts: int = 1
     chosen: int = 1
     """Experts that a token is routed to."""
+    routed: bool = False
+    """Whether it is that of experts."""
 
     @property
     def neurons(self) -> int:
@@ -62,6 +65,18 @@ def every_matrix(blocks: Sequence[Block], config: PretrainedConfig) -> list[Matr
     return [size for layer, block in enumerate(blocks) for size in _sizes(layer, block, config)]
 
 
+def neuron_facts(blocks: Sequence[Block], config: PretrainedConfig) -> list[dict[str, Any]]:
+    """How many neurons each module has, for `run.json`: an entry for the layers that are alike in that."""
+    layers: dict[tuple[str, int | None, int], list[int]] = {}
+    for size in every_matrix(blocks, config):
+        key = (size.module, size.experts if size.routed else None, size.neurons)
+        layers.setdefault(key, []).append(size.layer)
+    return [
+        {"module": module, "experts": experts, "neurons": neurons, "layers": own}
+        for (module, experts, neurons), own in layers.items()
+    ]
+
+
 def _sizes(layer: int, block: Block, config: PretrainedConfig) -> Iterator[MatrixSize]:
     for module, located in block.matrices.items():
         found = widths(block.module.get_submodule(located.path))
@@ -72,7 +87,7 @@ def _sizes(layer: int, block: Block, config: PretrainedConfig) -> Iterator[Matri
         for module, located in block.experts.matrices.items():
             wide, high = expert_widths(experts, located.path)
             count = len(getattr(experts, located.path))
-            yield MatrixSize(layer, module, wide, _part(high, located), count, chosen)
+            yield MatrixSize(layer, module, wide, _part(high, located), count, chosen, True)
 
 
 def _part(high: int, located: Located) -> int:

@@ -11,7 +11,8 @@ from typing import Literal
 import pyarrow as pa
 import torch
 
-from pipeline.capture import Outcome
+from pipeline.capture import MatrixMissed, Outcome, verify_capture
+from pipeline.config import Vocabulary
 from pipeline.engine.blocks import Block
 from pipeline.engine.budget import TokenBudget
 from pipeline.engine.columns import fact_table, failure_table, prompt_table, without_prompts
@@ -64,6 +65,7 @@ class Job:
     """Over how many processes each copy is partitioned; None for one."""
     wanted: Wanted
     scaling: Scaling
+    vocabulary: Vocabulary
     screening: Precision
     prepend_bos: PrependBos
     chat_template: bool
@@ -90,8 +92,11 @@ class Worker:
         self._job = job
         self._loaded = load_model(job.model, device, job.spread, job.zero3)
         parts = self._loaded.anatomy
-        self._lens = make_lens(whole_for_the_lens(parts) if job.zero3 else parts, job.scaling)
+        parts = whole_for_the_lens(parts) if job.zero3 else parts
+        tokens = self._loaded.token_ids if job.vocabulary == "tokenizer" else None
+        self._lens = make_lens(parts, job.scaling, tokens)
         verify_lens(self._loaded.model, self._loaded.anatomy, self._lens)
+        verify_capture(self._loaded, job.wanted.layers, job.wanted.modules, recompute=self._recompute)
         self._lens_copies = [self._lens.to(device) for device in self._loaded.lens_copies]
         self._context = context_length(self._loaded.model.config)
         self._budget = TokenBudget(job.batch_tokens, self._loaded.device)
@@ -130,6 +135,7 @@ class Worker:
             prepend_bos=self._job.prepend_bos,
             target_mode=self._job.wanted.target_mode,
             context=self._context,
+            rows=self._loaded.anatomy.rows,
             chat_template=self._job.chat_template,
         )
         rejected = [record for record in (*shard.records, *results) if isinstance(record, Rejected)]
@@ -170,14 +176,17 @@ class Worker:
     def _lengths(self, examples: Sequence[Example]) -> list[int]:
         return [sum(map(len, sequence(example, self._job.wanted.target_mode))) - 1 for example in examples]
 
+    @property
+    def _recompute(self) -> bool:
+        # Autograd would keep every offloaded block's weights on the device until the backward pass.
+        return self._job.activation_checkpointing or self._loaded.offloaded
+
     def _try(self, batch: Sequence[Example], computed: "Computed") -> Exception | None:
         """Compute a batch; an error that its prompts or its size may be to blame for is returned."""
-        # Autograd would keep every offloaded block's weights on the device until the backward pass.
-        recompute = self._job.activation_checkpointing or self._loaded.offloaded
-        error = self._extract(batch, computed, recompute)
+        error = self._extract(batch, computed, self._recompute)
         if error is not None and is_out_of_memory(error):
             release_all()
-            if len(batch) == 1 and not recompute:
+            if len(batch) == 1 and not self._recompute:
                 error = self._extract(batch, computed, recompute=True)
         release_freed_memory()
         return error
@@ -209,6 +218,8 @@ class Worker:
         self._raised += 1
         if self._raised == FAILING and not self._any_computed:
             raise error
+        if isinstance(error, MatrixMissed):
+            return rejected_prompt(example.prompt, "matrix-missed", str(error))
         return rejected_prompt(example.prompt, "raised", f"{type(error).__name__}: {error}")
 
     def _commit(

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pipeline.errors import BacklensError
 from pipeline.models.experts import expert_matrices
 from pipeline.models.layout import LAYOUTS, MODULES, Cut, Layout
-from pipeline.models.structure import find_blocks, find_tail, matrix_paths
+from pipeline.models.structure import find_blocks, find_tail, full_shape, matrix_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,15 @@ class Anatomy:
 
     @property
     def vocabulary(self) -> int:
-        return self.head_weight.shape[0]
+        return full_shape(self.head_weight)[0]
+
+    @property
+    def rows(self) -> int:
+        """Token ids that the model can both read and predict are below this."""
+        embedded = getattr(self.embeddings, "weight", None)
+        return min(
+            self.vocabulary, full_shape(embedded)[0] if isinstance(embedded, Tensor) else self.vocabulary
+        )
 
     @property
     def head_weight(self) -> Tensor:
@@ -129,6 +137,28 @@ def describe_blocks(model: PreTrainedModel, layout: Layout) -> tuple[Block, ...]
     return tuple(
         _describe(module, index, layout, model.config) for index, module in enumerate(find_blocks(model))
     )
+
+
+def unproven_cuts(layout: Layout | None, config: PretrainedConfig) -> dict[str, str]:
+    """By module name, the cuts of fused matrices that a description gives and that are not known of the family.
+
+    No check tells a wrong cut: the parts' Xᵀ Δ are parts of the fused matrix's gradient whichever they are. Those of
+    known families are compared with their own code (`tests/families.py`).
+    """
+    if layout is None:
+        return {}
+    known = _cuts(LAYOUTS[config.model_type], config) if config.model_type in LAYOUTS else []
+    return {
+        module: f"{cut} of {path}"
+        for module, path, cut in _cuts(layout, config)
+        if (module, path, cut) not in known
+    }
+
+
+def _cuts(layout: Layout, config: PretrainedConfig) -> list[tuple[str, str, Cut]]:
+    matrices = [(name, matrix) for name in layout.matrices for matrix in layout.alternatives(name)]
+    cuts = [(name, matrix.path, matrix.cut_in(config)) for name, matrix in matrices]
+    return [(name, path, cut) for name, path, cut in cuts if cut is not None]
 
 
 def modules_of(blocks: Collection[Block]) -> tuple[str, ...]:

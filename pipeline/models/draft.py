@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import BacklensError
-from pipeline.models.anatomy import Block, describe_blocks
+from pipeline.models.anatomy import Block, describe_blocks, unproven_cuts
 from pipeline.models.experts import expert_matrices
 from pipeline.models.layout import LAYOUTS, MODULES, READS, Cut, Layout, Matrix
 from pipeline.models.structure import find_blocks, matrix_paths
@@ -97,6 +97,7 @@ class Draft:
     """A description that `read_layout` accepts, with comments."""
 
     text: str
+    layout: Layout
     like: tuple[str, ...]
     """Families whose blocks are named alike; empty where names had to be guessed."""
 
@@ -116,7 +117,7 @@ def draft_layout(model: PreTrainedModel) -> Draft:
     """Describe the blocks of `model`. Raises BacklensError when they cannot be told."""
     seen = see_blocks(model)
     like, layout = _known(model, seen) or ((), _guessed(model, seen))
-    return Draft(_as_yaml(model, seen, like, layout), like)
+    return Draft(_as_yaml(model, seen, like, layout), layout, like)
 
 
 def _see(block: nn.Module, path: str) -> SeenMatrix:
@@ -311,18 +312,24 @@ def _as_yaml(model: PreTrainedModel, seen: Sequence[SeenBlock], like: Sequence[s
         if matrix.shape not in shapes.setdefault(matrix.path, []):
             shapes[matrix.path].append(matrix.shape)
 
+    unproven = unproven_cuts(layout, model.config)
+
     def entry(start: str, path: str, end: str = "") -> str:
         return f"{start}{end or _scalar(path)}  # {' or '.join(shapes[path])}"
+
+    def named(start: str, module: str, matrix: Matrix) -> str:
+        said = entry(start, matrix.path, _matrix(matrix))
+        return f"{said}; unproven cut" if matrix.cut is not None and module in unproven else said
 
     lines = _heading(model, seen, like, layout)
     lines.append("matrices:" if layout.matrices else "matrices: {}")
     for module in (name for name in MODULES if name in layout.matrices):
         alternatives = layout.alternatives(module)
         if len(alternatives) == 1:
-            lines.append(entry(f"  {module}: ", alternatives[0].path, _matrix(alternatives[0])))
+            lines.append(named(f"  {module}: ", module, alternatives[0]))
         else:
             lines.append(f"  {module}:")
-            lines += [entry("    - ", matrix.path, _matrix(matrix)) for matrix in alternatives]
+            lines += [named("    - ", module, matrix) for matrix in alternatives]
     if layout.experts:
         lines.append(entry("experts: ", layout.experts))
     if layout.not_covered:
@@ -349,10 +356,11 @@ def _heading(
         said.append(
             "Which matrix is which is guessed from names and widths: check it against the model's code."
         )
-    cuts = {m.path for name in layout.matrices for m in layout.alternatives(name) if m.cut is not None}
-    if cuts:
+    if unproven_cuts(layout, model.config):
+        cuts = {m.path for name in layout.matrices for m in layout.alternatives(name) if m.cut is not None}
         said.append(
-            f"Which outputs of {', '.join(sorted(cuts))} are which cannot be told from outside: check it."
+            f"Which outputs of {', '.join(sorted(cuts))} are which is a guess that no check proves: compare it with "
+            "the model's code."
         )
     if any(not _named_in(block, layout) for block in seen):
         said.append("Blocks of which no matrix is named are refused: name one of theirs.")

@@ -26,7 +26,10 @@ Watcher = Callable[[int, str, Tensor, Tensor, Tensor], None]
 """Called with an expert's index, the submodule's weight ("gate_up_proj", "up_proj" or "down_proj"), the tokens routed
 to it (indices into the flattened batch, ascending), the weight's input and its output, a row a token."""
 
-_WATCHERS: WeakKeyDictionary[nn.Module, Watcher] = WeakKeyDictionary()
+Begin = Callable[[Tensor], Watcher]
+"""Called with the input of all experts, each time that they compute; gives who watches them then."""
+
+_BEGINNINGS: WeakKeyDictionary[nn.Module, Begin] = WeakKeyDictionary()
 
 
 def expert_matrices(experts: nn.Module) -> Mapping[str, tuple[str, Cut | None]]:
@@ -61,16 +64,16 @@ def _width(experts: Any) -> int:
 
 
 @contextmanager
-def watching(model: PreTrainedModel, watchers: Mapping[nn.Module, Watcher]) -> Iterator[None]:
+def watching(model: PreTrainedModel, watchers: Mapping[nn.Module, Begin]) -> Iterator[None]:
     """Compute experts one by one (from now on), and tell `watchers` of each experts module."""
     if watchers and model.config._experts_implementation != IMPLEMENTATION:
         model.set_experts_implementation(IMPLEMENTATION)
-    _WATCHERS.update(watchers)
+    _BEGINNINGS.update(watchers)
     try:
         yield
     finally:
         for module in watchers:
-            del _WATCHERS[module]
+            del _BEGINNINGS[module]
 
 
 def one_by_one(
@@ -80,7 +83,8 @@ def one_by_one(
     top_k_weights: Float[Tensor, "token choice"],
 ) -> Float[Tensor, "token d_model"]:
     """What transformers' own implementations compute, for one expert at a time; called in place of them."""
-    watcher = _WATCHERS.get(experts)
+    begin = _BEGINNINGS.get(experts)
+    watcher = begin(hidden_states) if begin is not None else None
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     total = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():

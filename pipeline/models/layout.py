@@ -35,6 +35,10 @@ class Cut:
         pieces = values.unflatten(-1, (self.groups, self.pieces, -1))
         return pieces[..., self.start : self.stop, :].flatten(-3)
 
+    def __str__(self) -> str:
+        pieces = f"{self.start}" if self.stop == self.start + 1 else f"{self.start} to {self.stop - 1}"
+        return f"piece {pieces} of {self.pieces}" + (f" in each of {self.groups}" if self.groups > 1 else "")
+
     def width(self, fused: int) -> int:
         return fused // self.pieces * (self.stop - self.start)
 

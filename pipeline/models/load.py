@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from pipeline.models.checkpoint import (
 from pipeline.models.keys import refuse_other_keys, verify_keys
 from pipeline.models.spread import Device, Placement, Spread, place, refuse_missing, stored_dtype
 from pipeline.models.structure import input_device, verify_backward
+from pipeline.models.vocabulary import token_ids
 from pipeline.models.zero3 import Partitioning, Zero3
 
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
@@ -76,6 +78,11 @@ class LoadedModel:
         if not self.placed:
             return (str(self.device),)
         return tuple(sorted({str(device) for device in self.placed.values()}))
+
+    @cached_property
+    def token_ids(self) -> tuple[int, ...]:
+        """The ids that are tokens and that the model can predict, ascending."""
+        return token_ids(self.tokenizer, self.anatomy.vocabulary)
 
     @property
     def offloaded(self) -> bool:

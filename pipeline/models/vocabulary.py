@@ -2,12 +2,25 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[int, ...]:
+    """The ids below `rows` that stand for a token, ascending. An unembedding is often padded with rows that do not."""
+    own = {*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder}
+    return tuple(sorted(index for index in own if index < rows))
+
+
+def index_of(ids: Sequence[int] | None, rows: int) -> slice | list[int]:
+    """An index of these of `rows` rows, or of all for None: a slice where they are the first, which copies nothing."""
+    if ids is None:
+        return slice(rows)
+    return slice(len(ids)) if list(ids) == list(range(len(ids))) else list(ids)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[bytes]]:

@@ -65,7 +65,7 @@ def _bytes(
         has_last=layers[-1] == len(plan.blocks) - 1,
         wanted=plan.wanted,
         scaling=plan.config.scaling,
-        vocabulary=int(config.vocab_size),
+        vocabulary=plan.tokens,
         dtype=stored_dtype(config, plan.config.dtype),
         d_model=int(config.get_text_config().hidden_size),
     )

@@ -50,7 +50,7 @@ def look_ahead(config: RunConfig, options: PlanOptions) -> Outlook:
     if assumed is None:
         sample = read_sample(plan.config, plan.source, plan.model_config)
     else:
-        sample = sample_of(assumed.examples(int(plan.model_config.vocab_size)), 1.0, plan.config)
+        sample = sample_of(assumed.examples(plan.rows), 1.0, plan.config)
     expected = estimate(plan, sample)
     placed = fit(plan, cluster)
     work = work_of(plan, sample, expected, placed)

@@ -72,26 +72,26 @@ def pilot(plan: RunPlan, sample: Sample, rows: Mapping[str, int]) -> Pilot | Non
     blocks = _computed(plan, trained_model(plan) if trained else _made(plan), chosen)
     if count < shard:
         blocks.pop("factors", None)
-        blocks = _stretched(blocks, count, round(wanted / count), int(plan.model_config.vocab_size))
+        blocks = _stretched(blocks, count, round(wanted / count), plan.rows)
     return Pilot(blocks, count, trained)
 
 
 def _weights(plan: RunPlan) -> int:
     d_model = int(plan.model_config.get_text_config().hidden_size)
     matrices = every_matrix(plan.blocks, plan.model_config)
-    return sum(m.wide * m.high * m.experts for m in matrices) + int(plan.model_config.vocab_size) * d_model
+    return sum(m.wide * m.high * m.experts for m in matrices) + plan.rows * d_model
 
 
 def _operations(plan: RunPlan, sample: Sample, rows: Mapping[str, int]) -> float:
     """Of one prompt, passes over scores and rows reckoned as if they were operations too."""
     config, mean = plan.model_config, sample.mean_length
-    vocabulary, d_model = int(config.vocab_size), int(config.get_text_config().hidden_size)
+    d_model = int(config.get_text_config().hidden_size)
     once = 2.0 * mean * sum(m.wide * m.high * m.chosen for m in every_matrix(plan.blocks, config))
     matrices = matrices_of(plan.blocks, plan.wanted, config)
     vectors = mean * sum(m.chosen for m in matrices if m.leads)
     mixes = (rows["layers"] + rows["neurons"]) / rows["prompts"]
     scores = vectors * (2 * d_model + SCORE) + mixes * (2 * mean + SCORE)
-    return 2 * once + scores * vocabulary + ROW * (mixes + rows["tokens"] / rows["prompts"])
+    return 2 * once + scores * plan.tokens + ROW * (mixes + rows["tokens"] / rows["prompts"])
 
 
 def _made(plan: RunPlan) -> LoadedModel:
@@ -102,7 +102,7 @@ def _made(plan: RunPlan) -> LoadedModel:
 
 
 def _computed(plan: RunPlan, loaded: LoadedModel, examples: Sequence[Example]) -> dict[str, list[Block]]:
-    lens = make_lens(loaded.anatomy, plan.config.scaling)
+    lens = make_lens(loaded.anatomy, plan.config.scaling, plan.token_ids)
     lengths = [len(example.token_ids) for example in examples]
     found: dict[str, list[Block]] = {"layers": [], "neurons": [], "tokens": []}
     for indices in pack(lengths, ON_CPU):

@@ -101,6 +101,7 @@ def read_sample(config: RunConfig, source: ModelSource, model_config: Pretrained
             prepend_bos=config.prepend_bos,
             target_mode=config.target_mode,
             context=context_length(model_config),
+            rows=int(model_config.vocab_size),
             chat_template=config.chat_template,
         )
         examples = [result for result in results if isinstance(result, Example)]

@@ -63,7 +63,7 @@ def _seconds(
 ) -> dict[str, float]:
     """Seconds of all the batches, by stage."""
     loaded = random_model(plan, layers, device)
-    lens = make_lens(loaded.anatomy, plan.config.scaling)
+    lens = make_lens(loaded.anatomy, plan.config.scaling, plan.token_ids)
     wanted = replace(plan.wanted, layers=tuple(range(layers)))
 
     def run(batch: Sequence[Example]) -> Mapping[str, float]:

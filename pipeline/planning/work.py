@@ -56,12 +56,12 @@ class Work:
 def work_of(plan: RunPlan, sample: Sample, expected: Estimate, fit: Fit) -> Work:
     """Count a run's work."""
     config = plan.model_config
-    vocabulary, d_model = int(config.vocab_size), int(config.get_text_config().hidden_size)
+    scored, d_model = plan.tokens, int(config.get_text_config().hidden_size)
     prompts, tokens, mean = expected.prompts, expected.tokens, sample.mean_length
     per_token = sum(m.wide * m.high * m.chosen for m in every_matrix(plan.blocks, config))
     matrices = matrices_of(plan.blocks, plan.wanted, config)
     # a prompt's loss is read at one position
-    once = 2.0 * per_token * tokens + 2.0 * vocabulary * d_model * prompts
+    once = 2.0 * per_token * tokens + 2.0 * plan.rows * d_model * prompts
     vectors = tokens * sum(m.chosen for m in matrices if m.leads)
     mixes = prompts * sum(m.seen_by(mean) * (1 + m.kept(plan.wanted.neurons)) for m in matrices)
     groups = sum(m.experts for m in matrices if m.leads)
@@ -70,10 +70,10 @@ def work_of(plan: RunPlan, sample: Sample, expected: Estimate, fit: Fit) -> Work
     return Work(
         forward=once * (2 if plan.config.activation_checkpointing else 1),
         backward=once,
-        lens=2.0 * vectors * d_model * vocabulary,
-        neurons=2.0 * mixes * mean * vocabulary,
+        lens=2.0 * vectors * d_model * scored,
+        neurons=2.0 * mixes * mean * scored,
         factors=_factors(matrices, prompts, mean),
-        score_bytes=4.0 * PASSES * (vectors + mixes) * vocabulary,
+        score_bytes=4.0 * PASSES * (vectors + mixes) * scored,
         operations=OPERATIONS * groups * batches,
         moved_bytes=float(crossings) + 4.0 * vectors * d_model * _away(fit, plan),
     )

@@ -52,9 +52,12 @@ def tokenize(
     prepend_bos: PrependBos,
     target_mode: TargetMode,
     context: int | None,
+    rows: int | None = None,
     chat_template: bool = False,
 ) -> list[Example | Rejected]:
     """One result for each prompt, in order. The tokenizer is left as it was.
+
+    The model has `rows` embeddings, and reads `context` positions; None where either is not known.
 
     Raises BacklensError when the tokenizer lacks the beginning-of-sequence token or the chat template asked for.
     """
@@ -77,7 +80,8 @@ def tokenize(
             body = _without_leading(own_ids, tokenizer.bos_token_id) if drop_bos else own_ids
             start, end = _subject_positions(one, parts, len(lead) - (len(own_ids) - len(body)), tokenizer)
             example = Example(one.prompt, lead + body, parts.target_ids, start, end)
-            results.append(_refusal(example, own_ids, target_mode, context) or example)
+            refusal = _refusal(example, own_ids, target_mode, context)
+            results.append(refusal or _without_embedding(example, rows, tokenizer) or example)
         return results
 
 
@@ -105,6 +109,22 @@ def _refusal(
         remedy += ", or use --target-mode first"
     problem = f"too long: {positions} positions, but the model reads at most {context}; {remedy}"
     return _rejected(example, "too-long", problem)
+
+
+def _without_embedding(
+    example: Example, rows: int | None, tokenizer: "PreTrainedTokenizerBase"
+) -> Rejected | None:
+    """Refuses a token that was added to the tokenizer and not to the model, which would fail on it."""
+    beyond = [
+        index for index in (*example.token_ids, *example.target_ids) if rows is not None and index >= rows
+    ]
+    if not beyond:
+        return None
+    problem = (
+        f"token {tokenizer.convert_ids_to_tokens(beyond[0])!r} has id {beyond[0]}, but the model has embeddings for "
+        f"ids up to {(rows or 0) - 1}; leave it out, or resize the model's embeddings and train them"
+    )
+    return _rejected(example, "no-embedding", problem)
 
 
 def _rejected(example: Example, code: str, problem: str) -> Rejected:

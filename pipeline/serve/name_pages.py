@@ -6,6 +6,7 @@ from functools import partial
 
 from pipeline.atlas import names, questions
 from pipeline.atlas.address import Neuron, parse_neuron
+from pipeline.errors import BacklensError
 from pipeline.plot.heatmap import SHIFTS
 from pipeline.serve import lookups
 from pipeline.serve.asked import ask, look_up, neuron_values, together
@@ -31,7 +32,7 @@ def search_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
             return Page("search.html", "Search", (prompts,), {"q": ""})
         tokens = look_up(opened, "tokens", lookups.SEARCH_TOKENS, q=q, limit=limit)
     place = re.fullmatch(r"\s*(\d+\.[a-z]+\.[a-z]+\.(?:e\d+\.)?\d+)\s*", q, re.ASCII)
-    view = {"neuron": place and place[1]}
+    view = {"neuron": place[1] if place and _is_there(served, place[1]) else None}
     return Page("search.html", f"Search: {q}", (tokens, prompts), {"q": q}, view)
 
 
@@ -96,9 +97,19 @@ def neuron_page(served: Served, path: Mapping[str, str], given: Parameters) -> P
             "prompts": atlas.snapshot.record.plan.prompts,
             "is_shift": neuron.module in SHIFTS,
             "show": show,
+            "is_known": "neurons" in atlas.snapshot.record.model,
         },
         Beside(_address(neuron, near["previous"]), _address(neuron, near["next"])),
     )
+
+
+def _is_there(served: Served, address: str) -> bool:
+    try:
+        with served.atlas.question() as opened:
+            names.check_neuron(served.atlas.snapshot, opened, parse_neuron(address))
+    except BacklensError:
+        return False
+    return True
 
 
 def _address(neuron: Neuron, index: int | None) -> str | None:

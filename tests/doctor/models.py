@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,6 +33,10 @@ class UnmaskedConfig(LlamaConfig):
 
 class TwiceConfig(LlamaConfig):
     model_type = "twice"
+
+
+class PastConfig(LlamaConfig):
+    model_type = "past"
 
 
 class RenamedMLP(LlamaMLP):
@@ -101,6 +106,22 @@ class Twice(LlamaForCausalLM):
             layer.get_submodule("mlp").register_forward_hook(_add_once_more)
 
 
+class Past(LlamaForCausalLM):
+    """Takes the weight of mlp.down past the module that holds it, as fused kernels do."""
+
+    config_class = PastConfig
+
+    def __init__(self, config: PastConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.get_submodule("mlp").__class__ = PastMLP
+
+
+class PastMLP(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+
+
 def _add_once_more(mlp: Any, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output + 0.1 * output @ mlp.down_proj.weight @ mlp.down_proj.weight.T
 
@@ -110,6 +131,7 @@ MODELS: dict[type[LlamaConfig], type[LlamaForCausalLM]] = {
     SquaredConfig: Squared,
     UnmaskedConfig: Unmasked,
     TwiceConfig: Twice,
+    PastConfig: Past,
 }
 for config_class, model_class in MODELS.items():
     AutoConfig.register(config_class.model_type, config_class)

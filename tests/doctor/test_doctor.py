@@ -27,7 +27,13 @@ NUMBERS = {
 TABLE = (
     *("modules", "widths", "weight gradients", "bias gradients", "lens"),
     *("batch, right-padded", "batch, left-padded", "batch, projected", "exact and fast attention"),
-    *("half precision, scores", "half precision, top tokens", "beginning of sequence", "memory"),
+    *(
+        "half precision, scores",
+        "half precision, top tokens",
+        "vocabulary",
+        "beginning of sequence",
+        "memory",
+    ),
     *(f"time, {stage}" for stage in ("tokenize", "model", "factors", "lens", "rows")),
 )
 

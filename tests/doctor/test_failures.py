@@ -6,7 +6,7 @@ import yaml
 from tokenizers.processors import TemplateProcessing
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from tests.doctor.models import SquaredConfig, TwiceConfig, UnmaskedConfig, save
+from tests.doctor.models import PastConfig, SquaredConfig, TwiceConfig, UnmaskedConfig, save
 from tests.doctor.test_doctor import doctor
 from tests.engine.command import called, write_jsonl
 from tests.families import CONFIGS, MODERN
@@ -36,6 +36,12 @@ def test_a_model_that_attends_to_padding(tmp_path: Path) -> None:
 
 def test_a_weight_that_is_used_behind_its_modules_back(tmp_path: Path) -> None:
     assert failures(tmp_path, TwiceConfig(**MODERN)) == {"weight gradients"}
+
+
+def test_a_matrix_whose_module_is_never_called(tmp_path: Path) -> None:
+    assert failures(tmp_path, PastConfig(**MODERN)) == {"weight gradients", "batch, right-padded"}
+    shown = called("doctor", "--model", tmp_path / "model", "--anatomy", tmp_path / "blocks.yaml")
+    assert shown.stdout.count("mlp.down of layer 0 cannot be had: mlp.down_proj is never called") == 2
 
 
 def test_parts_of_a_fused_matrix_that_leave_columns_out_or_hold_them_twice(tmp_path: Path) -> None:

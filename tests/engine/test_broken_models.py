@@ -9,14 +9,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from tests.engine.command import called, error_line
+from tests.engine.command import called, error_line, read
 from tests.families import MODERN
 from tests.tiny import LLAMA_LAYOUT, byte_tokenizer, random_model
 
 CODE = '''
+from functools import partial
+
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def past(mlp, x):
+    return linear(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight)
 
 
 class OddConfig(LlamaConfig):
@@ -50,6 +57,12 @@ class OddModel(LlamaForCausalLM):
             self.model.layers[1].mlp.adapter = nn.Linear(config.hidden_size, 4)
         if config.flaw == "head":
             self.lm_head = Squared(config.hidden_size, config.vocab_size, bias=False)
+        if config.flaw == "uncalled":
+            for layer in self.model.layers:
+                layer.mlp.forward = partial(past, layer.mlp)
+        if config.flaw == "short":
+            mlp = self.model.layers[1].mlp
+            mlp.forward = lambda x: past(mlp, x) if x.shape[1] < 5 else type(mlp).forward(mlp, x)
         if config.flaw == "norm":
             self.model.norm = Running(config.hidden_size)
 '''
@@ -88,8 +101,8 @@ def odd(folder: Path, flaw: str) -> Path:
     return model
 
 
-def run(folder: Path, model: Path, out: Path, *options: object):
-    prompts = folder / "prompts.jsonl"
+def run(folder: Path, model: Path, out: Path, *options: object, prompts: Path | None = None):
+    prompts = prompts or folder / "prompts.jsonl"
     arguments = ["run", "--model", model, "--prompts", prompts, "--out", out, "--executor", "local"]
     return called(*arguments, "--trust-remote-code", *options)
 
@@ -104,6 +117,7 @@ def test_a_described_architecture_that_is_sound_runs(folder: Path, tmp_path: Pat
     [
         ("matrix", "block 1 of this odd is not as we know it: no module name covers its mlp.adapter"),
         ("head", "the lens does not give this model's logits"),
+        ("uncalled", "mlp.down of layer 0 cannot be had: mlp.down_proj is never called"),
         ("norm", "the final norm (Running) is not affine up to a scalar per vector"),
     ],
 )
@@ -112,6 +126,31 @@ def test_a_flaw_is_named(folder: Path, flaw: str, says: str, tmp_path: Path) -> 
     assert refused.status == 2
     assert says in refused.stderr.splitlines()[-1]
     assert not list(tmp_path.glob("out/_commits/*.json"))
+
+
+@pytest.mark.parametrize("options", [(), ("--activation-checkpointing",)])
+def test_prompts_for_which_a_matrix_is_passed_by_have_failed(
+    folder: Path, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    texts = ["The sea", "Sea", "abc", "ab"]
+    prompts.write_text("\n".join(json.dumps({"prompt": text, "target": " is"}) for text in texts))
+    out = tmp_path / "out"
+    model = folder / "short"
+    model = model if model.exists() else odd(folder, "short")
+    layout = ("--anatomy", folder / "layout.yaml", "--batch-tokens", 1)
+    finished = run(folder, model, out, *layout, *options, prompts=prompts)
+    assert finished.status == 1, finished.stderr
+    failed = read(out, "failures").to_pylist()
+    assert [(row["prompt_id"], row["error"]) for row in failed] == [(n, "matrix-missed") for n in (1, 2, 3)]
+    assert "mlp.down of layer 1 cannot be had: mlp.down_proj is never called" in failed[0]["message"]
+    rows = read(out, "tokens").to_pylist()
+    places = [(row["prompt_id"], row["layer"], row["module"], row["position"]) for row in rows]
+    modules = ("mlp.up", "mlp.gate", "mlp.down")
+    assert sorted(places) == sorted(
+        (0, n, m, at) for n in range(len(rows) // 21) for m in modules for at in range(7)
+    )
+    assert len(rows) == 21 * json.loads((model / "config.json").read_text())["num_hidden_layers"]
 
 
 def test_an_unknown_architecture_is_sent_to_the_doctor(folder: Path, tmp_path: Path) -> None:

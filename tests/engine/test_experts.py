@@ -48,7 +48,9 @@ class Case:
             "--executor",
             "local",
         ]
-        finished = called(*arguments, "--neurons", -1, "--top-k", 5, "--save-factors", *options)
+        finished = called(
+            *arguments, "--neurons", -1, "--top-k", 5, "--save-factors", "--vocabulary", "model", *options
+        )
         assert finished.status == 0, finished.stderr
         names = ("layers", "neurons", "tokens", "factors")
         return {name: pyarrow.dataset.dataset(out_folder / name).to_table().to_pylist() for name in names}

@@ -124,6 +124,7 @@ def test_rows_are_counted_and_bytes_foreseen(
         prompts=str(prompts),
         out=str(tmp_path / "out"),
         executor="local",
+        vocabulary="model",
         **options,  # pyright: ignore[reportArgumentType]
     )
     expected = look_ahead(config, PlanOptions()).expected
@@ -168,7 +169,12 @@ def test_some_of_the_prompts_tell_what_a_narrow_model_writes(
     narrow: Path, prompts: Path, tmp_path: Path
 ) -> None:
     config = RunConfig(
-        model=str(narrow), prompts=str(prompts), out=str(tmp_path / "out"), executor="local", limit=60
+        model=str(narrow),
+        prompts=str(prompts),
+        out=str(tmp_path / "out"),
+        executor="local",
+        limit=60,
+        vocabulary="model",
     )
     expected = look_ahead(config, PlanOptions()).expected
     assert expected.pilot is not None
