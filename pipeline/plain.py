@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
-IN_NO_JSON_LINE = re.compile("[\x7f-\x9f\u2028\u2029]")
-"""Letters that JSON allows as they are, but that control terminals or end a line for some readers."""
+IN_NO_JSON_LINE = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Letters that JSON allows as they are, but that control terminals, turn text round or end a line for some readers."""
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Letters that control a terminal (all but tab and line break), or turn the order of what follows round."""
 

@@ -3,6 +3,8 @@
 `docs/models.md` is a table of the same measurements (`docs/write_models.py`).
 """
 
+import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from pipeline.engine.plan import norm_floor
 from pipeline.errors import BacklensError
 from pipeline.lens import lens_tolerance, make_lens, verify_lens
 from pipeline.models.anatomy import anatomy
@@ -102,3 +105,17 @@ def test_a_head_that_is_not_affine_is_refused() -> None:
     parts = anatomy(model)
     with pytest.raises(BacklensError, match="does not give this model's logits"):
         verify_lens(model, parts, make_lens(parts, "raw"))
+
+
+def test_the_length_below_which_a_bias_leads_the_lists_is_read_off_the_structure(model: PreTrainedModel):
+    """Against the final norm as it is probed: sqrt(ε d) if there is any bias behind the blocks, 0 if there is none."""
+    model = copy.deepcopy(model)
+    blocks = anatomy(model).blocks
+    inside = {id(p) for block in blocks for p in block.module.parameters()}
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and id(parameter) not in inside:
+            nn.init.normal_(parameter)
+    lens = make_lens(anatomy(model), "raw")
+    has_bias = bool(lens.constant.abs().max() > 0) and lens.norm.normalizing
+    expected = math.sqrt(lens.norm.eps * lens.d_model) if has_bias else 0.0
+    assert norm_floor(model, blocks) == pytest.approx(expected, rel=1e-3)

@@ -112,7 +112,7 @@ def build_atlas(
     directory.makedirs(ATLAS)
     with directory.exclusively(LOCK):
         commits = committed(directory)
-        standing, source = find_manifest(directory), source_of(commits)
+        standing, source = find_manifest(directory), source_of(commits, norm_floor(record))
         if standing is not None and standing.source == source:
             if standing.weights.digest is not None or options.weights == NONE:
                 return standing

@@ -95,13 +95,13 @@ class Manifest:
         return cls(**{**fields, **records, "files": files})
 
 
-def source_of(commits: Mapping[int, ShardCommit]) -> str:
-    """A digest of the rows that an atlas is derived from, 16 hexadecimal digits."""
+def source_of(commits: Mapping[int, ShardCommit], norm_floor: float) -> str:
+    """A digest of the rows that an atlas is derived from, and of which lists count; 16 hexadecimal digits."""
     listed = [
         [shard, *sorted(f"{table} {file.checksum}" for table, file in commit.files.items())]
         for shard, commit in sorted(commits.items())
     ]
-    return hashlib.sha256(json.dumps([ATLAS_VERSION, listed]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([ATLAS_VERSION, norm_floor, listed]).encode()).hexdigest()[:16]
 
 
 def find_manifest(directory: Directory) -> Manifest | None:

@@ -44,7 +44,7 @@ class Snapshot:
         # Written before the first shard, so it is expected with one: a copy without it is not without tokens.
         has_vocab = record.kind == "run" and (bool(commits) or directory.exists(VOCAB_FILE))
         files["vocab"] = [directory.location(VOCAB_FILE)] if has_vocab else []
-        is_current = manifest is not None and manifest.source == source_of(commits)
+        is_current = manifest is not None and manifest.source == source_of(commits, norm_floor(record))
         if manifest is not None and is_current:
             for table, records in manifest.files.items():
                 files[table] = [directory.location(file.path) for file in records]

@@ -176,11 +176,11 @@ def make_plan(config: RunConfig, assumed: Survey | None = None) -> RunPlan:
         found, wanted, matrices_of(blocks, wanted, model_config)
     )
     shards = ShardPlan(found.prompts, -(-found.prompts // size), size)
-    floor = _norm_floor(model, blocks) if config.scaling == "raw" else 0.0  # a unit vector is long enough
+    floor = norm_floor(model, blocks) if config.scaling == "raw" else 0.0  # a unit vector is long enough
     return RunPlan(config, source, model_config, found, shards, wanted, blocks, chosen, floor)
 
 
-def _norm_floor(model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+def norm_floor(model: PreTrainedModel, blocks: Sequence[Block]) -> float:
     """sqrt(ε d): a shorter vector reaches the logits at less than 1/√2 of its size, the final norm's bias at all of it.
 
     Without any bias behind the blocks there is none to lead the lists, which then do not depend on the length.

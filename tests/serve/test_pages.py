@@ -250,3 +250,27 @@ def test_bad_input_gets_one_clear_line(client: TestClient, address: str, status:
     answer = client.get(address)
     assert answer.status_code == status
     assert line.replace("&#39;", "'") in answer.text.replace("&#39;", "'")
+
+
+def test_a_page_says_where_it_is_cut_and_its_data_is_whole(client: TestClient):
+    whole = tables(client, "/token?text=%20Paris&show=places")["places"]
+    assert len(whole) > 20
+    page = client.get("/token?text=%20Paris&show=places").text
+    assert "The first 20 rows. Up to 1,000 with" in page
+    assert len(tables(client, "/token?text=%20Paris&show=places&limit=3")["places"]) == 3
+    lines = client.get("/token.csv?text=%20Paris&show=places").text.splitlines()
+    assert len(lines) == len(whole) + 1
+    assert "The first" not in client.get("/token?text=%20Paris&show=places&limit=1000").text
+
+
+def test_data_of_free_sql_is_whole_or_refused(client: TestClient):
+    few = {"q": "SELECT range AS x, 'nan'::DOUBLE AS y FROM range(900)"}
+    rows = client.get("/sql.json", params=few).json()["tables"]["rows"]
+    assert (len(rows), rows[0]) == (900, {"x": 0, "y": None})
+    many = {"q": "FROM range(5000)"}
+    for form in ("json", "csv"):
+        refused = client.get(f"/sql.{form}", params=many)
+        assert refused.status_code == 400
+        assert "there are more than these 1,000 rows" in refused.text
+        assert client.get(f"/sql.{form}", params=many | {"limit": 10}).status_code == 200
+    assert "more rows than these, the first 100" in client.get("/sql", params=many).text
