@@ -1,18 +1,16 @@
 """A model and its lens: prompts in, rows of the run's tables out, for notebooks and for workers."""
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from backlens.capture.batch import Side, make_batch
 from backlens.capture.hooks import MatrixMissed, capture, verify_capture
-from backlens.capture.loss import NLL, LossFunction, Outcome
+from backlens.capture.loss import NLL, LossFunction
 from backlens.capture.packing import (
     PROMPT_ERRORS,
     DeviceLost,
@@ -24,7 +22,7 @@ from backlens.capture.packing import (
     release_all,
     release_freed_memory,
 )
-from backlens.columns import MatrixRows, fact_table, failure_table, prompt_table, without_prompts
+from backlens.columns import BatchRows, Computed, failure_table, rejected_prompt
 from backlens.config import Vocabulary
 from backlens.errors import BacklensError
 from backlens.gradients import Gradients
@@ -39,13 +37,12 @@ from backlens.prompts.fields import records_of
 from backlens.prompts.prompt import Prompt, Rejected
 from backlens.prompts.source import one_line
 from backlens.prompts.tokenize import Example, PrependBos, TargetMode, context_length, tokenize
-from backlens.rows import BatchRows, Positions, RowOptions, batch_rows, sequence
+from backlens.rows import Positions, RowOptions, batch_rows, sequence
 from backlens.terms import parse_layers, parse_modules
 
 FAILING = 8
 """After this many prompts that raise, with none computed, the model is at fault and not the prompts."""
 
-NOT_FINITE = "the loss or a gradient is not a finite number; try --dtype float32"
 OUT_OF_MEMORY = "does not fit into memory, not even alone and with its activations computed twice"
 
 
@@ -385,55 +382,6 @@ class BackwardLens:
         return rejected_prompt(example.prompt, "raised", f"{type(error).__name__}: {error}")
 
 
-class Computed:
-    """The rows of several batches, and the prompts that failed."""
-
-    def __init__(self) -> None:
-        self.examples: list[Example] = []
-        self.outcomes: list[Outcome] = []
-        self.failed: list[Rejected] = []
-        self.blocks: defaultdict[str, list[MatrixRows]] = defaultdict(list)
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.padded = 0
-        """Number of tokens in the batches, padding included."""
-        self.out_of_memory = 0
-        """Number of batches that did not fit into memory."""
-        self.batch_tokens = 0
-        """Largest number of tokens per batch, as learned so far."""
-        self._overflowed: list[int] = []
-
-    def add(self, batch: Sequence[Example], rows: BatchRows) -> None:
-        self.examples += batch
-        self.outcomes.append(rows.outcome)
-        for example, fine in zip(batch, rows.finite.tolist(), strict=True):
-            if not fine:
-                self._overflowed.append(example.prompt.prompt_id)
-                self.failed.append(rejected_prompt(example.prompt, "not-finite", NOT_FINITE))
-        self._add_rows(rows.blocks, rows.seconds)
-
-    def merge(self, other: "Computed") -> None:
-        """Add what another process computed of the same shard."""
-        self.examples += other.examples
-        self.outcomes += other.outcomes
-        self.failed += other.failed
-        self.padded += other.padded
-        self._overflowed += other._overflowed
-        self._add_rows(other.blocks, other.seconds)
-
-    def _add_rows(self, blocks: Mapping[str, list[MatrixRows]], seconds: Mapping[str, float]) -> None:
-        for name, more in blocks.items():
-            self.blocks[name] += more
-        for stage, taken in seconds.items():
-            self.seconds[stage] += taken
-
-    def tables(self, save_factors: bool) -> dict[str, pa.Table]:
-        """Make the run's tables of all batches, without prompts whose numbers overflowed."""
-        names = ("layers", "neurons", "tokens", *(["factors"] if save_factors else []))
-        tables = {name: fact_table(name, self.blocks.pop(name, [])) for name in names}
-        tables["prompts"] = prompt_table(self.examples, self.outcomes)
-        return {name: without_prompts(table, self._overflowed) for name, table in tables.items()}
-
-
 def _listed(chosen: "str | int | Sequence[Any]") -> str:
     """Write layers or modules as on the command line."""
     return str(chosen) if isinstance(chosen, str | int) else ",".join(map(str, chosen))
@@ -442,7 +390,3 @@ def _listed(chosen: "str | int | Sequence[Any]") -> str:
 def lengths_of(examples: Sequence[Example], target_mode: TargetMode) -> list[int]:
     """Count the positions that the model computes for each prompt, teacher-forced target tokens included."""
     return [sum(map(len, sequence(example, target_mode))) - 1 for example in examples]
-
-
-def rejected_prompt(prompt: Prompt, error: str, message: str) -> Rejected:
-    return Rejected(prompt.prompt_id, "compute", error, one_line(f"{prompt.where}: {message}"))

@@ -3,7 +3,8 @@
 Arrow tables are made of arrays, without a Python object per row.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from backlens.capture.loss import Outcome
 from backlens.projection.project import TopK
-from backlens.prompts.prompt import Rejected
+from backlens.prompts.prompt import Prompt, Rejected
+from backlens.prompts.source import one_line
 from backlens.prompts.tokenize import Example
 from backlens.store.tables import FAILURES, MODULE, PROMPTS, TABLES, Table
+
+NOT_FINITE = "the loss or a gradient is not a finite number; try --dtype float32"
 
 
 @dataclass(frozen=True)
@@ -182,3 +186,69 @@ def _lists(ragged: Ragged, valid: np.ndarray | None, type: pa.DataType) -> pa.Ar
 def _assemble(table: Table, columns: dict[str, pa.Array]) -> pa.Table:
     schema = table.schema
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """The rows of one batch."""
+
+    outcome: Outcome
+    finite: Bool[Tensor, " prompt"]
+    """False for prompts with a number that overflowed; their rows are meaningless."""
+    blocks: dict[str, list[MatrixRows]]
+    """By table."""
+    seconds: dict[str, float]
+    """By stage; their sum is the time of the batch. With several threads, those of the busiest."""
+
+
+class Computed:
+    """The rows of several batches, and the prompts that failed."""
+
+    def __init__(self) -> None:
+        self.examples: list[Example] = []
+        self.outcomes: list[Outcome] = []
+        self.failed: list[Rejected] = []
+        self.blocks: defaultdict[str, list[MatrixRows]] = defaultdict(list)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.padded = 0
+        """Number of tokens in the batches, padding included."""
+        self.out_of_memory = 0
+        """Number of batches that did not fit into memory."""
+        self.batch_tokens = 0
+        """Largest number of tokens per batch, as learned so far."""
+        self._overflowed: list[int] = []
+
+    def add(self, batch: Sequence[Example], rows: BatchRows) -> None:
+        self.examples += batch
+        self.outcomes.append(rows.outcome)
+        for example, fine in zip(batch, rows.finite.tolist(), strict=True):
+            if not fine:
+                self._overflowed.append(example.prompt.prompt_id)
+                self.failed.append(rejected_prompt(example.prompt, "not-finite", NOT_FINITE))
+        self._add_rows(rows.blocks, rows.seconds)
+
+    def merge(self, other: "Computed") -> None:
+        """Add what another process computed of the same shard."""
+        self.examples += other.examples
+        self.outcomes += other.outcomes
+        self.failed += other.failed
+        self.padded += other.padded
+        self._overflowed += other._overflowed
+        self._add_rows(other.blocks, other.seconds)
+
+    def _add_rows(self, blocks: Mapping[str, list[MatrixRows]], seconds: Mapping[str, float]) -> None:
+        for name, more in blocks.items():
+            self.blocks[name] += more
+        for stage, taken in seconds.items():
+            self.seconds[stage] += taken
+
+    def tables(self, save_factors: bool) -> dict[str, pa.Table]:
+        """Make the run's tables of all batches, without prompts whose numbers overflowed."""
+        names = ("layers", "neurons", "tokens", *(["factors"] if save_factors else []))
+        tables = {name: fact_table(name, self.blocks.pop(name, [])) for name in names}
+        tables["prompts"] = prompt_table(self.examples, self.outcomes)
+        return {name: without_prompts(table, self._overflowed) for name, table in tables.items()}
+
+
+def rejected_prompt(prompt: Prompt, error: str, message: str) -> Rejected:
+    return Rejected(prompt.prompt_id, "compute", error, one_line(f"{prompt.where}: {message}"))

@@ -34,8 +34,8 @@ from backlens.capture.factors import (
     spectrum,
 )
 from backlens.capture.hooks import Gradient, capture
-from backlens.capture.loss import NLL, LossFunction, Outcome
-from backlens.columns import MatrixRows, Projections, Ragged
+from backlens.capture.loss import NLL, LossFunction
+from backlens.columns import BatchRows, MatrixRows, Projections, Ragged
 from backlens.models.load import LoadedModel
 from backlens.projection.lens import Lens
 from backlens.projection.project import TopK, Vectors, project
@@ -65,19 +65,6 @@ class RowOptions:
     """Type of the products that pick tokens to be scored exactly; lists and ranks do not depend on it."""
     activation_checkpointing: bool = False
     """Keep only the blocks' inputs in the forward pass, and compute each block again in the backward pass."""
-
-
-@dataclass(frozen=True)
-class BatchRows:
-    """The rows of one batch."""
-
-    outcome: Outcome
-    finite: Bool[Tensor, " prompt"]
-    """False for prompts with a number that overflowed; their rows are meaningless."""
-    blocks: dict[str, list[MatrixRows]]
-    """By table."""
-    seconds: dict[str, float]
-    """By stage; their sum is the time of the batch. With several threads, those of the busiest."""
 
 
 def sequence(example: Example, target_mode: TargetMode) -> tuple[Sequence[int], Sequence[int]]:

@@ -17,12 +17,13 @@ from backlens.backward_lens import BackwardLens
 from backlens.capture.batch import make_batch
 from backlens.capture.hooks import Gradient, capture
 from backlens.capture.packing import is_out_of_memory
+from backlens.columns import BatchRows
 from backlens.models.load import LoadedModel, ModelSource, load_model
 from backlens.projection.lens import Lens, make_lens
 from backlens.projection.threads import device_threads
 from backlens.prompts.prompt import Prompt
 from backlens.prompts.tokenize import Example
-from backlens.rows import BatchRows, RowOptions
+from backlens.rows import RowOptions
 from tests.families import CONFIGS
 from tests.test_device_map import EmulatedGpus
 from tests.tiny import byte_tokenizer, random_model

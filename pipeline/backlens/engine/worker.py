@@ -11,9 +11,9 @@ from typing import Literal
 import pyarrow as pa
 import torch
 
-from backlens.backward_lens import BackwardLens, Computed, rejected_prompt
+from backlens.backward_lens import BackwardLens
 from backlens.capture.packing import TokenBudget
-from backlens.columns import failure_table
+from backlens.columns import Computed, failure_table, rejected_prompt
 from backlens.config import Vocabulary
 from backlens.engine.events import SECONDS
 from backlens.engine.executors.base import Attempt, Readiness, note

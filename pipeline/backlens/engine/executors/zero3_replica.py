@@ -26,7 +26,7 @@ from ray.util import get_node_ip_address
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from backlens.backward_lens import Computed, lengths_of
+from backlens.backward_lens import lengths_of
 from backlens.capture.packing import (
     PROMPT_ERRORS,
     DeviceLost,
@@ -35,6 +35,7 @@ from backlens.capture.packing import (
     most_tokens,
     release_freed_memory,
 )
+from backlens.columns import Computed
 from backlens.engine.executors.base import AHEAD, Attempt, Readiness, note
 from backlens.engine.executors.replicas import References
 from backlens.engine.worker import RunSetup, Worker
