@@ -151,19 +151,6 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "block",
-    [block for block in BLOCKS if block.language in COMMAND_LANGUAGES],
-    ids=lambda block: f"{block.page}:{block.line}",
-)
-def test_commands_do_what_the_page_shows(block: Block, scratch: Path):
-    for command in commands(block):
-        printed = execute(command, scratch)
-        if command.shown is not None:
-            assert_same_output(printed, command.shown)
-
-
 def python_blocks(page: Path) -> list[Block]:
     return [block for block in BLOCKS if block.language == "python" and ROOT / block.page == page]
 
@@ -182,6 +169,19 @@ def test_the_python_of_a_page_runs(page: Path, scratch: Path):
     file = scratch / f"{page.name}.py"
     file.write_text(program(page), encoding="utf-8")
     execute(Command([sys.executable, str(file)]), scratch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "block",
+    [block for block in BLOCKS if block.language in COMMAND_LANGUAGES],
+    ids=lambda block: f"{block.page}:{block.line}",
+)
+def test_commands_do_what_the_page_shows(block: Block, scratch: Path):
+    for command in commands(block):
+        printed = execute(command, scratch)
+        if command.shown is not None:
+            assert_same_output(printed, command.shown)
 
 
 def test_the_readme_begins_with_three_lines_of_python_and_their_picture():

@@ -1,5 +1,6 @@
 """`make` prints one line while it installs, and names its log. The tests put a script in the place of pip."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,7 +21,12 @@ def made(target: str, folder: Path, pip: str) -> "subprocess.CompletedProcess[st
     (folder / ".venv" / ".created").touch()
     (folder / "pip.sh").write_text(f'seq {LINES}; echo "asked for $*"; {pip}\n')
     command = ["make", f".venv/{target}", "PIP=sh pip.sh"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    own = {
+        name: value for name, value in os.environ.items() if not name.startswith("MAKE")
+    }  # `make test` has set some
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=60, check=False, env=own
+    )
 
 
 @pytest.mark.parametrize(

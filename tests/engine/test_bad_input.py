@@ -209,7 +209,7 @@ def test_a_column_of_another_name_is_refused_before_the_model_loads(
 
     for command in ("run", "plan"):
         with monkeypatch.context() as patch:
-            patch.setattr("backlens.engine.worker.load_model", load)
+            patch.setattr("backlens.backward_lens.load_model", load)
             options = ("--executor", "local") if command == "run" else ()
             done = called(command, "--model", model, "--prompts", path, "--out", out, *options)
         assert done.status == 2

@@ -87,7 +87,7 @@ def test_ctrl_c_during_an_import_is_one_line_and_status_3(module: str, act: str,
 
 
 @pytest.mark.parametrize(
-    "arguments", [("doctor",), ("plan",), ("atlas", "none"), ("edit",), ("query", "none")]
+    "arguments", [("doctor",), ("plan",), ("atlas", "none"), ("edit",), ("query", "none", "--prompt", "0")]
 )
 def test_every_command_takes_ctrl_c_so(arguments: tuple[str, ...], tmp_path: Path) -> None:
     module = "duckdb" if arguments[0] == "query" else "torch"

@@ -25,7 +25,7 @@ import filelock
 
 from backlens.errors import BacklensError, Interrupted
 from backlens.printable import json_text
-from backlens.store.directory import Directory
+from backlens.store.directory import FULL, Directory
 
 LOCK_FILE = "_driver.lock"
 REFRESH_SECONDS = 10.0
@@ -147,7 +147,7 @@ class _FileLock:
             except filelock.Timeout:
                 raise BacklensError(_in_use(self.directory, _content(self.directory) or b"")) from None
             except OSError as error:
-                if not has_no_locks(error):
+                if error.errno in FULL or not has_no_locks(error):
                     raise
                 raise BacklensError(
                     f"out: cannot lock {self.directory} ({error.strerror}); "
