@@ -10,7 +10,8 @@ from tests.engine.cluster import several_nodes
 from tests.engine.command import assert_complete, assert_same_run, called
 from tests.engine.misbehaving import command, save_misbehaving
 
-PROMPTS = 100
+PROMPTS = 200
+"""Enough that the last driver has work left when its rank is killed, on a quick machine too."""
 KILLS: tuple[What, ...] = ("process", "node", "driver", "process")
 """The driver that is started again partitions the model: the second process is a rank of a gang."""
 
