@@ -257,6 +257,7 @@ def test_a_page_says_where_it_is_cut_and_its_data_is_whole(client: TestClient):
     assert len(whole) > 20
     page = client.get("/token?text=%20Paris&show=places").text
     assert "The first 20 rows." in page
+    assert "<code>limit</code> in the address shows up to 1,000" in page
     assert len(tables(client, "/token?text=%20Paris&show=places&limit=3")["places"]) == 3
     lines = client.get("/token.csv?text=%20Paris&show=places").text.splitlines()
     assert len(lines) == len(whole) + 1

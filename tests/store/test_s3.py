@@ -122,7 +122,7 @@ def test_a_killed_run_on_a_store_goes_on_from_what_is_committed(
 def _records(server: S3Server) -> dict[str, str]:
     """The commit records and when they were written."""
     found: Any = server.store.find(f"{BUCKET}/killed/_commits", detail=True)
-    # A listing that was made during a write lacks the time of the object that is being written.
+    # Seen once in a full run: an entry without a time. Such a record is not counted as written yet.
     return {
         name: str(details["LastModified"]) for name, details in found.items() if "LastModified" in details
     }
